@@ -1,0 +1,100 @@
+/* What a backend provides: inside the ops layer only. ops.c checks every call once and then goes
+ * through these tables; a new backend fills them and adds one line to the registry in ops.c.
+ *
+ * The tables are constant and shared. A backend's own object starts with a qv_backend, its weights
+ * with a qv_weight.
+ */
+#ifndef QV_OPS_BACKEND_H
+#define QV_OPS_BACKEND_H
+
+#include "ops/ops.h"
+
+/* One row per op: name, arguments. Prototypes and tables of all backends come from this list. */
+#define QV_OP_LIST(X)                                                                              \
+    X(lora, (qv_backend * be, const qv_lora_site *site, int32_t n_segs, const int32_t *seg_start,  \
+             const int32_t *seg_slot, qv_tensor x, qv_tensor scratch, qv_tensor y))                \
+    X(lora_f32,                                                                                    \
+      (qv_backend * be, const qv_lora_site *site, int32_t n_segs, const int32_t *seg_start,        \
+       const int32_t *seg_slot, qv_tensor x, qv_tensor scratch, qv_tensor y))                      \
+    X(embed_lora,                                                                                  \
+      (qv_backend * be, const qv_embed_lora_site *site, int32_t n_segs, const int32_t *seg_start,  \
+       const int32_t *seg_slot, const int32_t *ids, qv_tensor y))                                  \
+    X(embed, (qv_backend * be, qv_tensor table, const int32_t *ids, qv_tensor y))                  \
+    X(linear, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor y))                     \
+    X(linear_f32, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor y))                 \
+    X(rms_norm,                                                                                    \
+      (qv_backend * be, qv_tensor x, qv_tensor w, float eps, bool plus_one, qv_tensor y))          \
+    X(add_rms_norm, (qv_backend * be, qv_tensor residual, qv_tensor delta, qv_tensor w, float eps, \
+                     bool plus_one, qv_tensor y))                                                  \
+    X(gated_rms_norm, (qv_backend * be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,          \
+                       bool gate_first, qv_tensor y))                                              \
+    X(swiglu, (qv_backend * be, qv_tensor gate, qv_tensor up, qv_tensor y))                        \
+    X(sigmoid_gate, (qv_backend * be, qv_tensor x, qv_tensor gate))                                \
+    X(sigmoid_scale, (qv_backend * be, qv_tensor x, qv_tensor gate))                               \
+    X(relu2, (qv_backend * be, qv_tensor x, qv_tensor y))                                          \
+    X(add, (qv_backend * be, qv_tensor residual, qv_tensor delta))                                 \
+    X(gather_rows, (qv_backend * be, qv_tensor x, const int32_t *rows, qv_tensor y))               \
+    X(rope_kv_write, (qv_backend * be, const qv_batch *batch, int rotary_dim, double theta,        \
+                      qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv))               \
+    X(attention, (qv_backend * be, const qv_batch *batch, const qv_kv_layer *kv, float scale,      \
+                  qv_tensor q, qv_tensor o))                                                       \
+    X(conv1d, (qv_backend * be, const qv_batch *batch, qv_tensor x, qv_tensor w, qv_tensor bias,   \
+               qv_tensor state, qv_tensor y))                                                      \
+    X(gdn, (qv_backend * be, const qv_batch *batch, const qv_gdn_args *args))                      \
+    X(ssd, (qv_backend * be, const qv_batch *batch, const qv_ssd_args *args))                      \
+    X(router, (qv_backend * be, const qv_router *router, qv_tensor logits, qv_tensor ids,          \
+               qv_tensor weights))                                                                 \
+    X(moe_route, (qv_backend * be, qv_tensor ids, qv_moe_list * list))                             \
+    X(moe_linear, (qv_backend * be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,      \
+                   qv_moe_rows rows, qv_tensor y))                                                 \
+    X(moe_lora, (qv_backend * be, const qv_moe_lora_site *site, const qv_moe_list *list,           \
+                 qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y))                   \
+    X(moe_combine, (qv_backend * be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,      \
+                    const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y))                 \
+    X(sample, (qv_backend * be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,      \
+               qv_sample_result *results))
+
+typedef struct {
+#define QV_OP_ENTRY(name, args) qv_status(*name) args;
+    QV_OP_LIST(QV_OP_ENTRY)
+#undef QV_OP_ENTRY
+} qv_op_table;
+
+/* Everything else. Functions of ops.h with the same names say what each does. */
+typedef struct {
+    const char *name;
+    qv_dtype activation_dtype, lora_dtype, kv_dtype;
+    qv_status (*open)(const qv_backend_options *options, qv_backend **out);
+    void (*close)(qv_backend *be);
+    qv_status (*reserve)(qv_backend *be, const qv_backend_limits *limits);
+    qv_status (*alloc)(qv_backend *be, size_t bytes, void **out);
+    void (*free)(qv_backend *be, void *ptr);
+    qv_status (*upload)(qv_backend *be, void *dst, const void *src, size_t bytes);
+    qv_status (*download)(qv_backend *be, void *dst, const void *src, size_t bytes);
+    qv_status (*zero)(qv_backend *be, void *dst, size_t bytes);
+    qv_status (*sync)(qv_backend *be);
+    /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */
+    qv_status (*weight_new)(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
+                            qv_dtype dtype, qv_weight **out);
+    void (*weight_free)(qv_backend *be, qv_weight *w);
+    qv_status (*weight_load)(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
+                             int64_t n_rows, const void *src, qv_dtype src_dtype,
+                             int64_t src_stride);
+} qv_backend_table;
+
+struct qv_backend {
+    const qv_backend_table *table;
+    const qv_op_table *ops;
+    char description[128];
+};
+
+struct qv_weight {
+    const qv_backend *backend; /* the one it belongs to */
+    int64_t n_experts;         /* 0: a plain matrix */
+    int64_t n_out, n_in;
+    qv_dtype dtype; /* of storage */
+};
+
+extern const qv_backend_table qv_cpu_backend_table;
+
+#endif

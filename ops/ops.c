@@ -1,0 +1,769 @@
+#include "ops/ops.h"
+
+#include "ops/backend.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* --- Registry ----------------------------------------------------------------------------- */
+
+static const qv_backend_table *const backends[] = {
+    &qv_cpu_backend_table,
+};
+
+#define N_BACKENDS (sizeof backends / sizeof *backends)
+
+static const char *backend_names(char *buf, size_t size)
+{
+    size_t used = 0;
+    buf[0] = '\0';
+    for (size_t i = 0; i < N_BACKENDS && used < size; i++)
+        used += (size_t)snprintf(buf + used, size - used, "%s%s", i ? ", " : "", backends[i]->name);
+    return buf;
+}
+
+qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
+{
+    char names[128];
+    const char *name = options->name ? options->name : "";
+    for (size_t i = 0; i < N_BACKENDS; i++)
+        if (strcmp(backends[i]->name, name) == 0)
+            return backends[i]->open(options, out);
+    return qv_fail(QV_ERR_NOT_FOUND, "backend '%s' is not in this build; it has: %s", name,
+                   backend_names(names, sizeof names));
+}
+
+void qv_backend_close(qv_backend *be)
+{
+    if (be)
+        be->table->close(be);
+}
+
+const char *qv_backend_name(const qv_backend *be)
+{
+    return be->table->name;
+}
+
+const char *qv_backend_describe(const qv_backend *be)
+{
+    return be->description;
+}
+
+qv_dtype qv_backend_activation_dtype(const qv_backend *be)
+{
+    return be->table->activation_dtype;
+}
+
+qv_dtype qv_backend_lora_dtype(const qv_backend *be)
+{
+    return be->table->lora_dtype;
+}
+
+qv_dtype qv_backend_kv_dtype(const qv_backend *be)
+{
+    return be->table->kv_dtype;
+}
+
+qv_status qv_backend_reserve(qv_backend *be, const qv_backend_limits *limits)
+{
+    if (limits->max_tokens < 0 || limits->max_logits < 0 || limits->n_vocab < 0)
+        return qv_fail(QV_ERR_ARG, "reserve: %d tokens, %d rows of %d logits", limits->max_tokens,
+                       limits->max_logits, limits->n_vocab);
+    return be->table->reserve(be, limits);
+}
+
+/* --- Memory ------------------------------------------------------------------------------- */
+
+qv_status qv_backend_alloc(qv_backend *be, size_t bytes, void **out)
+{
+    return be->table->alloc(be, bytes, out);
+}
+
+void qv_backend_free(qv_backend *be, void *ptr)
+{
+    if (ptr)
+        be->table->free(be, ptr);
+}
+
+qv_status qv_backend_upload(qv_backend *be, void *dst, const void *src, size_t bytes)
+{
+    return bytes ? be->table->upload(be, dst, src, bytes) : QV_OK;
+}
+
+qv_status qv_backend_download(qv_backend *be, void *dst, const void *src, size_t bytes)
+{
+    return bytes ? be->table->download(be, dst, src, bytes) : QV_OK;
+}
+
+qv_status qv_backend_zero(qv_backend *be, void *dst, size_t bytes)
+{
+    return bytes ? be->table->zero(be, dst, bytes) : QV_OK;
+}
+
+qv_status qv_backend_sync(qv_backend *be)
+{
+    return be->table->sync(be);
+}
+
+/* --- Checks ------------------------------------------------------------------------------- */
+
+#define ANY (-1) /* a size that may be anything */
+
+/* "f32[4, *]" */
+static const char *describe_wanted(qv_dtype dtype, int n_dims, const int64_t *shape, char *buf,
+                                   size_t size)
+{
+    qv_tensor t = {.dtype = dtype, .n_dims = 0};
+    qv_tensor_describe(&t, buf, size);
+    size_t used = strlen(buf) - 1; /* write over the bracket that closes */
+    for (int i = 0; i < n_dims && used < size; i++) {
+        const char *comma = i ? ", " : "";
+        used += (size_t)(shape[i] == ANY ? snprintf(buf + used, size - used, "%s*", comma)
+                                         : snprintf(buf + used, size - used, "%s%lld", comma,
+                                                    (long long)shape[i]));
+    }
+    if (used < size)
+        snprintf(buf + used, size - used, "]");
+    return buf;
+}
+
+static qv_status expect(const char *op, const char *arg, const qv_tensor *t, qv_dtype dtype,
+                        int n_dims, const int64_t *shape)
+{
+    bool fits = t->dtype == dtype && t->n_dims == n_dims;
+    for (int i = 0; fits && i < n_dims; i++)
+        fits = t->shape[i] >= 0 && (shape[i] == ANY || t->shape[i] == shape[i]);
+    if (!fits) {
+        char have[128], want[128];
+        return qv_fail(QV_ERR_SHAPE, "%s: %s is %s, but needs %s", op, arg,
+                       qv_tensor_describe(t, have, sizeof have),
+                       describe_wanted(dtype, n_dims, shape, want, sizeof want));
+    }
+    if (t->shape[n_dims - 1] > 1 && t->stride[n_dims - 1] != 1)
+        return qv_fail(QV_ERR_SHAPE, "%s: %s has stride %lld in its last dimension, but needs 1",
+                       op, arg, (long long)t->stride[n_dims - 1]);
+    if (!t->data && qv_tensor_count(t) > 0)
+        return qv_fail(QV_ERR_ARG, "%s: %s has no memory", op, arg);
+    return QV_OK;
+}
+
+static qv_status expect_contiguous(const char *op, const char *arg, const qv_tensor *t)
+{
+    char have[128];
+    if (qv_tensor_is_contiguous(t))
+        return QV_OK;
+    return qv_fail(QV_ERR_SHAPE, "%s: %s %s is not contiguous", op, arg,
+                   qv_tensor_describe(t, have, sizeof have));
+}
+
+/* The sizes follow the dtype: EXPECT("add", delta, QV_F32, n_tokens, ANY). */
+#define EXPECT(op, t, dtype, ...)                                                                  \
+    QV_TRY(expect(op, #t, &(t), dtype, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),  \
+                  (int64_t[]){__VA_ARGS__}))
+#define EXPECT_CONTIGUOUS(op, t, dtype, ...)                                                       \
+    do {                                                                                           \
+        EXPECT(op, t, dtype, __VA_ARGS__);                                                         \
+        QV_TRY(expect_contiguous(op, #t, &(t)));                                                   \
+    } while (0)
+
+static bool is_weight_dtype(qv_dtype dtype)
+{
+    return dtype == QV_F32 || dtype == QV_BF16;
+}
+
+/* [T, d] as [T, 1, d]. */
+static qv_tensor as_3d(qv_tensor t)
+{
+    return t.n_dims == 2 ? qv_tensor_split(t, 1, t.shape[1]) : t;
+}
+
+/* --- Weights ------------------------------------------------------------------------------ */
+
+static qv_status new_weight(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
+                            qv_dtype dtype, qv_weight **out)
+{
+    const int64_t most = INT64_C(1) << 31;
+    if (n_out <= 0 || n_in <= 0 || n_out > most || n_in > most)
+        return qv_fail(QV_ERR_SHAPE, "weight: [%lld, %lld] is not a size of a matrix",
+                       (long long)n_out, (long long)n_in);
+    if (!is_weight_dtype(dtype))
+        return qv_fail(QV_ERR_UNSUPPORTED, "weight: stored as F32 or BF16, not %s",
+                       qv_dtype_name(dtype));
+    return be->table->weight_new(be, n_experts, n_out, n_in, dtype, out);
+}
+
+qv_status qv_weight_new(qv_backend *be, int64_t n_out, int64_t n_in, qv_dtype dtype,
+                        qv_weight **out)
+{
+    return new_weight(be, 0, n_out, n_in, dtype, out);
+}
+
+qv_status qv_weight_new_experts(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
+                                qv_dtype dtype, qv_weight **out)
+{
+    if (n_experts <= 0 || n_experts > INT32_MAX)
+        return qv_fail(QV_ERR_SHAPE, "weight: %lld experts", (long long)n_experts);
+    return new_weight(be, n_experts, n_out, n_in, dtype, out);
+}
+
+void qv_weight_free(qv_backend *be, qv_weight *w)
+{
+    if (w)
+        be->table->weight_free(be, w);
+}
+
+static qv_status load_weight(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
+                             int64_t n_rows, const void *src, qv_dtype src_dtype,
+                             int64_t src_stride)
+{
+    if (row < 0 || n_rows < 0 || row > w->n_out - n_rows)
+        return qv_fail(QV_ERR_SHAPE, "weight: rows %lld to %lld of a matrix of %lld rows",
+                       (long long)row, (long long)row + (long long)n_rows - 1, (long long)w->n_out);
+    if (src_stride < w->n_in)
+        return qv_fail(QV_ERR_SHAPE,
+                       "weight: stride %lld of the source is less than the %lld columns",
+                       (long long)src_stride, (long long)w->n_in);
+    if (src_dtype != QV_F32 && src_dtype != QV_BF16 && src_dtype != QV_F16)
+        return qv_fail(QV_ERR_UNSUPPORTED, "weight: loads from F32, BF16 or F16, not %s",
+                       qv_dtype_name(src_dtype));
+    return n_rows ? be->table->weight_load(be, w, expert, row, n_rows, src, src_dtype, src_stride)
+                  : QV_OK;
+}
+
+qv_status qv_weight_load(qv_backend *be, qv_weight *w, int64_t row, int64_t n_rows, const void *src,
+                         qv_dtype src_dtype, int64_t src_stride)
+{
+    QV_ASSERT(w->n_experts == 0);
+    return load_weight(be, w, 0, row, n_rows, src, src_dtype, src_stride);
+}
+
+qv_status qv_weight_load_expert(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
+                                int64_t n_rows, const void *src, qv_dtype src_dtype,
+                                int64_t src_stride)
+{
+    if (expert < 0 || expert >= w->n_experts)
+        return qv_fail(QV_ERR_SHAPE, "weight: expert %lld of %lld", (long long)expert,
+                       (long long)w->n_experts);
+    return load_weight(be, w, expert, row, n_rows, src, src_dtype, src_stride);
+}
+
+int64_t qv_weight_n_experts(const qv_weight *w)
+{
+    return w->n_experts;
+}
+
+int64_t qv_weight_n_out(const qv_weight *w)
+{
+    return w->n_out;
+}
+
+int64_t qv_weight_n_in(const qv_weight *w)
+{
+    return w->n_in;
+}
+
+size_t qv_weight_bytes(int64_t n_out, int64_t n_in, qv_dtype dtype)
+{
+    size_t padded_rows = ((size_t)n_out + 15) / 16 * 16; /* backends pad rows to tiles of 16 */
+    size_t row_bytes = (size_t)n_in * qv_dtype_size(dtype), bytes;
+    return __builtin_mul_overflow(padded_rows, row_bytes, &bytes) ? SIZE_MAX : bytes;
+}
+
+/* --- Dense ops ---------------------------------------------------------------------------- */
+
+qv_status qv_op_embed(qv_backend *be, qv_tensor table, const int32_t *ids, qv_tensor y)
+{
+    EXPECT("embed", table, table.dtype == QV_BF16 ? QV_BF16 : QV_F32, ANY, ANY);
+    EXPECT("embed", y, be->table->activation_dtype, ANY, table.shape[1]);
+    return y.shape[0] ? be->ops->embed(be, table, ids, y) : QV_OK;
+}
+
+static qv_status check_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y,
+                              qv_dtype y_dtype)
+{
+    QV_ASSERT(w->backend == be && w->n_experts == 0);
+    EXPECT("linear", x, be->table->activation_dtype, ANY, w->n_in);
+    EXPECT("linear", y, y_dtype, x.shape[0], w->n_out);
+    return QV_OK;
+}
+
+qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    QV_TRY(check_linear(be, w, x, y, be->table->activation_dtype));
+    return x.shape[0] ? be->ops->linear(be, w, x, y) : QV_OK;
+}
+
+qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    QV_TRY(check_linear(be, w, x, y, QV_F32));
+    return x.shape[0] ? be->ops->linear_f32(be, w, x, y) : QV_OK;
+}
+
+qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
+                         qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    if (x.n_dims == 2)
+        EXPECT("rms_norm", y, act, x.shape[0], x.shape[1]);
+    x = as_3d(x);
+    y = as_3d(y);
+    EXPECT("rms_norm", x, act, ANY, ANY, ANY);
+    EXPECT("rms_norm", y, act, x.shape[0], x.shape[1], x.shape[2]);
+    EXPECT("rms_norm", w, QV_F32, x.shape[2]);
+    return qv_tensor_count(&x) ? be->ops->rms_norm(be, x, w, eps, plus_one, y) : QV_OK;
+}
+
+qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                             float eps, bool plus_one, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("add_rms_norm", residual, act, ANY, ANY);
+    EXPECT("add_rms_norm", delta, act, residual.shape[0], residual.shape[1]);
+    EXPECT("add_rms_norm", y, act, residual.shape[0], residual.shape[1]);
+    EXPECT("add_rms_norm", w, QV_F32, residual.shape[1]);
+    return qv_tensor_count(&residual)
+               ? be->ops->add_rms_norm(be, residual, delta, w, eps, plus_one, y)
+               : QV_OK;
+}
+
+qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
+                               bool gate_first, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("gated_rms_norm", x, act, ANY, ANY, ANY);
+    EXPECT("gated_rms_norm", z, act, x.shape[0], x.shape[1], x.shape[2]);
+    EXPECT("gated_rms_norm", y, act, x.shape[0], x.shape[1], x.shape[2]);
+    EXPECT("gated_rms_norm", w, QV_F32, gate_first ? x.shape[1] * x.shape[2] : x.shape[2]);
+    return qv_tensor_count(&x) ? be->ops->gated_rms_norm(be, x, z, w, eps, gate_first, y) : QV_OK;
+}
+
+qv_status qv_op_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("swiglu", gate, act, ANY, ANY);
+    EXPECT("swiglu", up, act, gate.shape[0], gate.shape[1]);
+    EXPECT("swiglu", y, act, gate.shape[0], gate.shape[1]);
+    return qv_tensor_count(&y) ? be->ops->swiglu(be, gate, up, y) : QV_OK;
+}
+
+qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("sigmoid_gate", x, act, ANY, ANY, ANY);
+    EXPECT("sigmoid_gate", gate, act, x.shape[0], x.shape[1], x.shape[2]);
+    return qv_tensor_count(&x) ? be->ops->sigmoid_gate(be, x, gate) : QV_OK;
+}
+
+qv_status qv_op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("sigmoid_scale", x, act, ANY, ANY);
+    EXPECT("sigmoid_scale", gate, act, x.shape[0], 1);
+    return qv_tensor_count(&x) ? be->ops->sigmoid_scale(be, x, gate) : QV_OK;
+}
+
+qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("relu2", x, act, ANY, ANY);
+    EXPECT("relu2", y, act, x.shape[0], x.shape[1]);
+    return qv_tensor_count(&y) ? be->ops->relu2(be, x, y) : QV_OK;
+}
+
+qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("add", residual, act, ANY, ANY);
+    EXPECT("add", delta, act, residual.shape[0], residual.shape[1]);
+    return qv_tensor_count(&delta) ? be->ops->add(be, residual, delta) : QV_OK;
+}
+
+qv_status qv_op_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("gather_rows", x, act, ANY, ANY);
+    EXPECT("gather_rows", y, act, ANY, x.shape[1]);
+    return qv_tensor_count(&y) ? be->ops->gather_rows(be, x, rows, y) : QV_OK;
+}
+
+/* --- LoRA --------------------------------------------------------------------------------- */
+
+static qv_status check_slices(const char *op, int32_t n_slices, const int64_t *start, int64_t n_out)
+{
+    int64_t last = 0;
+    for (int32_t i = 0; i <= n_slices; i++) {
+        if (start[i] < last || start[i] > n_out)
+            return qv_fail(QV_ERR_SHAPE, "%s: slice %d starts at row %lld, after row %lld of %lld",
+                           op, i, (long long)start[i], (long long)last, (long long)n_out);
+        last = start[i];
+    }
+    return QV_OK;
+}
+
+static qv_status check_scratch(const char *op, qv_tensor scratch, const char *rows, int64_t n_rows,
+                               int32_t n_slices, int32_t max_rank)
+{
+    EXPECT_CONTIGUOUS(op, scratch, QV_F32, ANY, n_slices, max_rank);
+    if (scratch.shape[0] < n_rows)
+        return qv_fail(QV_ERR_LIMIT, "%s: scratch for %lld %s, but there are %lld", op,
+                       (long long)scratch.shape[0], rows, (long long)n_rows);
+    return QV_OK;
+}
+
+static qv_status check_lora(qv_backend *be, const qv_lora_site *site, qv_tensor x,
+                            qv_tensor scratch, qv_tensor y, qv_dtype y_dtype)
+{
+    qv_dtype dtype = site->a.dtype == QV_BF16 ? QV_BF16 : QV_F32;
+    const qv_tensor a = site->a, b = site->b;
+    EXPECT_CONTIGUOUS("lora", a, dtype, site->n_slots, site->n_slices, site->max_rank, site->n_in);
+    EXPECT_CONTIGUOUS("lora", b, dtype, site->n_slots, site->max_rank, site->n_out);
+    QV_TRY(check_slices("lora", site->n_slices, site->slice_start, site->n_out));
+    EXPECT("lora", x, be->table->activation_dtype, ANY, site->n_in);
+    EXPECT("lora", y, y_dtype, x.shape[0], site->n_out);
+    return check_scratch("lora", scratch, "tokens", x.shape[0], site->n_slices, site->max_rank);
+}
+
+qv_status qv_op_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
+                     const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
+                     qv_tensor scratch, qv_tensor y)
+{
+    QV_TRY(check_lora(be, site, x, scratch, y, be->table->activation_dtype));
+    return x.shape[0] && n_segs > 0
+               ? be->ops->lora(be, site, n_segs, seg_start, seg_slot, x, scratch, y)
+               : QV_OK;
+}
+
+qv_status qv_op_lora_f32(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
+                         const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
+                         qv_tensor scratch, qv_tensor y)
+{
+    QV_TRY(check_lora(be, site, x, scratch, y, QV_F32));
+    return x.shape[0] && n_segs > 0
+               ? be->ops->lora_f32(be, site, n_segs, seg_start, seg_slot, x, scratch, y)
+               : QV_OK;
+}
+
+qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,
+                           const int32_t *seg_start, const int32_t *seg_slot, const int32_t *ids,
+                           qv_tensor y)
+{
+    EXPECT("embed_lora", y, be->table->activation_dtype, ANY, site->n_out);
+    if (!is_weight_dtype(site->dtype))
+        return qv_fail(QV_ERR_UNSUPPORTED, "embed_lora: A and B are F32 or BF16, not %s",
+                       qv_dtype_name(site->dtype));
+    return y.shape[0] && n_segs > 0
+               ? be->ops->embed_lora(be, site, n_segs, seg_start, seg_slot, ids, y)
+               : QV_OK;
+}
+
+/* --- Attention ---------------------------------------------------------------------------- */
+
+static qv_status check_kv(const char *op, const qv_backend *be, const qv_kv_layer *kv)
+{
+    qv_dtype dtype = be->table->kv_dtype;
+    const qv_tensor k = kv->k, v = kv->v;
+    EXPECT_CONTIGUOUS(op, k, dtype, ANY, kv->page_tokens, ANY, ANY);
+    EXPECT_CONTIGUOUS(op, v, dtype, k.shape[0], k.shape[1], k.shape[2], k.shape[3]);
+    if (kv->page_tokens <= 0)
+        return qv_fail(QV_ERR_ARG, "%s: pages of %d tokens", op, kv->page_tokens);
+    return QV_OK;
+}
+
+static qv_status check_head_groups(const char *op, int64_t n_heads, int64_t n_groups)
+{
+    if (n_groups <= 0 || n_heads % n_groups != 0)
+        return qv_fail(QV_ERR_SHAPE, "%s: %lld heads do not share %lld heads evenly", op,
+                       (long long)n_heads, (long long)n_groups);
+    return QV_OK;
+}
+
+qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,
+                              qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
+{
+    const char *op = "rope_kv_write";
+    qv_dtype act = be->table->activation_dtype;
+    QV_TRY(check_kv(op, be, kv));
+    int64_t n_tokens = batch->n_tokens, n_kv = kv->k.shape[2], d = kv->k.shape[3];
+    EXPECT(op, q, act, n_tokens, ANY, d);
+    EXPECT(op, k, act, n_tokens, n_kv, d);
+    EXPECT(op, v, act, n_tokens, n_kv, d);
+    if (rotary_dim < 0 || rotary_dim > d || rotary_dim % 2 != 0)
+        return qv_fail(QV_ERR_SHAPE, "%s: %d rotary dimensions of %lld", op, rotary_dim,
+                       (long long)d);
+    if (rotary_dim > 0 && !(theta > 0 && isfinite(theta)))
+        return qv_fail(QV_ERR_ARG, "%s: theta %g", op, theta);
+    return n_tokens ? be->ops->rope_kv_write(be, batch, rotary_dim, theta, q, k, v, kv) : QV_OK;
+}
+
+qv_status qv_op_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv, float scale,
+                          qv_tensor q, qv_tensor o)
+{
+    const char *op = "attention";
+    qv_dtype act = be->table->activation_dtype;
+    QV_TRY(check_kv(op, be, kv));
+    EXPECT(op, q, act, batch->n_tokens, ANY, kv->k.shape[3]);
+    EXPECT(op, o, act, batch->n_tokens, q.shape[1], q.shape[2]);
+    QV_TRY(check_head_groups(op, q.shape[1], kv->k.shape[2]));
+    return qv_tensor_count(&q) ? be->ops->attention(be, batch, kv, scale, q, o) : QV_OK;
+}
+
+/* --- Recurrent layers --------------------------------------------------------------------- */
+
+qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
+                       qv_tensor bias, qv_tensor state, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("conv1d", x, act, batch->n_tokens, ANY);
+    EXPECT("conv1d", y, act, batch->n_tokens, x.shape[1]);
+    EXPECT_CONTIGUOUS("conv1d", w, QV_F32, x.shape[1], ANY);
+    if (w.shape[1] < 1)
+        return qv_fail(QV_ERR_SHAPE, "conv1d: a kernel without taps");
+    EXPECT_CONTIGUOUS("conv1d", state, act, ANY, x.shape[1], w.shape[1] - 1);
+    if (bias.data)
+        EXPECT("conv1d", bias, QV_F32, x.shape[1]);
+    return qv_tensor_count(&x) ? be->ops->conv1d(be, batch, x, w, bias, state, y) : QV_OK;
+}
+
+qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
+{
+    qv_dtype act = be->table->activation_dtype;
+    int64_t n_tokens = batch->n_tokens;
+    const qv_tensor q = args->q, k = args->k, v = args->v, a = args->a, b = args->b, o = args->o;
+    const qv_tensor a_log = args->a_log, dt_bias = args->dt_bias, state = args->state;
+    EXPECT("gdn", q, act, n_tokens, ANY, ANY);
+    EXPECT("gdn", k, act, n_tokens, q.shape[1], q.shape[2]);
+    EXPECT("gdn", v, act, n_tokens, ANY, ANY);
+    EXPECT("gdn", o, act, n_tokens, v.shape[1], v.shape[2]);
+    EXPECT("gdn", a, act, n_tokens, v.shape[1]);
+    EXPECT("gdn", b, act, n_tokens, v.shape[1]);
+    EXPECT("gdn", a_log, QV_F32, v.shape[1]);
+    EXPECT("gdn", dt_bias, QV_F32, v.shape[1]);
+    EXPECT_CONTIGUOUS("gdn", state, QV_F32, ANY, v.shape[1], q.shape[2], v.shape[2]);
+    QV_TRY(check_head_groups("gdn", v.shape[1], q.shape[1]));
+    return qv_tensor_count(&v) ? be->ops->gdn(be, batch, args) : QV_OK;
+}
+
+qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
+{
+    qv_dtype act = be->table->activation_dtype;
+    int64_t n_tokens = batch->n_tokens;
+    const qv_tensor x = args->x, b = args->b, c = args->c, dt = args->dt, y = args->y;
+    const qv_tensor a_log = args->a_log, dt_bias = args->dt_bias, d_skip = args->d_skip;
+    const qv_tensor state = args->state;
+    EXPECT("ssd", x, act, n_tokens, ANY, ANY);
+    EXPECT("ssd", y, act, n_tokens, x.shape[1], x.shape[2]);
+    EXPECT("ssd", b, act, n_tokens, ANY, ANY);
+    EXPECT("ssd", c, act, n_tokens, b.shape[1], b.shape[2]);
+    EXPECT("ssd", dt, act, n_tokens, x.shape[1]);
+    EXPECT("ssd", a_log, QV_F32, x.shape[1]);
+    EXPECT("ssd", dt_bias, QV_F32, x.shape[1]);
+    EXPECT("ssd", d_skip, QV_F32, x.shape[1]);
+    EXPECT_CONTIGUOUS("ssd", state, QV_F32, ANY, x.shape[1], x.shape[2], b.shape[2]);
+    QV_TRY(check_head_groups("ssd", x.shape[1], b.shape[1]));
+    if (!(args->dt_min >= 0 && args->dt_min <= args->dt_max))
+        return qv_fail(QV_ERR_ARG, "ssd: dt from %g to %g", (double)args->dt_min,
+                       (double)args->dt_max);
+    return qv_tensor_count(&x) ? be->ops->ssd(be, batch, args) : QV_OK;
+}
+
+/* --- Mixture of experts ------------------------------------------------------------------- */
+
+static qv_status check_router(const qv_router *r, int64_t n_experts)
+{
+    if (r->top_k < 1 || r->top_k > n_experts)
+        return qv_fail(QV_ERR_ARG, "router: %d of %lld experts", r->top_k, (long long)n_experts);
+    if (r->n_groups < 1 || n_experts % r->n_groups != 0)
+        return qv_fail(QV_ERR_ARG, "router: %lld experts in %d groups", (long long)n_experts,
+                       r->n_groups);
+    if (r->topk_groups < 1 || r->topk_groups > r->n_groups ||
+        r->topk_groups * (n_experts / r->n_groups) < r->top_k)
+        return qv_fail(QV_ERR_ARG, "router: %d experts from %d of %d groups of %lld", r->top_k,
+                       r->topk_groups, r->n_groups, (long long)(n_experts / r->n_groups));
+    return QV_OK;
+}
+
+qv_status qv_op_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                       qv_tensor weights)
+{
+    EXPECT("router", logits, QV_F32, ANY, ANY);
+    QV_TRY(check_router(router, logits.shape[1]));
+    EXPECT_CONTIGUOUS("router", ids, QV_I32, logits.shape[0], router->top_k);
+    EXPECT_CONTIGUOUS("router", weights, QV_F32, logits.shape[0], router->top_k);
+    const qv_tensor bias = router->bias;
+    if (bias.data)
+        EXPECT("router", bias, QV_F32, logits.shape[1]);
+    return logits.shape[0] ? be->ops->router(be, router, logits, ids, weights) : QV_OK;
+}
+
+/* Bytes of a list's arrays, each on a boundary of 64; with memory, the list points into it. */
+static size_t lay_out_list(qv_moe_list *list, char *memory)
+{
+    size_t n_pairs = (size_t)list->max_tokens * (size_t)list->top_k;
+    size_t n_experts = (size_t)list->n_experts, used = 0;
+#define TAKE(field, n)                                                                             \
+    do {                                                                                           \
+        list->field = memory ? (void *)(memory + used) : NULL;                                     \
+        used += ((n) * sizeof *list->field + 63) / 64 * 64;                                        \
+    } while (0)
+    TAKE(expert_start, n_experts + 1);
+    TAKE(pair, n_pairs);
+    TAKE(place, n_pairs);
+    TAKE(n_runs, 1);
+    TAKE(runs, n_pairs);
+    TAKE(work, (n_pairs > n_experts ? n_pairs : n_experts) + 1);
+#undef TAKE
+    return used;
+}
+
+static bool is_list_size(int32_t n_experts, int32_t top_k, int32_t max_tokens)
+{
+    return n_experts >= 1 && top_k >= 1 && max_tokens >= 0 &&
+           (int64_t)max_tokens * top_k <= INT32_MAX;
+}
+
+size_t qv_moe_list_bytes(int32_t n_experts, int32_t top_k, int32_t max_tokens)
+{
+    if (!is_list_size(n_experts, top_k, max_tokens))
+        return SIZE_MAX;
+    qv_moe_list list = {.n_experts = n_experts, .top_k = top_k, .max_tokens = max_tokens};
+    return lay_out_list(&list, NULL);
+}
+
+qv_status qv_moe_list_init(qv_moe_list *list, int32_t n_experts, int32_t top_k, int32_t max_tokens,
+                           void *memory)
+{
+    if (!is_list_size(n_experts, top_k, max_tokens))
+        return qv_fail(QV_ERR_LIMIT, "moe list: %d of %d experts for %d tokens", top_k, n_experts,
+                       max_tokens);
+    *list = (qv_moe_list){.n_experts = n_experts, .top_k = top_k, .max_tokens = max_tokens};
+    lay_out_list(list, memory);
+    return QV_OK;
+}
+
+qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
+                          const int32_t *seg_slot, qv_moe_list *list)
+{
+    EXPECT_CONTIGUOUS("moe_route", ids, QV_I32, ANY, list->top_k);
+    if (ids.shape[0] > list->max_tokens)
+        return qv_fail(QV_ERR_LIMIT, "moe_route: %lld tokens in a list for %d",
+                       (long long)ids.shape[0], list->max_tokens);
+    list->n_tokens = (int32_t)ids.shape[0];
+    list->n_segs = n_segs;
+    list->seg_start = seg_start;
+    list->seg_slot = seg_slot;
+    return be->ops->moe_route(be, ids, list);
+}
+
+static int64_t n_pairs_of(const qv_moe_list *list)
+{
+    return (int64_t)list->n_tokens * list->top_k;
+}
+
+static int64_t n_rows_of(const qv_moe_list *list, qv_moe_rows rows)
+{
+    return rows == QV_MOE_TOKENS ? list->n_tokens : n_pairs_of(list);
+}
+
+qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,
+                           qv_moe_rows rows, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    QV_ASSERT(w->backend == be);
+    if (w->n_experts != list->n_experts)
+        return qv_fail(QV_ERR_SHAPE, "moe_linear: a weight of %lld experts, a list of %d",
+                       (long long)w->n_experts, list->n_experts);
+    EXPECT("moe_linear", x, act, n_rows_of(list, rows), w->n_in);
+    EXPECT("moe_linear", y, act, n_pairs_of(list), w->n_out);
+    return list->n_tokens ? be->ops->moe_linear(be, w, list, x, rows, y) : QV_OK;
+}
+
+static qv_status check_moe_site(const char *op, const qv_moe_lora_site *site,
+                                const qv_moe_list *list, qv_tensor scratch)
+{
+    if (site->n_experts != list->n_experts)
+        return qv_fail(QV_ERR_SHAPE, "%s: a site of %d experts, a list of %d", op, site->n_experts,
+                       list->n_experts);
+    if (!is_weight_dtype(site->dtype))
+        return qv_fail(QV_ERR_UNSUPPORTED, "%s: A and B are F32 or BF16, not %s", op,
+                       qv_dtype_name(site->dtype));
+    QV_TRY(check_slices(op, site->n_slices, site->slice_start, site->n_out));
+    return check_scratch(op, scratch, "pairs", n_pairs_of(list), site->n_slices, site->max_rank);
+}
+
+qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_moe_list *list,
+                         qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    QV_TRY(check_moe_site("moe_lora", site, list, scratch));
+    EXPECT("moe_lora", x, act, n_rows_of(list, rows), site->n_in);
+    EXPECT("moe_lora", y, act, n_pairs_of(list), site->n_out);
+    return list->n_tokens ? be->ops->moe_lora(be, site, list, x, rows, scratch, y) : QV_OK;
+}
+
+qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
+                            const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT_CONTIGUOUS("moe_combine", weights, QV_F32, list->n_tokens, list->top_k);
+    EXPECT("moe_combine", o, act, n_pairs_of(list), ANY);
+    EXPECT("moe_combine", y, act, list->n_tokens, site ? site->n_out : o.shape[1]);
+    if (o.shape[1] != y.shape[1])
+        return qv_fail(QV_ERR_SHAPE, "moe_combine: rows of %lld into rows of %lld",
+                       (long long)o.shape[1], (long long)y.shape[1]);
+    if (site)
+        QV_TRY(check_moe_site("moe_combine", site, list, scratch));
+    return qv_tensor_count(&y) ? be->ops->moe_combine(be, list, weights, o, site, scratch, y)
+                               : QV_OK;
+}
+
+/* --- Sampling ----------------------------------------------------------------------------- */
+
+static qv_status check_ids(const char *what, int64_t row, const int32_t *ids, int32_t n,
+                           int64_t n_vocab)
+{
+    for (int32_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab)
+            return qv_fail(QV_ERR_ARG, "sample: row %lld: %s %d is not below %lld", (long long)row,
+                           what, ids[i], (long long)n_vocab);
+    return QV_OK;
+}
+
+static qv_status check_sample_row(int64_t i, const qv_sample_row *row, int64_t n_vocab)
+{
+#define CHECK(cond, format, value)                                                                 \
+    if (!(cond))                                                                                   \
+    return qv_fail(QV_ERR_ARG, "sample: row %lld: " format, (long long)i, value)
+    CHECK(row->target < n_vocab, "target %d is not in the vocabulary", row->target);
+    CHECK(row->n_top <= QV_MAX_TOP_LOGPROBS, "%d alternatives", row->n_top);
+    if (row->target >= 0)
+        return QV_OK;
+    CHECK(row->temperature >= 0 && isfinite(row->temperature), "temperature %g",
+          (double)row->temperature);
+    CHECK(row->top_k >= 0, "top_k %d", row->top_k);
+    CHECK(row->top_p >= 0, "top_p %g", (double)row->top_p);
+    CHECK(row->min_p >= 0, "min_p %g", (double)row->min_p);
+    CHECK(row->repetition_penalty > 0, "repetition_penalty %g", (double)row->repetition_penalty);
+    CHECK(isfinite(row->presence_penalty), "presence_penalty %g", (double)row->presence_penalty);
+    CHECK(isfinite(row->frequency_penalty), "frequency_penalty %g", (double)row->frequency_penalty);
+    CHECK(row->n_prompt >= 0 && row->n_prompt <= row->n_tokens, "%d prompt tokens", row->n_prompt);
+    CHECK(row->n_banned >= 0, "%d banned tokens", row->n_banned);
+#undef CHECK
+    QV_TRY(check_ids("token", i, row->tokens, row->tokens ? row->n_tokens : 0, n_vocab));
+    return check_ids("banned token", i, row->banned, row->n_banned, n_vocab);
+}
+
+qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,
+                       qv_sample_result *results)
+{
+    EXPECT("sample", logits, QV_F32, ANY, ANY);
+    if (logits.shape[0] == 0)
+        return QV_OK;
+    if (n_valid <= 0 || n_valid > logits.shape[1])
+        return qv_fail(QV_ERR_SHAPE, "sample: %d valid tokens of %lld columns", n_valid,
+                       (long long)logits.shape[1]);
+    for (int64_t i = 0; i < logits.shape[0]; i++)
+        QV_TRY(check_sample_row(i, &rows[i], logits.shape[1]));
+    return be->ops->sample(be, logits, n_valid, rows, results);
+}

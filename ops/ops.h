@@ -1,0 +1,464 @@
+/* What every operation means, and the backends that do it.
+ *
+ * Each qv_op_* function checks its arguments once for all backends (shapes, dtypes, strides) and
+ * then calls the backend's entry of the same name. The CPU backend is the definition: float32
+ * throughout, measured against these formulas in double precision by its tests. A backend belongs
+ * to one thread (the engine's) unless a function says otherwise. No op allocates: scratch is
+ * planned when the backend and the model open.
+ *
+ * Exactness rule of the CPU backend: what is computed for a token depends on nothing but its own
+ * sequence and adapter - not on the rest of the batch, the chunking of its prompt, or the number of
+ * threads. Every reduction runs in an order fixed by its own length. So batches, chunks and
+ * preemption change no bit of any answer.
+ *
+ * Arithmetic: with "bf16" the CPU keeps float32 storage, but what an op reads as activations and
+ * what it writes are numbers that BF16 can hold, as between the kernels of a device that computes
+ * in BF16. Inside an op everything stays float32 and is rounded once, when it is stored, to nearest
+ * even. Keys and values in pages and the inputs that a convolution keeps are activations and are
+ * rounded too, A and B of adapters are BF16. Not rounded: recurrent state, the router's weights,
+ * logits, and results of the ops whose name ends in _f32.
+ */
+#ifndef QV_OPS_OPS_H
+#define QV_OPS_OPS_H
+
+#include "ops/batch.h"
+#include "ops/tensor.h"
+
+typedef struct qv_backend qv_backend;
+
+typedef struct {
+    const char *name;       /* "cpu" (or "cuda" when built in) */
+    int n_threads;          /* CPU: threads including the caller's; 0 = all cores */
+    int device;             /* CUDA: ordinal */
+    const char *gemm;       /* CPU: "exact" (ours, default when NULL) or "openblas" (float32 GEMM by
+                             * OpenBLAS: whether a row is computed alone or with others may change its
+                             * last bits, so the exactness rule does not hold) */
+    const char *isa;        /* CPU: "avx512", "avx2" or "baseline"; NULL = the widest there is */
+    const char *arithmetic; /* CPU: "f32" (default when NULL) or "bf16": what a device that computes
+                             * in BF16 does, see below */
+} qv_backend_options;
+
+/* Errors: NOT_FOUND (no such backend in this build, names those there are), ARG and UNSUPPORTED (an
+ * option), LIMIT (threads), DEVICE, NOMEM. */
+qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out);
+void qv_backend_close(qv_backend *be);
+const char *qv_backend_name(const qv_backend *be);
+const char *qv_backend_describe(const qv_backend *be); /* "cpu, 2 threads, avx512, exact gemm" */
+qv_dtype qv_backend_activation_dtype(const qv_backend *be); /* CPU: F32 */
+qv_dtype qv_backend_lora_dtype(const qv_backend *be);       /* CPU: F32; with "bf16", BF16 */
+qv_dtype qv_backend_kv_dtype(const qv_backend *be);         /* CPU: F32 */
+
+/* Set aside the scratch of ops that need some, for steps of up to these sizes (each >= 0). Called
+ * once the model's sizes are known and before its first step; again to grow. qv_op_sample beyond
+ * what was reserved fails with LIMIT. Errors: ARG, NOMEM. */
+typedef struct {
+    int32_t max_tokens; /* tokens of one step */
+    int32_t max_logits; /* rows of logits of one step */
+    int32_t n_vocab;    /* columns of the logits */
+} qv_backend_limits;
+
+qv_status qv_backend_reserve(qv_backend *be, const qv_backend_limits *limits);
+
+/* --- Memory: any thread ------------------------------------------------------------------- */
+
+/* Zero-filled, 64-byte aligned memory of the backend. Errors: NOMEM (names the size). */
+qv_status qv_backend_alloc(qv_backend *be, size_t bytes, void **out);
+void qv_backend_free(qv_backend *be, void *ptr);
+/* Host to backend, backend to host, fill. Complete when they return. */
+qv_status qv_backend_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
+qv_status qv_backend_download(qv_backend *be, void *dst, const void *src, size_t bytes);
+qv_status qv_backend_zero(qv_backend *be, void *dst, size_t bytes);
+/* Wait until everything enqueued so far has finished (CPU: nothing to wait for). */
+qv_status qv_backend_sync(qv_backend *be);
+
+/* --- Weights ------------------------------------------------------------------------------ */
+
+/* A matrix [n_out, n_in] in the backend's own arrangement: the right operand of qv_op_linear. It
+ * has a format, not just a dtype, so that quantised formats can join. */
+typedef struct qv_weight qv_weight;
+
+/* dtype of storage: BF16 or F32. All zero. Errors: NOMEM. */
+qv_status qv_weight_new(qv_backend *be, int64_t n_out, int64_t n_in, qv_dtype dtype,
+                        qv_weight **out);
+void qv_weight_free(qv_backend *be, qv_weight *w);
+/* Fill rows [row, row + n_rows) from host memory `src` [n_rows, n_in] of `src_dtype` (F32, BF16,
+ * F16), `src_stride` elements between rows. Any thread, disjoint rows at once. Errors: SHAPE,
+ * UNSUPPORTED. */
+qv_status qv_weight_load(qv_backend *be, qv_weight *w, int64_t row, int64_t n_rows, const void *src,
+                         qv_dtype src_dtype, int64_t src_stride);
+/* E matrices of one shape, the right operand of qv_op_moe_linear; qv_weight_load fills plain ones
+ * only, qv_weight_load_expert the others, in the same way. Errors: as above, SHAPE (no such
+ * expert). */
+qv_status qv_weight_new_experts(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
+                                qv_dtype dtype, qv_weight **out);
+qv_status qv_weight_load_expert(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
+                                int64_t n_rows, const void *src, qv_dtype src_dtype,
+                                int64_t src_stride);
+int64_t qv_weight_n_experts(const qv_weight *w); /* 0: a plain matrix */
+int64_t qv_weight_n_out(const qv_weight *w);
+int64_t qv_weight_n_in(const qv_weight *w);
+/* For the memory plan; SIZE_MAX when no size_t can say it. */
+size_t qv_weight_bytes(int64_t n_out, int64_t n_in, qv_dtype dtype);
+
+/* --- LoRA pool: one layout everywhere (reference: docs/lora.md) --------------------------------
+ *
+ * One qv_lora_site per fused projection of a layer. `n_slices` contiguous output ranges; adapter
+ * slots `n_slots`; pool rank R. Planes are spaced by R, so no offset depends on a loaded rank; rows
+ * of A at and above the rank, those of B (kept transposed, so that expand reads along the output)
+ * and planes without a pair are zero.
+ */
+typedef struct {
+    int32_t plane; /* which plane of A this slice reads (slices of one module share a plane) */
+    int32_t rank;  /* 0: no delta for this slice */
+    float scale;   /* applied in float32 when B is */
+    int32_t reserved;
+} qv_lora_slice;
+
+typedef struct {
+    int64_t n_in, n_out;
+    int32_t n_slices, n_slots, max_rank;
+    const int64_t *slice_start; /* [n_slices + 1] output rows; host memory */
+    qv_tensor a;                /* [n_slots, n_slices (planes), max_rank, n_in] */
+    qv_tensor b;                /* [n_slots, max_rank, n_out] */
+    qv_lora_slice *slices;      /* [n_slots, n_slices], backend memory */
+    const uint8_t *slot_active; /* [n_slots] host memory: 0 = every rank of the slot is 0 here */
+} qv_lora_site;
+
+/* y[t, rows of slice] += scale * B (A x[t]) for the tokens of each segment whose slot has a pair.
+ *   x [n, n_in], y [n, n_out] activation dtype (any row stride)
+ *   segments: seg_start [n_segs + 1], seg_slot [n_segs] (-1 = none, rows untouched bit for bit)
+ *   scratch: float32 [n, n_slices, max_rank]
+ * The intermediate is float32; y is read, added to in float32, and rounded once.
+ * Source: LoRA, y = W x + s B (A x). Errors: SHAPE, LIMIT (scratch; pool ranks above 512). */
+qv_status qv_op_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
+                     const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
+                     qv_tensor scratch, qv_tensor y);
+/* The same with y F32, never rounded: what qv_op_linear_f32 gave. */
+qv_status qv_op_lora_f32(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
+                         const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
+                         qv_tensor scratch, qv_tensor y);
+
+/* LoRA of the embedding. A is stored by token, so that a lookup reads one row. Slots have memory of
+ * their own, because V rows of A are worth it only for adapters that have such a pair. */
+typedef struct {
+    void *a;          /* [n_vocab, max_rank] LoRA dtype: row id is column id of the adapter's A */
+    void *b;          /* [max_rank, n_out] LoRA dtype */
+    int32_t max_rank; /* spacing of rows of A; what is at and above the rank is never read */
+    int32_t rank;
+    float scale;
+    int32_t reserved;
+} qv_embed_lora_slot;
+
+typedef struct {
+    int64_t n_vocab, n_out;
+    int32_t n_slots;
+    int32_t max_rank;           /* no slot's is larger */
+    qv_dtype dtype;             /* of A and B: F32 or BF16 */
+    qv_embed_lora_slot *slots;  /* [n_slots], backend memory */
+    const uint8_t *slot_active; /* [n_slots] host memory: 0 = no pair, its entry is not read */
+} qv_embed_lora_site;
+
+/* y[t] += scale * B A[:, ids[t]] for the tokens of each segment whose slot has a pair. y [n,
+ * n_out]; ids in range (checked by the caller); segments as in qv_op_lora. Errors: SHAPE, LIMIT. */
+qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,
+                           const int32_t *seg_start, const int32_t *seg_slot, const int32_t *ids,
+                           qv_tensor y);
+
+/* --- Dense ops: T tokens, activation dtype unless said ------------------------------------ */
+
+/* y[t, :] = table[ids[t], :]. table [n_vocab, d] BF16 or F32; the caller has checked the ids. */
+qv_status qv_op_embed(qv_backend *be, qv_tensor table, const int32_t *ids, qv_tensor y);
+
+/* y [T, n_out] = x [T, n_in] W^T. Sums in float32. x and y may have any row stride. */
+qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+/* The same with y F32 whatever the activation dtype, never rounded: logits of the head, and of
+ * routers that decide in float32. */
+qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+
+/* y = x * rsqrt(mean(x^2) + eps) * g over the last dimension, g = w or 1 + w (`plus_one`).
+ * x, y [T, d] or [T, n, d] (strided rows), w [d] F32. In place allowed. */
+qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
+                         qv_tensor y);
+
+/* residual += delta; y = rms_norm(residual). residual, delta, y [T, d]. */
+qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                             float eps, bool plus_one, qv_tensor y);
+
+/* Gated RMS norm over groups of the last dimension. x, z, y [T, n, d] (strided), w [d] when every
+ * row n shares it (Qwen: norm over d, weight, then * silu(z)), or [n * d] with `gate_first`
+ * (Nemotron: u = x * silu(z), norm over each group d, weight). */
+qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
+                               bool gate_first, qv_tensor y);
+
+/* y[t, i] = silu(gate[t, i]) * up[t, i]. All [T, d], strided rows; y may be gate or up. */
+qv_status qv_op_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_tensor y);
+
+/* x[t, n, i] *= sigmoid(gate[t, n, i]). x, gate [T, n, d], strided. */
+qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate);
+
+/* x[t, i] *= sigmoid(gate[t, 0]): one gate a token. x [T, d], gate [T, 1], strided. */
+qv_status qv_op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate);
+
+/* y[t, i] = max(x[t, i], 0)^2. x, y [T, d], strided; in place allowed. */
+qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y);
+
+/* residual += delta. [T, d]. */
+qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta);
+
+/* y[i, :] = x[rows[i], :]. */
+qv_status qv_op_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y);
+
+/* --- Attention over paged KV -------------------------------------------------------------- */
+
+typedef struct {
+    qv_tensor k, v; /* [n_pages, page_tokens, n_kv_heads, head_dim] of one layer */
+    int32_t page_tokens;
+} qv_kv_layer;
+
+/* Rotate q and k and write k, v into their pages.
+ * q [T, n_heads, d] rotated in place; k [T, n_kv, d] (rotated on the way), v [T, n_kv, d]; strided.
+ * The first rotary_dim of each head rotate in NeoX halves: pair (i, i + rotary_dim/2), angle
+ * pos * theta^(-2i/rotary_dim), computed in double, applied in float32. rotary_dim 0: no rotation.
+ */
+qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,
+                              qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
+
+/* Causal attention of each token over positions 0..pos of its sequence, read from the pages (this
+ * step's keys and values included). q, o [T, n_heads, d], head h reads KV head h / (n_heads /
+ * n_kv). o = softmax(scale * q k^T) v. */
+qv_status qv_op_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv, float scale,
+                          qv_tensor q, qv_tensor o);
+
+/* --- Recurrent layers --------------------------------------------------------------------- */
+
+/* Causal depthwise convolution over time with SiLU, per sequence, state carried across steps.
+ * x [T, C] strided; w [C, K] F32 (w[:, K-1] meets the current token); bias [C] F32 or empty;
+ * state [n_slots, C, K-1] activation dtype: the last K-1 inputs, oldest first; y [T, C]. */
+qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
+                       qv_tensor bias, qv_tensor state, qv_tensor y);
+
+typedef struct {
+    qv_tensor q, k;    /* [T, n_k_heads, d_k] after the convolution, not yet normalised */
+    qv_tensor v;       /* [T, n_v_heads, d_v] */
+    qv_tensor a, b;    /* [T, n_v_heads] raw projections */
+    qv_tensor a_log;   /* [n_v_heads] F32 */
+    qv_tensor dt_bias; /* [n_v_heads] F32 */
+    qv_tensor state;   /* [n_slots, n_v_heads, d_k, d_v] F32, in and out */
+    qv_tensor o;       /* [T, n_v_heads, d_v] */
+} qv_gdn_args;
+
+/* Gated delta rule, one token after the other (value head i reads key head i / (n_v / n_k)):
+ *   q^ = q / sqrt(sum q^2 + 1e-6) / sqrt(d_k),  k^ = k / sqrt(sum k^2 + 1e-6)
+ *   g = -exp(a_log) softplus(a + dt_bias),  beta = sigmoid(b)
+ *   S = exp(g) S;  e = beta (v - S^T k^);  S += k^ e^T;  o = S^T q^
+ * Source: Gated DeltaNet as in Qwen3.5. */
+qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args);
+
+typedef struct {
+    qv_tensor x;              /* [T, n_heads, d] after the convolution */
+    qv_tensor b, c;           /* [T, n_groups, n_state] after the convolution */
+    qv_tensor dt;             /* [T, n_heads] raw projection */
+    qv_tensor a_log, dt_bias; /* [n_heads] F32 */
+    qv_tensor d_skip;         /* [n_heads] F32: D */
+    float dt_min, dt_max;     /* limits of dt; Nemotron-3: 0 and INFINITY, no limit at all */
+    qv_tensor state;          /* [n_slots, n_heads, d, n_state] F32, in and out */
+    qv_tensor y;              /* [T, n_heads, d] */
+} qv_ssd_args;
+
+/* Mamba-2's state space recurrence, one token after the other (head h reads group
+ * h / (n_heads / n_groups) of B and C):
+ *   dt = min(max(softplus(dt + dt_bias), dt_min), dt_max),  A = -exp(a_log)
+ *   S = exp(dt A) S + (dt x) B^T;  y = S C + D x
+ * Source: Dao and Gu, "Transformers are SSMs", 2024, as in Nemotron-3. Errors: SHAPE, ARG. */
+qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args);
+
+/* --- Mixture of experts ---------------------------------------------------------------------
+ *
+ * A token goes through k of E experts; token t and its j-th expert are the pair t * k + j. One
+ * layer, with P = T k:
+ *
+ *   qv_op_linear_f32    x [T, d]                     -> logits [T, E] then qv_op_lora_f32
+ *   qv_op_router        logits                       -> ids, weights [T, k]
+ *   qv_op_moe_route     ids, the batch's segments    -> list
+ *   qv_op_moe_linear    x, one row a token           -> h [P, n]      then qv_op_moe_lora into h
+ *   qv_op_swiglu/relu2  h                            -> a [P, f]
+ *   qv_op_moe_linear    a, one row a pair            -> o [P, d]      then qv_op_moe_lora into o
+ *   qv_op_moe_combine   o, weights                   -> y [T, d]
+ *
+ * Row p of a tensor of pairs belongs to the pair at place p of the list. Logits stay float32 in any
+ * arithmetic, because experts whose scores are close change places when they are rounded.
+ */
+
+typedef enum {
+    QV_ROUTER_SOFTMAX, /* score = softmax(logits) */
+    QV_ROUTER_SIGMOID, /* score = sigmoid(logits) */
+} qv_router_kind;
+
+typedef struct {
+    qv_router_kind kind;
+    int32_t top_k;
+    bool normalize; /* weights /= their sum (SIGMOID: + 1e-20) */
+    float scale;    /* weights *= scale, last */
+    qv_tensor bias; /* [E] F32, added to the score for the choice alone; empty: none */
+    int32_t n_groups, topk_groups; /* experts in equal groups, of which the topk_groups best may be
+                                    * chosen from: best by the sum of the two highest biased scores
+                                    * in the group. 1 and 1: no groups */
+} qv_router;
+
+/* Choose top_k experts for each token by biased score, the lowest index first among equals.
+ *   logits [T, E] F32 (any row stride); ids [T, top_k] I32 and weights [T, top_k] F32, contiguous,
+ *   in the order of the choice: best first
+ * Weights are float32 in any arithmetic. ids are in range whatever the logits.
+ * Source: Qwen3.5 (SOFTMAX, normalize, scale 1), Nemotron-3 (SIGMOID with bias, groups and scale).
+ * Errors: SHAPE, ARG (k, groups), LIMIT (4096 experts, 256 groups). */
+qv_status qv_op_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                       qv_tensor weights);
+
+/* Pairs [first, first + n) of a list: one expert, one adapter. */
+typedef struct {
+    int32_t first, n, expert, slot;
+} qv_moe_run;
+
+/* Where the pairs of a step go: what the grouped GEMM, the adapters and the combination of a layer
+ * share. Pairs stand expert by expert and within an expert by token, and so, because tokens are
+ * sorted by adapter, adapter by adapter. Runs are the pieces that have an adapter; tokens without
+ * one are in none. Pairs whose id is not in [0, n_experts) (experts that live elsewhere) are left
+ * out and add nothing. Valid until the next qv_op_moe_route; one list serves all layers. */
+typedef struct {
+    int32_t n_experts, top_k, max_tokens; /* what it has room for */
+    int32_t n_tokens;                     /* of this routing */
+    int32_t n_segs;                       /* the batch's adapter segments, borrowed */
+    const int32_t *seg_start, *seg_slot;
+    /* Backend memory */
+    int32_t *expert_start; /* [n_experts + 1] places of each expert; the last entry ends the list */
+    int32_t *pair;         /* [max_tokens * top_k] the pair at each place */
+    int32_t *place;        /* [max_tokens * top_k] the place of each pair; -1 = left out */
+    int32_t *n_runs;       /* [1] */
+    qv_moe_run *runs;      /* [max_tokens * top_k] in the order of the list */
+    int64_t *work;         /* [max(n_experts, max_tokens * top_k) + 1] the ops' own */
+} qv_moe_list;
+
+/* Bytes of backend memory for a list; SIZE_MAX when it cannot be. */
+size_t qv_moe_list_bytes(int32_t n_experts, int32_t top_k, int32_t max_tokens);
+/* Lay a list out in `memory` of that size, which stays the caller's and outlives the list.
+ * Errors: LIMIT (more than 2^31 - 1 pairs), ARG. */
+qv_status qv_moe_list_init(qv_moe_list *list, int32_t n_experts, int32_t top_k, int32_t max_tokens,
+                           void *memory);
+
+/* Make the list from ids [T, top_k] I32 contiguous and adapter segments that cover the T tokens, as
+ * in qv_op_lora; seg_start and seg_slot are read by the ops that use the list. Errors: SHAPE, LIMIT
+ * (more tokens than it has room for). */
+qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
+                          const int32_t *seg_slot, qv_moe_list *list);
+
+/* What a tensor has one row of. */
+typedef enum {
+    QV_MOE_TOKENS, /* [T, ..]: a pair reads the row of its token */
+    QV_MOE_PAIRS,  /* [P, ..] in the order of the list */
+} qv_moe_rows;
+
+/* y [P, n_out]: y[p] = W_e x[row of p] for the pair at place p and its expert e. The sum of a row
+ * is the one of qv_op_linear, bit for bit, whatever other pairs its expert has. x [T or P, n_in] as
+ * `rows` says; any row strides. Rows of pairs that are left out are untouched. */
+qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,
+                           qv_moe_rows rows, qv_tensor y);
+
+/* One adapter's part of a layer's experts, in memory of its own: experts are many, so slots get it
+ * only when an adapter that has one is loaded into them. The layout is that of qv_lora_site with
+ * experts in front: planes spaced by max_rank, B transposed, zero (or at least never read) at and
+ * above a rank. An expert that the adapter does not have has rank 0 in `slices`, or zero planes.
+ *
+ * A side that all experts share ("shared outer" adapters: A of the up-projection, B of the
+ * down-projection) is stored once, and then used once a token rather than once a pair. With either
+ * side shared, the entries of `slices` are the same for all experts. */
+typedef struct {
+    void *a;                    /* [n_experts or 1, n_slices (planes), max_rank, n_in] LoRA dtype */
+    void *b;                    /* [n_experts or 1, max_rank, n_out] LoRA dtype */
+    qv_lora_slice *slices;      /* [n_experts, n_slices] */
+    int32_t max_rank;           /* spacing of this slot's planes, at most the site's */
+    uint8_t a_shared, b_shared; /* 1: one matrix stands for all experts */
+    uint8_t reserved[2];
+} qv_moe_lora_slot;
+
+/* One per expert projection of a layer: up (two slices, gate and up, where there is a gate), down.
+ */
+typedef struct {
+    int64_t n_in, n_out;
+    int32_t n_experts, n_slices, n_slots;
+    int32_t max_rank;           /* spacing of the scratch; no slot's is larger */
+    qv_dtype dtype;             /* of A and B: F32 or BF16 */
+    const int64_t *slice_start; /* [n_slices + 1] output rows; host memory */
+    qv_moe_lora_slot *slots;    /* [n_slots], backend memory */
+    const uint8_t *slot_active; /* [n_slots] host memory: 0 = no expert part here, not read */
+} qv_moe_lora_site;
+
+/* y[p, rows of slice] += scale * B_e (A_e x[row of p]) for the pairs of each run whose slot has a
+ * part; all other rows stay as they are, bit for bit. To be called after qv_op_moe_linear with the
+ * same list, x and rows, before the activation (up) or the combination (down).
+ *   scratch: float32 [P, n_slices, max_rank], indexed by pair; holds A x afterwards
+ * With QV_MOE_TOKENS, a slot that shares A has A x computed once a token. With QV_MOE_PAIRS, a slot
+ * that shares B leaves y alone: qv_op_moe_combine adds that delta, from the same scratch.
+ * Errors: SHAPE, LIMIT. */
+qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_moe_list *list,
+                         qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y);
+
+/* y[t] = sum over j of weights[t, j] * o[place of t * k + j], in the order of j, float32.
+ *   o [P, d], y [T, d] any row stride; weights [T, k] F32 contiguous
+ *   site: of the down-projection, or NULL without adapters; where a token's slot shares B,
+ *   y[t] += scale * B (sum over j of weights[t, j] * A_e a), with A_e a as qv_op_moe_lora left it
+ * in `scratch`, which is used up A token none of whose experts are in the list gets 0. Errors:
+ * SHAPE, LIMIT. */
+qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
+                            const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y);
+
+/* --- Sampling ----------------------------------------------------------------------------- */
+
+#define QV_MAX_TOP_LOGPROBS 32
+
+/* What to do with one row of logits. A pure function of these fields: replaying the same tokens
+ * gives the same result on any worker, in any batch. */
+typedef struct {
+    int32_t target;                            /* >= 0: score this token instead of choosing one */
+    float temperature;                         /* 0 = greedy (lowest id wins ties) */
+    int32_t top_k;                             /* 0 = all */
+    float top_p;                               /* 1 = all */
+    float min_p;                               /* 0 = all; relative to the most likely token */
+    float presence_penalty, frequency_penalty; /* over generated tokens */
+    float repetition_penalty;                  /* over prompt and generated tokens; 1 = none */
+    uint64_t seed;
+    uint32_t stream;       /* index among the n answers of one request */
+    uint32_t draw;         /* how many tokens this stream has generated before */
+    int32_t n_top;         /* alternatives to report, <= QV_MAX_TOP_LOGPROBS; -1 = no logprobs */
+    const int32_t *tokens; /* host: prompt and generated tokens, for penalties */
+    int32_t n_prompt, n_tokens;
+    const int32_t *banned; /* host: ids that may not be chosen (EOS under ignore_eos: not here) */
+    int32_t n_banned;
+} qv_sample_row;
+
+typedef struct {
+    int32_t token;
+    float logprob; /* log softmax of the unmodified logits */
+    int32_t n_top;
+    int32_t top_token[QV_MAX_TOP_LOGPROBS]; /* most likely first, lowest id first among equals */
+    float top_logprob[QV_MAX_TOP_LOGPROBS];
+} qv_sample_result;
+
+/* logits [n, n_vocab] F32 (changed in place), rows[n] and results[n] on the host; ids >= n_valid
+ * are never chosen and never alternatives (padded rows of the head), but count in the softmax.
+ *
+ * In order: logprobs of the raw logits over all columns; repetition penalty p of each distinct
+ * token of prompt and answer, x > 0 ? x / p : x * p; then x -= frequency_penalty * (times
+ * generated) + presence_penalty * (generated at all); temperature; top-k; top-p, the shortest
+ * prefix of what top-k left that holds top_p of its probability; min-p; one draw u from
+ * Philox(seed, stream, draw): the first id, in the order of ids, at which the running sum of what
+ * is left exceeds u times its total. Equal logits rank by id, lowest first. A row with a target is
+ * scored and nothing else.
+ *
+ * Errors: SHAPE; LIMIT (more columns than reserved); ARG (a parameter out of range; names the row).
+ * A row whose logits are not all finite (INTERNAL), or whose tokens are all banned (ARG), is an
+ * error that names the first such row; each has a negative token then, and the other rows their
+ * results. */
+qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,
+                       qv_sample_result *results);
+
+#endif

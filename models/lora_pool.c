@@ -1,0 +1,236 @@
+#include "models/lora_pool.h"
+
+#include "models/weights.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+struct qv_lora_pool {
+    qv_backend *be; /* borrowed */
+    const qv_layout *layout;
+    int32_t n_slots, max_rank;
+    qv_dtype dtype;
+    int64_t slice_start[QV_PROJ_COUNT][QV_MAX_SLICES + 1]; /* output rows; shared by all layers */
+    qv_lora_site
+        *sites;      /* [n_layers + 1, QV_PROJ_COUNT], the global part first; n_slots 0 = none */
+    uint8_t *active; /* [n_layers + 1, QV_PROJ_COUNT, n_slots] */
+};
+
+/* --- Sizes and life --------------------------------------------------------------------------- */
+
+static size_t a_bytes(const qv_proj_shape *shape, int32_t max_rank, qv_dtype dtype)
+{
+    return (size_t)(shape->n_slices * (int64_t)max_rank * shape->n_in) * qv_dtype_size(dtype);
+}
+
+static size_t b_bytes(const qv_proj_shape *shape, int32_t max_rank, qv_dtype dtype)
+{
+    return (size_t)(shape->n_out * max_rank) * qv_dtype_size(dtype);
+}
+
+static size_t slices_bytes(const qv_proj_shape *shape)
+{
+    return (size_t)shape->n_slices * sizeof(qv_lora_slice);
+}
+
+uint64_t qv_lora_slot_bytes(const qv_layout *layout, int32_t max_rank, qv_dtype dtype)
+{
+    uint64_t total = 0;
+    for (int p = 0; p < QV_PROJ_COUNT; p++) {
+        const qv_proj_shape *shape = &layout->proj[p];
+        if (shape->n_slices > 0 && shape->lora)
+            total += (a_bytes(shape, max_rank, dtype) + b_bytes(shape, max_rank, dtype) +
+                      slices_bytes(shape)) *
+                     (uint64_t)qv_layout_part_count(layout, shape->part);
+    }
+    return total;
+}
+
+static size_t site_index(int64_t layer, qv_proj proj)
+{
+    return (size_t)((layer + 1) * QV_PROJ_COUNT + proj);
+}
+
+static qv_status new_site(qv_lora_pool *pool, int64_t layer, qv_proj proj)
+{
+    const qv_proj_shape *shape = &pool->layout->proj[proj];
+    size_t index = site_index(layer, proj), n_slots = (size_t)pool->n_slots;
+    qv_lora_site *site = &pool->sites[index];
+    void *a, *b, *slices;
+    *site = (qv_lora_site){.n_in = shape->n_in,
+                           .n_out = shape->n_out,
+                           .n_slices = shape->n_slices,
+                           .n_slots = pool->n_slots,
+                           .max_rank = pool->max_rank,
+                           .slice_start = pool->slice_start[proj],
+                           .slot_active = pool->active + index * n_slots};
+    QV_TRY(qv_backend_alloc(pool->be, a_bytes(shape, pool->max_rank, pool->dtype) * n_slots, &a));
+    site->a =
+        qv_tensor_4d(a, pool->dtype, pool->n_slots, site->n_slices, site->max_rank, site->n_in);
+    QV_TRY(qv_backend_alloc(pool->be, b_bytes(shape, pool->max_rank, pool->dtype) * n_slots, &b));
+    site->b = qv_tensor_3d(b, pool->dtype, pool->n_slots, site->max_rank, site->n_out);
+    QV_TRY(qv_backend_alloc(pool->be, slices_bytes(shape) * n_slots, &slices));
+    site->slices = slices;
+    return QV_OK;
+}
+
+static void list_slice_starts(qv_lora_pool *pool)
+{
+    for (int p = 0; p < QV_PROJ_COUNT; p++) {
+        const qv_proj_shape *shape = &pool->layout->proj[p];
+        for (int32_t i = 0; i < shape->n_slices; i++)
+            pool->slice_start[p][i] = shape->slices[i].dst_row;
+        pool->slice_start[p][shape->n_slices] = shape->n_out;
+    }
+}
+
+qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_slots,
+                           int32_t max_rank, qv_lora_pool **out)
+{
+    QV_ASSERT(n_slots > 0 && max_rank > 0);
+    size_t n_sites = (size_t)(layout->config->n_layers + 1) * QV_PROJ_COUNT;
+    qv_lora_pool *pool = calloc(1, sizeof *pool);
+    if (pool == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for adapter slots");
+    *pool = (qv_lora_pool){.be = be,
+                           .layout = layout,
+                           .n_slots = n_slots,
+                           .max_rank = max_rank,
+                           .dtype = qv_backend_lora_dtype(be),
+                           .sites = calloc(n_sites, sizeof *pool->sites),
+                           .active = calloc(n_sites, (size_t)n_slots)};
+    qv_status status = pool->sites != NULL && pool->active != NULL
+                           ? QV_OK
+                           : qv_fail(QV_ERR_NOMEM, "no memory for adapter slots");
+    list_slice_starts(pool);
+    for (int64_t layer = QV_GLOBAL; layer < layout->config->n_layers; layer++) {
+        for (int p = 0; p < QV_PROJ_COUNT && status == QV_OK; p++) {
+            if (qv_layout_has(layout, layer, (qv_proj)p) && layout->proj[p].lora)
+                status = new_site(pool, layer, (qv_proj)p);
+        }
+    }
+    if (status != QV_OK) {
+        qv_lora_pool_free(pool);
+        return status;
+    }
+    *out = pool;
+    return QV_OK;
+}
+
+void qv_lora_pool_free(qv_lora_pool *pool)
+{
+    if (pool == NULL)
+        return;
+    size_t n_sites = (size_t)(pool->layout->config->n_layers + 1) * QV_PROJ_COUNT;
+    for (size_t i = 0; i < n_sites && pool->sites != NULL; i++) {
+        qv_backend_free(pool->be, pool->sites[i].a.data);
+        qv_backend_free(pool->be, pool->sites[i].b.data);
+        qv_backend_free(pool->be, pool->sites[i].slices);
+    }
+    free(pool->sites);
+    free(pool->active);
+    free(pool);
+}
+
+const qv_lora_site *qv_lora_pool_site(const qv_lora_pool *pool, int64_t layer, qv_proj proj)
+{
+    const qv_lora_site *site = &pool->sites[site_index(layer, proj)];
+    return site->n_slots > 0 ? site : NULL;
+}
+
+/* --- Slots ------------------------------------------------------------------------------------ */
+
+/* Where a slot begins in a tensor whose dimension 0 is slots. */
+static uint8_t *slot_data(const qv_tensor *tensor, int32_t slot)
+{
+    return (uint8_t *)tensor->data +
+           (size_t)(slot * tensor->stride[0]) * qv_dtype_size(tensor->dtype);
+}
+
+static uint8_t *slot_active(const qv_lora_pool *pool, size_t index, int32_t slot)
+{
+    return &pool->active[index * (size_t)pool->n_slots + (size_t)slot];
+}
+
+qv_status qv_lora_pool_clear(qv_lora_pool *pool, int32_t slot)
+{
+    QV_ASSERT(slot >= 0 && slot < pool->n_slots);
+    size_t n_sites = (size_t)(pool->layout->config->n_layers + 1) * QV_PROJ_COUNT;
+    for (size_t i = 0; i < n_sites; i++) {
+        const qv_lora_site *site = &pool->sites[i];
+        if (site->n_slots == 0)
+            continue;
+        *slot_active(pool, i, slot) = 0;
+        size_t elem = qv_dtype_size(pool->dtype);
+        QV_TRY(
+            qv_backend_zero(pool->be, slot_data(&site->a, slot), (size_t)site->a.stride[0] * elem));
+        QV_TRY(
+            qv_backend_zero(pool->be, slot_data(&site->b, slot), (size_t)site->b.stride[0] * elem));
+        QV_TRY(qv_backend_zero(pool->be, site->slices + (int64_t)slot * site->n_slices,
+                               (size_t)site->n_slices * sizeof *site->slices));
+    }
+    return QV_OK;
+}
+
+/* B, [n_rows, rank] in the file, into the slot's transposed one: row r gets column r. */
+static qv_status write_b(const qv_lora_pool *pool, const qv_lora_site *site, int32_t slot,
+                         const qv_lora_item *item, uint8_t *staging)
+{
+    size_t elem = qv_dtype_size(pool->dtype);
+    int64_t rank = item->rank, n_rows = item->target.n_rows;
+    int64_t first_row = site->slice_start[item->target.first];
+    for (int64_t r = 0; r < rank; r++) {
+        const uint8_t *column = (const uint8_t *)item->b + (size_t)r * elem;
+        for (int64_t row = 0; row < n_rows; row++)
+            memcpy(staging + (size_t)row * elem, column + (size_t)(row * rank) * elem, elem);
+        QV_TRY(qv_backend_upload(
+            pool->be, slot_data(&site->b, slot) + (size_t)(r * site->n_out + first_row) * elem,
+            staging, (size_t)n_rows * elem));
+    }
+    return QV_OK;
+}
+
+/* One item into an empty slot: A into the plane of its first slice, B, and its slices' entries. */
+static qv_status write_item(qv_lora_pool *pool, int32_t slot, const qv_lora_item *item,
+                            uint8_t *staging)
+{
+    size_t index = site_index(item->layer, item->target.proj);
+    const qv_lora_site *site = &pool->sites[index];
+    const qv_lora_target *target = &item->target;
+    QV_ASSERT(site->n_slots > 0 && item->rank <= pool->max_rank && target->n_in == site->n_in);
+
+    size_t elem = qv_dtype_size(pool->dtype);
+    uint8_t *plane = slot_data(&site->a, slot) + (size_t)(target->first * site->a.stride[1]) * elem;
+    QV_TRY(qv_backend_upload(pool->be, plane, item->a, (size_t)(item->rank * site->n_in) * elem));
+    QV_TRY(write_b(pool, site, slot, item, staging));
+
+    qv_lora_slice slices[QV_MAX_SLICES];
+    for (int32_t i = 0; i < target->n; i++)
+        slices[i] =
+            (qv_lora_slice){.plane = target->first, .rank = item->rank, .scale = item->scale};
+    QV_TRY(qv_backend_upload(pool->be,
+                             site->slices + (int64_t)slot * site->n_slices + target->first, slices,
+                             (size_t)target->n * sizeof *slices));
+    *slot_active(pool, index, slot) = 1;
+    return QV_OK;
+}
+
+qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapter *adapter)
+{
+    QV_TRY(qv_lora_pool_clear(pool, slot));
+    int64_t most_rows = 1;
+    for (size_t i = 0; i < qv_adapter_n_items(adapter); i++) {
+        int64_t n_rows = qv_adapter_item(adapter, i)->target.n_rows;
+        most_rows = n_rows > most_rows ? n_rows : most_rows;
+    }
+    uint8_t *staging = malloc((size_t)most_rows * qv_dtype_size(pool->dtype));
+    if (staging == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory to install an adapter");
+    qv_status status = QV_OK;
+    for (size_t i = 0; i < qv_adapter_n_items(adapter) && status == QV_OK; i++)
+        status = write_item(pool, slot, qv_adapter_item(adapter, i), staging);
+    free(staging);
+    if (status != QV_OK)
+        (void)qv_lora_pool_clear(pool, slot); /* the first failure is the one to report */
+    return status;
+}

@@ -1,0 +1,94 @@
+/* The border between the engine and a model: open a Hugging Face model directory on a backend, run
+ * steps, hold adapters in slots, save and restore the state of a sequence. Opaque; no model name or
+ * layer kind is known above this header.
+ *
+ * A qv_model belongs to the engine thread. Functions marked "any thread" may run beside a step.
+ */
+#ifndef QV_MODELS_MODEL_H
+#define QV_MODELS_MODEL_H
+
+#include "models/model_config.h"
+#include "ops/batch.h"
+#include "ops/ops.h"
+
+typedef struct qv_model qv_model;
+typedef struct qv_adapter qv_adapter;
+
+typedef struct {
+    int32_t max_tokens;  /* tokens of one step */
+    int32_t max_seqs;    /* sequences of one step */
+    int32_t max_logits;  /* rows of logits of one step */
+    int32_t page_tokens; /* tokens of one KV page */
+    int32_t n_pages;     /* KV pages */
+    int32_t n_state_slots;
+    int32_t n_adapter_slots; /* 0 = no adapters */
+    int32_t max_lora_rank;
+    uint64_t max_adapter_bytes; /* largest adapter file; 0 = QV_ADAPTER_MAX_BYTES */
+} qv_model_limits;
+
+/* Default limit of an adapter file: beyond the largest adapter of any released size at rank 64. */
+#define QV_ADAPTER_MAX_BYTES (UINT64_C(8) << 30)
+
+/* Where the memory goes, in bytes, from a config and limits alone. */
+typedef struct {
+    uint64_t weights, kv, state, adapters, activations, total;
+    uint64_t kv_page, state_slot, adapter_slot; /* one of each */
+} qv_memory_plan;
+
+/* Any thread. Errors: UNSUPPORTED, LIMIT. */
+qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
+                        const qv_model_limits *limits, qv_memory_plan *out);
+
+/* Called now and then while weights load, with done and total bytes. */
+typedef void qv_progress_fn(uint64_t done, uint64_t total, void *user);
+
+/* Load every weight. Strict: a tensor that is missing, unexpected, or of the wrong shape or dtype
+ * stops the load with one message that names it. Errors: NOT_FOUND, IO, FORMAT, SHAPE, UNSUPPORTED,
+ * NOMEM. */
+qv_status qv_model_open(const char *dir, qv_backend *be, const qv_model_limits *limits,
+                        qv_progress_fn *progress, void *user, qv_model **out);
+void qv_model_close(qv_model *model);
+
+const qv_model_config *qv_model_get_config(const qv_model *model);
+const qv_model_limits *qv_model_get_limits(const qv_model *model);
+
+/* Run one step. *logits becomes [batch->n_logits, vocab] F32 in memory of the model, valid until
+ * the next step. Errors: SHAPE, LIMIT, DEVICE. */
+qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits);
+
+/* Called with every named intermediate of a step, in order, before the next op runs: to compare a
+ * pass with a reference. `layer` is -1 outside of layers; the tensor is valid during the call. */
+typedef void qv_probe_fn(int64_t layer, const char *name, const qv_tensor *value, void *user);
+
+/* NULL: none, the default, which costs nothing. */
+void qv_model_set_probe(qv_model *model, qv_probe_fn *probe, void *user);
+
+/* --- Sequence state: pages and a state slot, as bytes on the host ----------------------------- */
+
+/* Bytes that save writes for a sequence of n_tokens in n_pages pages. */
+size_t qv_model_state_bytes(const qv_model *model, int32_t n_pages);
+qv_status qv_model_state_save(qv_model *model, const int32_t *pages, int32_t n_pages, int32_t slot,
+                              void *out);
+qv_status qv_model_state_restore(qv_model *model, const int32_t *pages, int32_t n_pages,
+                                 int32_t slot, const void *in);
+
+/* --- Adapters --------------------------------------------------------------------------------- */
+
+/* Read and check an adapter directory (PEFT) against the model: every tensor must find its place,
+ * every field of adapter_config.json that changes the result is honoured or refused. Any thread.
+ * Errors: NOT_FOUND, IO, FORMAT, SHAPE, UNSUPPORTED, LIMIT (rank above the pool's, file too large).
+ */
+qv_status qv_adapter_open(const qv_model *model, const char *dir, qv_adapter **out);
+void qv_adapter_close(qv_adapter *adapter);
+
+/* 32 hex digits over the canonical content (config fields that matter and every tensor). */
+const char *qv_adapter_digest(const qv_adapter *adapter);
+int32_t qv_adapter_max_rank(const qv_adapter *adapter);
+uint64_t qv_adapter_bytes(const qv_adapter *adapter);
+
+/* Copy an adapter into a slot, or zero the slot. Any thread, provided that no step in flight and no
+ * step to come names the slot until this has returned. Errors: DEVICE. */
+qv_status qv_model_adapter_install(qv_model *model, int32_t slot, const qv_adapter *adapter);
+qv_status qv_model_adapter_clear(qv_model *model, int32_t slot);
+
+#endif

@@ -1,0 +1,276 @@
+#include "models/proj.h"
+
+#include "models/arch.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+/* --- Names and sizes -------------------------------------------------------------------------- */
+
+int64_t qv_dim_size(const qv_model_config *c, qv_dim dim)
+{
+    switch (dim) {
+    case QV_DIM_NONE:
+        return 0;
+#define QV_DIM_VALUE(name, text, value)                                                            \
+    case QV_DIM_##name:                                                                            \
+        return value;
+        QV_DIM_LIST(QV_DIM_VALUE)
+#undef QV_DIM_VALUE
+    }
+    return 0;
+}
+
+const char *qv_dim_text(qv_dim dim)
+{
+    static const char *const texts[] = {"",
+#define QV_DIM_TEXT(name, text, value) text,
+                                        QV_DIM_LIST(QV_DIM_TEXT)
+#undef QV_DIM_TEXT
+    };
+    return texts[dim];
+}
+
+const char *qv_proj_name(qv_proj proj)
+{
+    static const char *const names[] = {
+#define QV_PROJ_TEXT(name) #name,
+        QV_PROJ_LIST(QV_PROJ_TEXT)
+#undef QV_PROJ_TEXT
+    };
+    return names[proj];
+}
+
+const char *qv_vec_name(qv_vec vec)
+{
+    static const char *const names[] = {
+#define QV_VEC_TEXT(name) #name,
+        QV_VEC_LIST(QV_VEC_TEXT)
+#undef QV_VEC_TEXT
+    };
+    return names[vec];
+}
+
+const char *qv_tensor_name(char *buf, size_t size, const char *prefix, int64_t layer,
+                           const char *name, const char *suffix)
+{
+    if (layer < 0)
+        snprintf(buf, size, "%s%s%s", prefix, name, suffix);
+    else
+        snprintf(buf, size, "%slayers.%" PRId64 ".%s%s", prefix, layer, name, suffix);
+    return buf;
+}
+
+/* --- This rank's piece ------------------------------------------------------------------------ */
+
+/* The range of [0, total) that belongs to the layout's rank, in whole units. */
+static qv_status cut(const qv_layout *layout, const char *name, int64_t total, qv_dim unit_dim,
+                     bool replicate, int64_t *start, int64_t *n)
+{
+    int64_t unit = qv_dim_size(layout->config, unit_dim), rank = layout->rank;
+    int64_t n_ranks = layout->n_ranks;
+    QV_ASSERT(unit > 0 && total % unit == 0);
+    int64_t units = total / unit;
+    if (units % n_ranks == 0) {
+        *n = total / n_ranks;
+        *start = rank * *n;
+    } else if (replicate && n_ranks % units == 0) {
+        *n = unit;
+        *start = rank / (n_ranks / units) * unit;
+    } else {
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "%s: %" PRId64 " units (%s) cannot be shared out among %" PRId64 " ranks",
+                       name, units, qv_dim_text(unit_dim), n_ranks);
+    }
+    return QV_OK;
+}
+
+/* --- Projections ------------------------------------------------------------------------------ */
+
+/* Append the slice of `row` to its projection. */
+static qv_status add_proj_row(qv_layout *layout, const qv_proj_row *row)
+{
+    qv_proj_shape *shape = &layout->proj[row->proj];
+    QV_ASSERT(shape->n_slices < QV_MAX_SLICES);
+    int32_t index = shape->n_slices++;
+    qv_proj_slice *slice = &shape->slices[index];
+    int64_t out = qv_dim_size(layout->config, row->out), in = qv_dim_size(layout->config, row->in);
+    *slice =
+        (qv_proj_slice){.row = row, .n_rows = out, .n_cols = in, .module_cols = in, .plane = index};
+
+    if (row->split == QV_SPLIT_COLUMN)
+        QV_TRY(cut(layout, row->module, out, row->unit, row->replicate, &slice->src_row,
+                   &slice->n_rows));
+    else if (row->split == QV_SPLIT_ROW)
+        QV_TRY(cut(layout, row->module, in, row->unit, row->replicate, &slice->src_col,
+                   &slice->n_cols));
+
+    /* A module's slices stand next to each other, in the order of the checkpoint's rows. */
+    int64_t module_rows = out;
+    if (index > 0 && strcmp(row->module, shape->slices[index - 1].row->module) == 0) {
+        slice->plane = shape->slices[index - 1].plane;
+        module_rows += shape->slices[index - 1].module_rows;
+        slice->src_row += module_rows - out;
+    }
+    for (int32_t i = slice->plane; i <= index; i++)
+        shape->slices[i].module_rows = module_rows;
+
+    QV_ASSERT(index == 0 || (shape->n_in == slice->n_cols && shape->part == row->part));
+    slice->dst_row = shape->n_out;
+    shape->n_out += slice->n_rows;
+    shape->n_in = slice->n_cols;
+    shape->part = row->part;
+    shape->lora |= row->lora;
+    return QV_OK;
+}
+
+static qv_status add_vec_row(qv_layout *layout, const qv_vec_row *row)
+{
+    qv_vec_shape *shape = &layout->vec[row->vec];
+    QV_ASSERT(shape->n_slices < QV_MAX_SLICES);
+    qv_vec_slice *slice = &shape->slices[shape->n_slices++];
+    int64_t rows = qv_dim_size(layout->config, row->rows);
+    *slice = (qv_vec_slice){.row = row, .n_rows = rows, .dst_row = shape->n_rows};
+    if (row->split == QV_SPLIT_COLUMN)
+        QV_TRY(cut(layout, row->tensor, rows, row->unit, false, &slice->src_row, &slice->n_rows));
+    slice->src_row += shape->shape[0];
+
+    shape->part = row->part;
+    shape->tensor = row->tensor;
+    shape->as_stored = row->as_stored;
+    shape->n_rows += slice->n_rows;
+    shape->shape[0] += rows;
+    shape->n_dims = 1;
+    shape->row_elems = 1;
+    for (int i = 0; i < 2 && row->tail[i] != QV_DIM_NONE; i++) {
+        shape->shape[shape->n_dims++] = qv_dim_size(layout->config, row->tail[i]);
+        shape->row_elems *= qv_dim_size(layout->config, row->tail[i]);
+    }
+    return QV_OK;
+}
+
+/* Whether the model has a layer, or the global part, that a row belongs to. */
+static bool in_use(const qv_layout *layout, qv_part part)
+{
+    return qv_layout_part_count(layout, part) > 0;
+}
+
+qv_status qv_layout_init(qv_layout *layout, const qv_model_config *config, int32_t rank,
+                         int32_t n_ranks)
+{
+    QV_ASSERT(n_ranks >= 1 && rank >= 0 && rank < n_ranks);
+    *layout = (qv_layout){.config = config, .rank = rank, .n_ranks = n_ranks};
+    const qv_arch *arch = config->arch;
+    for (size_t i = 0; i < arch->n_projs; i++) {
+        if (in_use(layout, arch->projs[i].part))
+            QV_TRY(add_proj_row(layout, &arch->projs[i]));
+    }
+    for (size_t i = 0; i < arch->n_vecs; i++) {
+        if (in_use(layout, arch->vecs[i].part))
+            QV_TRY(add_vec_row(layout, &arch->vecs[i]));
+    }
+    return QV_OK;
+}
+
+/* --- Counts ----------------------------------------------------------------------------------- */
+
+int64_t qv_layout_part_count(const qv_layout *layout, qv_part part)
+{
+    return part == QV_PART_GLOBAL ? 1 : qv_model_config_count(layout->config, part);
+}
+
+bool qv_layout_has(const qv_layout *layout, int64_t layer, qv_proj proj)
+{
+    const qv_proj_shape *shape = &layout->proj[proj];
+    uint32_t parts = layer < 0 ? QV_PART_GLOBAL : layout->config->layer_parts[layer];
+    return shape->n_slices > 0 && (parts & shape->part) != 0;
+}
+
+/* Whether a checkpoint stores the tensor of a slice: once a module, and not for a tied head. */
+static bool is_stored(const qv_layout *layout, qv_proj proj, int32_t slice)
+{
+    if (proj == QV_PROJ_LM_HEAD && layout->config->tied_head)
+        return false;
+    return layout->proj[proj].slices[slice].plane == slice;
+}
+
+int64_t qv_layout_params(const qv_layout *layout)
+{
+    int64_t total = 0;
+    for (int p = 0; p < QV_PROJ_COUNT; p++) {
+        const qv_proj_shape *shape = &layout->proj[p];
+        for (int32_t i = 0; i < shape->n_slices; i++) {
+            const qv_proj_slice *slice = &shape->slices[i];
+            if (is_stored(layout, (qv_proj)p, i))
+                total += slice->module_rows * slice->module_cols *
+                         qv_layout_part_count(layout, shape->part);
+        }
+    }
+    for (int v = 0; v < QV_VEC_COUNT; v++) {
+        const qv_vec_shape *shape = &layout->vec[v];
+        if (shape->n_slices > 0)
+            total += shape->shape[0] * shape->row_elems * qv_layout_part_count(layout, shape->part);
+    }
+    return total;
+}
+
+int64_t qv_layout_tensors(const qv_layout *layout)
+{
+    int64_t total = 0;
+    for (int p = 0; p < QV_PROJ_COUNT; p++) {
+        for (int32_t i = 0; i < layout->proj[p].n_slices; i++)
+            total += is_stored(layout, (qv_proj)p, i)
+                         ? qv_layout_part_count(layout, layout->proj[p].part)
+                         : 0;
+    }
+    for (int v = 0; v < QV_VEC_COUNT; v++)
+        total +=
+            layout->vec[v].n_slices > 0 ? qv_layout_part_count(layout, layout->vec[v].part) : 0;
+    return total;
+}
+
+/* --- LoRA targets ----------------------------------------------------------------------------- */
+
+static bool same_name(const char *name, const char *text, size_t size)
+{
+    return strlen(name) == size && memcmp(name, text, size) == 0;
+}
+
+/* Slices [first, first + n) of a projection as a target. */
+static qv_lora_target make_target(const qv_layout *layout, qv_proj proj, int32_t first, int32_t n)
+{
+    const qv_proj_shape *shape = &layout->proj[proj];
+    QV_ASSERT(n > 0 && first + n <= shape->n_slices);
+    qv_lora_target target = {.proj = proj, .first = first, .n = n, .n_in = shape->n_in};
+    for (int32_t i = first; i < first + n; i++)
+        target.n_rows += shape->slices[i].n_rows;
+    target.lora = shape->slices[first].row->lora;
+    return target;
+}
+
+bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t size,
+                           qv_lora_target *out)
+{
+    for (int p = 0; p < QV_PROJ_COUNT; p++) {
+        const qv_proj_shape *shape = &layout->proj[p];
+        for (int32_t i = 0; i < shape->n_slices; i++) {
+            if (!same_name(shape->slices[i].row->module, module, size))
+                continue;
+            int32_t n = 1;
+            while (i + n < shape->n_slices && shape->slices[i + n].plane == i)
+                n++;
+            *out = make_target(layout, (qv_proj)p, i, n);
+            return true;
+        }
+    }
+    const qv_arch *arch = layout->config->arch;
+    for (size_t i = 0; i < arch->n_aliases; i++) {
+        const qv_lora_alias *alias = &arch->aliases[i];
+        if (same_name(alias->module, module, size) && layout->proj[alias->proj].n_slices > 0) {
+            *out = make_target(layout, alias->proj, alias->first, alias->n);
+            return true;
+        }
+    }
+    return false;
+}

@@ -1,0 +1,268 @@
+/* Qwen3.5, dense. Layers of gated full attention and of Gated DeltaNet in turn, each followed by a
+ * SwiGLU MLP; formulas and traps in docs/models.md. */
+#include "models/arch.h"
+
+#include "common/json.h"
+#include "models/blocks.h"
+#include "models/config_read.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <string.h>
+
+/* --- Config ----------------------------------------------------------------------------------- */
+
+static const struct {
+    const char *name;
+    uint16_t parts;
+} layer_types[] = {
+    {"full_attention", QV_PART_LAYER | QV_PART_ATTENTION | QV_PART_MLP},
+    {"attention", QV_PART_LAYER | QV_PART_ATTENTION | QV_PART_MLP}, /* older spelling */
+    {"linear_attention", QV_PART_LAYER | QV_PART_GDN | QV_PART_MLP},
+    {"mamba", QV_PART_LAYER | QV_PART_GDN | QV_PART_MLP}, /* older spelling */
+};
+
+static qv_status read_layer_type(const json_t *item, int64_t layer, const char *where,
+                                 uint16_t *parts)
+{
+    const char *name = json_string_value(item);
+    for (size_t i = 0; name != NULL && i < sizeof layer_types / sizeof *layer_types; i++) {
+        if (strcmp(name, layer_types[i].name) == 0) {
+            *parts = layer_types[i].parts;
+            return QV_OK;
+        }
+    }
+    return qv_fail(QV_ERR_UNSUPPORTED,
+                   "%s: layer_types[%" PRId64 "] is \"%.60s\": only full_attention and "
+                   "linear_attention are implemented",
+                   where, layer, name ? name : "(not a string)");
+}
+
+/* The list wins over the interval: layer i is full attention when (i + 1) % interval is 0. */
+static qv_status read_layers(const json_t *text, const char *where, qv_model_config *out)
+{
+    QV_TRY(qv_config_int(text, "num_hidden_layers", where, QV_CONFIG_REQUIRED, 1, QV_MAX_LAYERS,
+                         &out->n_layers));
+    const json_t *list = json_object_get(text, "layer_types");
+    if (list != NULL && !json_is_null(list)) {
+        if (!json_is_array(list) || (int64_t)json_array_size(list) != out->n_layers)
+            return qv_fail(QV_ERR_FORMAT,
+                           "%s: layer_types is not a list of num_hidden_layers = %" PRId64
+                           " entries",
+                           where, out->n_layers);
+        for (int64_t i = 0; i < out->n_layers; i++)
+            QV_TRY(
+                read_layer_type(json_array_get(list, (size_t)i), i, where, &out->layer_parts[i]));
+        return QV_OK;
+    }
+    int64_t interval;
+    QV_TRY(qv_config_int(text, "full_attention_interval", where, 4, 1, QV_MAX_LAYERS, &interval));
+    for (int64_t i = 0; i < out->n_layers; i++)
+        out->layer_parts[i] = layer_types[(i + 1) % interval == 0 ? 0 : 2].parts;
+    return QV_OK;
+}
+
+/* One of the objects that rotary settings may stand in. mrope sections only matter for images: for
+ * text, all position rows are equal. */
+static qv_status read_rope_object(const json_t *text, const char *key, const char *where,
+                                  double *theta, double *factor)
+{
+    static const char *const known[] = {"rope_type",     "type",
+                                        "rope_theta",    "partial_rotary_factor",
+                                        "mrope_section", "mrope_interleaved"};
+    const json_t *rope = json_object_get(text, key);
+    if (rope == NULL || json_is_null(rope))
+        return QV_OK;
+    if (!json_is_object(rope))
+        return qv_fail(QV_ERR_FORMAT, "%s: %s is not an object", where, key);
+    QV_TRY(qv_config_expect_str(rope, "rope_type", where, "default"));
+    if (json_object_get(rope, "rope_type") == NULL) /* the older spelling */
+        QV_TRY(qv_config_expect_str(rope, "type", where, "default"));
+    const char *name;
+    json_t *value;
+    json_object_foreach((json_t *)rope, name, value)
+    {
+        bool found = json_is_null(value);
+        for (size_t i = 0; i < sizeof known / sizeof *known && !found; i++)
+            found = strcmp(name, known[i]) == 0;
+        if (!found)
+            return qv_fail(QV_ERR_UNSUPPORTED, "%s: %s.%.60s is not implemented", where, key, name);
+    }
+    QV_TRY(qv_config_double(rope, "rope_theta", where, 0, 1e12, theta));
+    return qv_config_double(rope, "partial_rotary_factor", where, 0, 1, factor);
+}
+
+/* Rotary settings stand directly in the text config, or in an object, which then wins. */
+static qv_status read_rope(const json_t *text, const char *where, qv_model_config *out)
+{
+    double theta = 0, factor = 0.25;
+    QV_TRY(qv_config_double(text, "rope_theta", where, 0, 1e12, &theta));
+    QV_TRY(qv_config_double(text, "partial_rotary_factor", where, 0, 1, &factor));
+    QV_TRY(read_rope_object(text, "rope_parameters", where, &theta, &factor));
+    QV_TRY(read_rope_object(text, "rope_scaling", where, &theta, &factor)); /* the older name */
+    if (theta < 1)
+        return qv_fail(QV_ERR_FORMAT, "%s: rope_theta is missing or less than 1", where);
+    out->rope_theta = theta;
+    out->rotary_dim = (int64_t)((double)out->head_dim * factor);
+    if (out->rotary_dim < 2 || out->rotary_dim % 2 != 0)
+        return qv_fail(QV_ERR_FORMAT,
+                       "%s: partial_rotary_factor %g of head_dim %" PRId64 " rotates %" PRId64
+                       " dimensions, which is not a positive even number",
+                       where, factor, out->head_dim, out->rotary_dim);
+    return QV_OK;
+}
+
+/* Settings that would change the result and have one implemented value. */
+static qv_status refuse_variants(const json_t *text, const char *where)
+{
+    QV_TRY(qv_config_expect_str(text, "hidden_act", where, "silu"));
+    QV_TRY(qv_config_expect_bool(text, "attention_bias", where, false));
+    QV_TRY(qv_config_expect_bool(text, "attn_output_gate", where, true));
+    QV_TRY(qv_config_expect_str(text, "output_gate_type", where, "swish"));
+    QV_TRY(qv_config_expect_unset(text, "mlp_only_layers", where));
+    bool sliding = true; /* a window counts unless it is switched off */
+    QV_TRY(qv_json_opt_bool(text, "use_sliding_window", where, &sliding));
+    return sliding ? qv_config_expect_unset(text, "sliding_window", where) : QV_OK;
+}
+
+static qv_status read_config(const json_t *text, const json_t *root, const char *where,
+                             qv_model_config *out)
+{
+    (void)root;
+    QV_TRY(refuse_variants(text, where));
+    QV_TRY(read_layers(text, where, out));
+
+    const struct {
+        const char *key;
+        int64_t fallback, min, max;
+        int64_t *out;
+    } dims[] = {
+        {"num_attention_heads", QV_CONFIG_REQUIRED, 1, 1024, &out->n_heads},
+        {"num_key_value_heads", QV_CONFIG_REQUIRED, 1, 1024, &out->n_kv_heads},
+        {"head_dim", 256, 2, 1024, &out->head_dim},
+        {"intermediate_size", QV_CONFIG_REQUIRED, 1, 1 << 20, &out->ffn},
+        {"linear_num_key_heads", 16, 1, 1024, &out->gdn_k_heads},
+        {"linear_num_value_heads", 32, 1, 1024, &out->gdn_v_heads},
+        {"linear_key_head_dim", 128, 1, 1024, &out->gdn_k_dim},
+        {"linear_value_head_dim", 128, 1, 1024, &out->gdn_v_dim},
+        {"linear_conv_kernel_dim", 4, 2, 16, &out->conv_kernel},
+    };
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+        QV_TRY(qv_config_int(text, dims[i].key, where, dims[i].fallback, dims[i].min, dims[i].max,
+                             dims[i].out));
+    out->norm_eps = 1e-6;
+    QV_TRY(qv_config_double(text, "rms_norm_eps", where, 1e-12, 0.1, &out->norm_eps));
+    QV_TRY(read_rope(text, where, out));
+
+    QV_TRY(qv_config_expect_multiple(out->n_heads, "num_attention_heads", out->n_kv_heads,
+                                     "num_key_value_heads", where));
+    return qv_config_expect_multiple(out->gdn_v_heads, "linear_num_value_heads", out->gdn_k_heads,
+                                     "linear_num_key_heads", where);
+}
+
+/* --- Tables ----------------------------------------------------------------------------------- */
+
+#define PROJ      QV_PROJ_ROW
+#define VEC       QV_VEC_ROW
+#define LORA      .lora = true
+#define REPLICATE .replicate = true
+
+/* clang-format off */
+static const qv_proj_row projs[] = {
+    /*   projection part      module                     in         out          split   unit */
+    /* q_proj: for each head, its query rows and then its gate rows. */
+    PROJ(ATTN_IN,  ATTENTION, "self_attn.q_proj",        HIDDEN,    Q_GATE,      COLUMN, Q_GATE_HEAD,     LORA),
+    PROJ(ATTN_IN,  ATTENTION, "self_attn.k_proj",        HIDDEN,    KV,          COLUMN, HEAD_DIM,        LORA, REPLICATE),
+    PROJ(ATTN_IN,  ATTENTION, "self_attn.v_proj",        HIDDEN,    KV,          COLUMN, HEAD_DIM,        LORA, REPLICATE),
+    PROJ(ATTN_OUT, ATTENTION, "self_attn.o_proj",        Q,         HIDDEN,      ROW,    HEAD_DIM,        LORA),
+    /* in_proj_qkv: the queries of all heads, then all keys, then all values. */
+    PROJ(GDN_IN,   GDN,       "linear_attn.in_proj_qkv", HIDDEN,    GDN_KEY,     COLUMN, GDN_K_DIM,       LORA),
+    PROJ(GDN_IN,   GDN,       "linear_attn.in_proj_qkv", HIDDEN,    GDN_KEY,     COLUMN, GDN_K_DIM,       LORA),
+    PROJ(GDN_IN,   GDN,       "linear_attn.in_proj_qkv", HIDDEN,    GDN_VALUE,   COLUMN, GDN_GROUP_VALUE, LORA),
+    PROJ(GDN_IN,   GDN,       "linear_attn.in_proj_z",   HIDDEN,    GDN_VALUE,   COLUMN, GDN_GROUP_VALUE, LORA),
+    PROJ(GDN_IN,   GDN,       "linear_attn.in_proj_b",   HIDDEN,    GDN_V_HEADS, COLUMN, GDN_GROUP,       LORA),
+    PROJ(GDN_IN,   GDN,       "linear_attn.in_proj_a",   HIDDEN,    GDN_V_HEADS, COLUMN, GDN_GROUP,       LORA),
+    PROJ(GDN_OUT,  GDN,       "linear_attn.out_proj",    GDN_VALUE, HIDDEN,      ROW,    GDN_GROUP_VALUE, LORA),
+    PROJ(MLP_IN,   MLP,       "mlp.gate_proj",           HIDDEN,    FFN,         COLUMN, ONE,             LORA),
+    PROJ(MLP_IN,   MLP,       "mlp.up_proj",             HIDDEN,    FFN,         COLUMN, ONE,             LORA),
+    PROJ(MLP_OUT,  MLP,       "mlp.down_proj",           FFN,       HIDDEN,      ROW,    ONE,             LORA),
+    PROJ(LM_HEAD,  GLOBAL,    "lm_head",                 HIDDEN,    VOCAB,       COLUMN, ONE,             LORA, .root = true),
+};
+
+#define CONV_TAIL .tail = {QV_DIM_ONE, QV_DIM_CONV_KERNEL}
+
+static const qv_vec_row vecs[] = {
+    /*  tensor      part       name                               rows         split   unit */
+    VEC(EMBED, GLOBAL, "embed_tokens.weight", VOCAB, NONE, NONE, .tail = {QV_DIM_HIDDEN}, .as_stored = true),
+    VEC(FINAL_NORM, GLOBAL,    "norm.weight",                     HIDDEN,      NONE,   NONE),
+    VEC(MIXER_NORM, LAYER,     "input_layernorm.weight",          HIDDEN,      NONE,   NONE),
+    VEC(MLP_NORM,   LAYER,     "post_attention_layernorm.weight", HIDDEN,      NONE,   NONE),
+    VEC(Q_NORM,     ATTENTION, "self_attn.q_norm.weight",         HEAD_DIM,    NONE,   NONE),
+    VEC(K_NORM,     ATTENTION, "self_attn.k_norm.weight",         HEAD_DIM,    NONE,   NONE),
+    VEC(CONV,       GDN,       "linear_attn.conv1d.weight",       GDN_KEY,     COLUMN, GDN_K_DIM,       CONV_TAIL),
+    VEC(CONV,       GDN,       "linear_attn.conv1d.weight",       GDN_KEY,     COLUMN, GDN_K_DIM,       CONV_TAIL),
+    VEC(CONV,       GDN,       "linear_attn.conv1d.weight",       GDN_VALUE,   COLUMN, GDN_GROUP_VALUE, CONV_TAIL),
+    VEC(A_LOG,      GDN,       "linear_attn.A_log",               GDN_V_HEADS, COLUMN, GDN_GROUP),
+    VEC(DT_BIAS,    GDN,       "linear_attn.dt_bias",             GDN_V_HEADS, COLUMN, GDN_GROUP),
+    VEC(GATE_NORM,  GDN,       "linear_attn.norm.weight",         GDN_V_DIM,   NONE,   NONE),
+};
+
+/* Other names in adapters: fused projections, and the parts of in_proj_qkv one by one. */
+static const qv_lora_alias aliases[] = {
+    {"self_attn.qkv_proj", QV_PROJ_ATTN_IN, 0, 3},
+    {"linear_attn.in_proj_qkvz", QV_PROJ_GDN_IN, 0, 4},
+    {"linear_attn.in_proj_q", QV_PROJ_GDN_IN, 0, 1},
+    {"linear_attn.in_proj_k", QV_PROJ_GDN_IN, 1, 1},
+    {"linear_attn.in_proj_v", QV_PROJ_GDN_IN, 2, 1},
+    {"linear_attn.in_proj_ba", QV_PROJ_GDN_IN, 4, 2},
+    {"mlp.gate_up_proj", QV_PROJ_MLP_IN, 0, 2},
+};
+/* clang-format on */
+
+/* --- Forward ---------------------------------------------------------------------------------- */
+
+static qv_status forward(qv_pass *pass)
+{
+    const qv_model_config *config = pass->config;
+    qv_tensor residual = qv_pass_residual(pass); /* [T, hidden] */
+    qv_tensor normed = qv_pass_normed(pass);     /* [T, hidden]: what a block reads */
+    qv_tensor delta = qv_pass_delta(pass);       /* [T, hidden]: what a block adds */
+
+    QV_TRY(qv_block_embed(pass, residual));
+    QV_TRY(qv_block_norm(pass, 0, QV_VEC_MIXER_NORM, residual, normed));
+    for (int64_t layer = 0; layer < config->n_layers; layer++) {
+        if (config->layer_parts[layer] & QV_PART_ATTENTION)
+            QV_TRY(qv_block_gated_attention(pass, layer, normed, delta));
+        else
+            QV_TRY(qv_block_gdn(pass, layer, normed, delta));
+        QV_TRY(qv_block_add_norm(pass, layer, QV_VEC_MLP_NORM, residual, delta, normed));
+
+        QV_TRY(qv_block_swiglu_mlp(pass, layer, normed, delta));
+        if (layer + 1 < config->n_layers)
+            QV_TRY(qv_block_add_norm(pass, layer + 1, QV_VEC_MIXER_NORM, residual, delta, normed));
+        else
+            QV_TRY(qv_block_add_norm(pass, QV_GLOBAL, QV_VEC_FINAL_NORM, residual, delta, normed));
+    }
+    return qv_block_head(pass, normed);
+}
+
+/* --- Registration ----------------------------------------------------------------------------- */
+
+static const char *const model_types[] = {"qwen3_5", "qwen3_5_text", NULL};
+static const char *const prefixes[] = {"model.language_model.", "model.", NULL};
+static const char *const skip[] = {"model.visual.", "visual.", "mtp.", NULL};
+
+const qv_arch qv_arch_qwen3_5 = {
+    .name = "qwen3_5",
+    .model_types = model_types,
+    .prefixes = prefixes,
+    .skip = skip,
+    .read_config = read_config,
+    .projs = projs,
+    .n_projs = sizeof projs / sizeof *projs,
+    .vecs = vecs,
+    .n_vecs = sizeof vecs / sizeof *vecs,
+    .aliases = aliases,
+    .n_aliases = sizeof aliases / sizeof *aliases,
+    .forward = forward,
+};

@@ -1,0 +1,139 @@
+#include "models/state.h"
+
+#include <stdlib.h>
+
+/* --- Sizes ------------------------------------------------------------------------------------ */
+
+uint64_t qv_state_page_bytes(const qv_layout *layout, int32_t page_tokens, qv_dtype kv_dtype)
+{
+    const qv_model_config *config = layout->config;
+    uint64_t row = (uint64_t)(config->n_kv_heads * config->head_dim) * qv_dtype_size(kv_dtype);
+    return 2 * row * (uint64_t)page_tokens *
+           (uint64_t)qv_model_config_count(config, QV_PART_ATTENTION);
+}
+
+/* Channels of the convolution: queries, keys and values. */
+static int64_t conv_channels(const qv_model_config *config)
+{
+    return qv_dim_size(config, QV_DIM_GDN_KEY) * 2 + qv_dim_size(config, QV_DIM_GDN_VALUE);
+}
+
+uint64_t qv_state_slot_bytes(const qv_layout *layout, qv_dtype conv_dtype)
+{
+    const qv_model_config *config = layout->config;
+    if (qv_model_config_count(config, QV_PART_GDN) == 0)
+        return 0;
+    uint64_t conv = (uint64_t)(conv_channels(config) * (config->conv_kernel - 1));
+    uint64_t recurrent = (uint64_t)(config->gdn_v_heads * config->gdn_k_dim * config->gdn_v_dim);
+    return (conv * qv_dtype_size(conv_dtype) + recurrent * sizeof(float)) *
+           (uint64_t)qv_model_config_count(config, QV_PART_GDN);
+}
+
+/* --- Life ------------------------------------------------------------------------------------- */
+
+static qv_status new_tensor(qv_backend *be, qv_tensor shape, qv_tensor *out)
+{
+    *out = shape;
+    return qv_backend_alloc(be, (size_t)qv_tensor_count(&shape) * qv_dtype_size(shape.dtype),
+                            &out->data);
+}
+
+static qv_status init_layer(qv_state *state, const qv_model_config *config,
+                            const qv_model_limits *limits, int64_t layer)
+{
+    qv_layer_state *out = &state->layers[layer];
+    qv_backend *be = state->be;
+    if (config->layer_parts[layer] & QV_PART_ATTENTION) {
+        qv_tensor pages = qv_tensor_4d(NULL, qv_backend_kv_dtype(be), limits->n_pages,
+                                       limits->page_tokens, config->n_kv_heads, config->head_dim);
+        out->kv.page_tokens = limits->page_tokens;
+        QV_TRY(new_tensor(be, pages, &out->kv.k));
+        QV_TRY(new_tensor(be, pages, &out->kv.v));
+    }
+    if (config->layer_parts[layer] & QV_PART_GDN) {
+        QV_TRY(new_tensor(be,
+                          qv_tensor_3d(NULL, qv_backend_activation_dtype(be), limits->n_state_slots,
+                                       conv_channels(config), config->conv_kernel - 1),
+                          &out->conv));
+        QV_TRY(new_tensor(be,
+                          qv_tensor_4d(NULL, QV_F32, limits->n_state_slots, config->gdn_v_heads,
+                                       config->gdn_k_dim, config->gdn_v_dim),
+                          &out->recurrent));
+    }
+    return QV_OK;
+}
+
+qv_status qv_state_init(qv_state *state, qv_backend *be, const qv_layout *layout,
+                        const qv_model_limits *limits)
+{
+    *state = (qv_state){.be = be, .n_layers = layout->config->n_layers};
+    state->layers = calloc((size_t)state->n_layers, sizeof *state->layers);
+    if (state->layers == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for the states of layers");
+    for (int64_t layer = 0; layer < state->n_layers; layer++)
+        QV_TRY(init_layer(state, layout->config, limits, layer));
+    return QV_OK;
+}
+
+void qv_state_deinit(qv_state *state)
+{
+    for (int64_t i = 0; i < state->n_layers && state->layers != NULL; i++) {
+        qv_layer_state *layer = &state->layers[i];
+        qv_backend_free(state->be, layer->kv.k.data);
+        qv_backend_free(state->be, layer->kv.v.data);
+        qv_backend_free(state->be, layer->conv.data);
+        qv_backend_free(state->be, layer->recurrent.data);
+    }
+    free(state->layers);
+    *state = (qv_state){.be = NULL};
+}
+
+/* --- Save and restore ------------------------------------------------------------------------- */
+
+typedef struct {
+    qv_backend *be;
+    uint8_t *host; /* what comes next on the host */
+    bool save;
+} transfer;
+
+/* Move entry `i` of dimension 0 of a tensor; a tensor that the layer does not have is skipped. */
+static qv_status move_entry(transfer *t, const qv_tensor *tensor, int32_t i)
+{
+    if (tensor->data == NULL)
+        return QV_OK;
+    size_t bytes = (size_t)tensor->stride[0] * qv_dtype_size(tensor->dtype);
+    uint8_t *device = (uint8_t *)tensor->data + (size_t)i * bytes;
+    QV_TRY(t->save ? qv_backend_download(t->be, t->host, device, bytes)
+                   : qv_backend_upload(t->be, device, t->host, bytes));
+    t->host += bytes;
+    return QV_OK;
+}
+
+static qv_status move_sequence(const qv_state *state, transfer *t, const int32_t *pages,
+                               int32_t n_pages, int32_t slot)
+{
+    for (int64_t i = 0; i < state->n_layers; i++) {
+        const qv_layer_state *layer = &state->layers[i];
+        for (int32_t page = 0; page < n_pages; page++) {
+            QV_TRY(move_entry(t, &layer->kv.k, pages[page]));
+            QV_TRY(move_entry(t, &layer->kv.v, pages[page]));
+        }
+        QV_TRY(move_entry(t, &layer->conv, slot));
+        QV_TRY(move_entry(t, &layer->recurrent, slot));
+    }
+    return QV_OK;
+}
+
+qv_status qv_state_save(const qv_state *state, const int32_t *pages, int32_t n_pages, int32_t slot,
+                        void *out)
+{
+    transfer t = {.be = state->be, .host = out, .save = true};
+    return move_sequence(state, &t, pages, n_pages, slot);
+}
+
+qv_status qv_state_restore(const qv_state *state, const int32_t *pages, int32_t n_pages,
+                           int32_t slot, const void *in)
+{
+    transfer t = {.be = state->be, .host = (uint8_t *)in, .save = false};
+    return move_sequence(state, &t, pages, n_pages, slot);
+}

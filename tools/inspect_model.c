@@ -1,0 +1,346 @@
+/* inspect_model: what Quiver makes of a model directory - its layers, the table of projections,
+ * LoRA targets, memory - and whether adapters would load. config.json alone is enough; weights,
+ * when they are there, are checked by name, dtype and shape without being loaded. */
+#include "common/options.h"
+#include "models/arch.h"
+#include "models/lora.h"
+#include "models/lora_pool.h"
+#include "models/state.h"
+#include "models/weights.h"
+
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* --- Options ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    qv_string_list adapters;
+    const char *backend;
+    int64_t running, context, step_tokens, page_tokens, adapter_slots, rank;
+} settings;
+
+static const qv_option table[] = {
+    QV_OPTION(settings, adapters, LIST, "adapter", "DIR", NULL,
+              "Say what this adapter covers and whether it would load. May be repeated."),
+    QV_OPTION(settings, rank, INT, "rank", "R", "64", "Rank of the adapter slots.", .min = 1,
+              .max = 4096),
+    QV_OPTION(settings, adapter_slots, INT, "adapter-slots", "N", "8", "Adapter slots.",
+              .section = "Memory plan", .max = 65536),
+    QV_OPTION(settings, running, INT, "running", "N", "16", "Sequences that run at once.",
+              .section = "Memory plan", .min = 1, .max = 65536),
+    QV_OPTION(settings, context, INT, "context", "TOKENS", "4096",
+              "Tokens of each sequence, at most what the model was made for.",
+              .section = "Memory plan", .min = 1, .max = 1 << 24),
+    QV_OPTION(settings, step_tokens, INT, "step-tokens", "N", "512", "Tokens of one step.",
+              .section = "Memory plan", .min = 1, .max = 1 << 20),
+    QV_OPTION(settings, page_tokens, INT, "page-tokens", "N", "16", "Tokens of one KV page.",
+              .section = "Memory plan", .min = 1, .max = 4096),
+    QV_OPTION(settings, backend, STRING, "backend", "NAME", "cpu", "Whose memory is planned.",
+              .section = "Memory plan"),
+};
+
+static const qv_program program = {
+    .name = "inspect_model",
+    .summary =
+        "Prints what Quiver makes of a Hugging Face model directory: layers, projections, LoRA "
+        "targets, memory. config.json alone is enough. Exits with 1 when the model, its "
+        "weights or an adapter would not load.",
+    .args = "DIR",
+    .epilog = "  inspect_model demo/tiny-qwen3.5 --adapter demo/tiny-qwen3.5/adapters/json\n",
+    .max_args = 1,
+};
+
+/* --- Text ------------------------------------------------------------------------------------- */
+
+/* "1.5 GiB" into buf. Returns buf. */
+static const char *size_text(uint64_t bytes, char *buf, size_t size)
+{
+    static const char *const units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
+    double value = (double)bytes;
+    int unit = 0;
+    for (; value >= 1024 && unit < 4; unit++)
+        value /= 1024;
+    snprintf(buf, size, unit ? "%.1f %s" : "%.0f %s", value, units[unit]);
+    return buf;
+}
+
+/* Numbers as ranges: "0-2, 4" of the layers for which has[layer]. */
+static void print_layers(const uint8_t *has, int64_t n_layers)
+{
+    const char *comma = "";
+    for (int64_t i = 0; i < n_layers; i++) {
+        if (!has[i])
+            continue;
+        int64_t last = i;
+        while (last + 1 < n_layers && has[last + 1])
+            last++;
+        printf(last > i ? "%s%" PRId64 "-%" PRId64 : "%s%" PRId64, comma, i, last);
+        comma = ", ";
+        i = last;
+    }
+}
+
+/* --- The model -------------------------------------------------------------------------------- */
+
+static const struct {
+    qv_part part;
+    const char *name;
+} parts[] = {
+    {QV_PART_ATTENTION, "full attention"},
+    {QV_PART_GDN, "Gated DeltaNet"},
+    {QV_PART_MLP, "SwiGLU MLP"},
+};
+
+static void print_config(const char *dir, const qv_layout *layout)
+{
+    const qv_model_config *c = layout->config;
+    printf("%s: %s (%s), %s\n", dir, c->arch->name, c->model_type, qv_dtype_name(c->dtype));
+    printf("  %" PRId64 " parameters in %" PRId64 " tensors\n", qv_layout_params(layout),
+           qv_layout_tensors(layout));
+    printf("  vocabulary %" PRId64 ", hidden %" PRId64 ", up to %" PRId64 " positions, %s head\n",
+           c->vocab, c->hidden, c->max_positions, c->tied_head ? "tied" : "separate");
+    if (qv_model_config_count(c, QV_PART_ATTENTION) > 0)
+        printf("  attention: %" PRId64 " heads of %" PRId64 ", %" PRId64 " KV heads, %" PRId64
+               " dimensions rotate (theta %g)\n",
+               c->n_heads, c->head_dim, c->n_kv_heads, c->rotary_dim, c->rope_theta);
+    if (qv_model_config_count(c, QV_PART_GDN) > 0)
+        printf("  Gated DeltaNet: %" PRId64 " key heads of %" PRId64 ", %" PRId64
+               " value heads of %" PRId64 ", convolution of %" PRId64 "\n",
+               c->gdn_k_heads, c->gdn_k_dim, c->gdn_v_heads, c->gdn_v_dim, c->conv_kernel);
+    if (qv_model_config_count(c, QV_PART_MLP) > 0)
+        printf("  MLP: %" PRId64 " wide\n", c->ffn);
+    printf("  an answer ends at");
+    for (int32_t i = 0; i < c->n_eos; i++)
+        printf("%s %d", i ? " or" : " token", c->eos[i]);
+    printf(c->n_eos ? "\n" : " no token\n");
+
+    printf("\n%" PRId64 " layers\n", c->n_layers);
+    for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) {
+        uint8_t has[QV_MAX_LAYERS];
+        for (int64_t i = 0; i < c->n_layers; i++)
+            has[i] = (c->layer_parts[i] & parts[p].part) != 0;
+        if (qv_model_config_count(c, parts[p].part) == 0)
+            continue;
+        printf("  %-16s ", parts[p].name);
+        print_layers(has, c->n_layers);
+        printf("\n");
+    }
+}
+
+static void print_slice(const qv_proj_slice *slice)
+{
+    static const char *const splits[] = {"none", "column", "row"};
+    const qv_proj_row *row = slice->row;
+    printf("    %-26s %8" PRId64 " %8" PRId64 "  %-24s %-7s %-26s %s\n", row->module,
+           slice->dst_row, slice->n_rows, qv_dim_text(row->out), splits[row->split],
+           row->split == QV_SPLIT_NONE ? "-" : qv_dim_text(row->unit), row->lora ? "yes" : "no");
+}
+
+static void print_tables(const qv_layout *layout)
+{
+    printf("\nProjections (rows of the fused weight; how ranks share it)\n");
+    printf("    %-26s %8s %8s  %-24s %-7s %-26s %s\n", "module", "row", "rows", "", "split", "unit",
+           "LoRA");
+    for (int p = 0; p < QV_PROJ_COUNT; p++) {
+        const qv_proj_shape *shape = &layout->proj[p];
+        if (shape->n_slices == 0)
+            continue;
+        printf("  %s [%" PRId64 ", %" PRId64 "] x %" PRId64 "\n", qv_proj_name((qv_proj)p),
+               shape->n_out, shape->n_in, qv_layout_part_count(layout, shape->part));
+        for (int32_t i = 0; i < shape->n_slices; i++)
+            print_slice(&shape->slices[i]);
+    }
+    printf("\nOther tensors\n");
+    for (int v = 0; v < QV_VEC_COUNT; v++) {
+        const qv_vec_shape *shape = &layout->vec[v];
+        if (shape->n_slices == 0)
+            continue;
+        printf("  %-11s %-32s [", qv_vec_name((qv_vec)v), shape->tensor);
+        for (int32_t i = 0; i < shape->n_dims; i++)
+            printf("%s%" PRId64, i ? ", " : "", shape->shape[i]);
+        printf("] x %" PRId64 "\n", qv_layout_part_count(layout, shape->part));
+    }
+}
+
+static qv_status print_memory(const settings *s, const qv_layout *layout, const qv_backend *be)
+{
+    const qv_model_config *config = layout->config;
+    int64_t context = s->context < config->max_positions ? s->context : config->max_positions;
+    int64_t pages = s->running * ((context + s->page_tokens - 1) / s->page_tokens);
+    qv_model_limits limits = {.max_tokens = (int32_t)s->step_tokens,
+                              .max_seqs = (int32_t)s->running,
+                              .max_logits = (int32_t)s->running,
+                              .page_tokens = (int32_t)s->page_tokens,
+                              .n_pages = pages < INT32_MAX ? (int32_t)pages : INT32_MAX,
+                              .n_state_slots = (int32_t)s->running,
+                              .n_adapter_slots = (int32_t)s->adapter_slots,
+                              .max_lora_rank = (int32_t)s->rank};
+    qv_memory_plan plan;
+    QV_TRY(qv_model_plan(config, be, &limits, &plan));
+    char text[32];
+    printf("\nMemory (%s)\n", qv_backend_describe(be));
+    printf("  weights       %10s\n", size_text(plan.weights, text, sizeof text));
+    printf("  KV pages      %10s", size_text(plan.kv, text, sizeof text));
+    printf("  %" PRId64 " sequences of %" PRId64 " tokens, %" PRIu64 " bytes a token\n", s->running,
+           context, plan.kv_page / (uint64_t)s->page_tokens);
+    printf("  states        %10s", size_text(plan.state, text, sizeof text));
+    printf("  %" PRId64 " slots of %s\n", s->running,
+           size_text(plan.state_slot, text, sizeof text));
+    printf("  adapters      %10s", size_text(plan.adapters, text, sizeof text));
+    printf("  %" PRId64 " slots of %s, rank %" PRId64 "\n", s->adapter_slots,
+           size_text(plan.adapter_slot, text, sizeof text), s->rank);
+    printf("  intermediates %10s", size_text(plan.activations, text, sizeof text));
+    printf("  %" PRId64 " tokens a step\n", s->step_tokens);
+    printf("  total         %10s\n", size_text(plan.total, text, sizeof text));
+    return QV_OK;
+}
+
+/* Check the weights if there are any. */
+static qv_status print_weights(const char *dir, const qv_layout *layout, bool *present)
+{
+    qv_safetensors *st;
+    qv_status status = qv_safetensors_open_dir(dir, &st);
+    *present = status == QV_OK;
+    if (status == QV_ERR_NOT_FOUND) {
+        printf("\nWeights: none here\n");
+        return QV_OK;
+    }
+    QV_TRY(status);
+    char text[32];
+    status = qv_weights_check(layout, st);
+    if (status == QV_OK)
+        printf("\nWeights: %zu tensors, %s: all are as config.json says\n",
+               qv_safetensors_count(st), size_text(qv_safetensors_bytes(st), text, sizeof text));
+    qv_safetensors_close(st);
+    return status;
+}
+
+/* --- Adapters --------------------------------------------------------------------------------- */
+
+/* One line for the items from `first` on that target the same slices: layers, ranks, scales. */
+static void print_target(const qv_layout *layout, const qv_adapter *adapter, size_t first)
+{
+    const qv_lora_item *item = qv_adapter_item(adapter, first);
+    const qv_proj_shape *shape = &layout->proj[item->target.proj];
+    uint8_t has[QV_MAX_LAYERS] = {0};
+    int32_t low = item->rank, high = item->rank;
+    float least = item->scale, most = item->scale;
+    for (size_t i = first; i < qv_adapter_n_items(adapter); i++) {
+        const qv_lora_item *other = qv_adapter_item(adapter, i);
+        if (other->target.proj != item->target.proj || other->target.first != item->target.first ||
+            other->target.n != item->target.n)
+            continue;
+        low = other->rank < low ? other->rank : low;
+        high = other->rank > high ? other->rank : high;
+        least = other->scale < least ? other->scale : least;
+        most = other->scale > most ? other->scale : most;
+        if (other->layer >= 0)
+            has[other->layer] = 1;
+    }
+    const qv_proj_slice *slice = &shape->slices[item->target.first];
+    printf("  %-26s rows %" PRId64 "-%" PRId64 ", rank %d", slice->row->module, slice->dst_row,
+           slice->dst_row + item->target.n_rows - 1, low);
+    if (high > low)
+        printf("-%d", high);
+    printf(", scale %g", (double)least);
+    if (most > least)
+        printf("-%g", (double)most);
+    if (item->layer >= 0)
+        printf(", layers ");
+    print_layers(has, layout->config->n_layers);
+    printf("\n");
+}
+
+/* Whether an earlier item has the same target, and so the same line. */
+static bool is_repeated(const qv_adapter *adapter, size_t i)
+{
+    const qv_lora_target *target = &qv_adapter_item(adapter, i)->target;
+    for (size_t k = 0; k < i; k++) {
+        const qv_lora_target *other = &qv_adapter_item(adapter, k)->target;
+        if (other->proj == target->proj && other->first == target->first && other->n == target->n)
+            return true;
+    }
+    return false;
+}
+
+/* False when the adapter would not load. */
+static bool print_adapter(const qv_adapter_spec *spec, const char *dir)
+{
+    qv_adapter *adapter;
+    if (qv_adapter_read(spec, dir, &adapter) != QV_OK) {
+        printf("\nAdapter %s: would not load\n  %s\n", dir, qv_error());
+        return false;
+    }
+    char text[32];
+    printf("\nAdapter %s: loads\n  %zu pairs, rank up to %d, %s, digest %s\n", dir,
+           qv_adapter_n_items(adapter), qv_adapter_max_rank(adapter),
+           size_text(qv_adapter_bytes(adapter), text, sizeof text), qv_adapter_digest(adapter));
+    for (size_t i = 0; i < qv_adapter_n_items(adapter); i++) {
+        if (!is_repeated(adapter, i))
+            print_target(spec->layout, adapter, i);
+    }
+    fputs(qv_adapter_notes(adapter), stdout);
+    qv_adapter_close(adapter);
+    return true;
+}
+
+/* --- Main ------------------------------------------------------------------------------------- */
+
+/* Print everything; *all_load becomes false when an adapter would not load. */
+static qv_status inspect(const settings *s, const char *dir, qv_backend *be, bool *all_load)
+{
+    qv_model_config config;
+    qv_layout layout;
+    QV_TRY(qv_model_config_load(dir, &config));
+    QV_TRY(qv_layout_init(&layout, &config, 0, 1));
+    print_config(dir, &layout);
+    print_tables(&layout);
+    QV_TRY(print_memory(s, &layout, be));
+    bool present;
+    QV_TRY(print_weights(dir, &layout, &present));
+
+    qv_adapter_spec spec = {.layout = &layout,
+                            .max_rank = (int32_t)s->rank,
+                            .dtype = qv_backend_lora_dtype(be),
+                            .model_dir = present ? dir : NULL};
+    for (size_t i = 0; i < s->adapters.n; i++)
+        *all_load &= print_adapter(&spec, s->adapters.items[i]);
+    return QV_OK;
+}
+
+int main(int argc, char **argv)
+{
+    settings s;
+    qv_options *options;
+    if (qv_options_parse(table, sizeof table / sizeof *table, &program, argc, argv, &s, &options) !=
+        QV_OK) {
+        fprintf(stderr, "inspect_model: %s\n", qv_error());
+        return 2;
+    }
+    if (qv_options_printed(options)) {
+        qv_options_free(options);
+        return 0;
+    }
+    if (qv_options_args(options)->n != 1) {
+        fprintf(stderr, "inspect_model: name one model directory; --help says more\n");
+        qv_options_free(options);
+        return 2;
+    }
+    qv_backend *be = NULL;
+    bool all_load = true;
+    qv_status status =
+        qv_backend_open(&(qv_backend_options){.name = s.backend, .n_threads = 1}, &be);
+    if (status == QV_OK)
+        status = inspect(&s, qv_options_args(options)->items[0], be, &all_load);
+    if (status != QV_OK) {
+        fflush(stdout);
+        fprintf(stderr, "inspect_model: %s\n", qv_error());
+    }
+    qv_backend_close(be);
+    qv_options_free(options);
+    return status == QV_OK && all_load ? 0 : 1;
+}

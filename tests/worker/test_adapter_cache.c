@@ -1,0 +1,604 @@
+/* The adapter cache over a source of its own: loads that the test holds up, fails and counts. */
+#include "worker/adapter_cache.h"
+#include "worker/scheduler.h"
+
+#include "tests/support.h"
+
+#include <criterion/criterion.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* --- A source ---------------------------------------------------------------------------------
+ * A directory "content:rank:bytes" is an adapter with that content; "missing" is not there,
+ * "broken" does not parse. While the gate is shut, open waits at it. */
+
+struct qv_adapter {
+    char digest[40];
+    int32_t rank;
+    uint64_t bytes;
+};
+
+typedef struct {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool shut;
+    bool install_fails;
+    int n_waiting, n_opened, n_closed, n_installs, n_clears;
+    char slot[8][40]; /* digest of what is in each slot, "" = cleared */
+} source;
+
+static qv_status source_open(void *user, const char *dir, qv_adapter **out)
+{
+    source *s = user;
+    pthread_mutex_lock(&s->lock);
+    s->n_waiting++;
+    pthread_cond_broadcast(&s->changed);
+    while (s->shut)
+        pthread_cond_wait(&s->changed, &s->lock);
+    s->n_waiting--;
+    pthread_mutex_unlock(&s->lock);
+    if (strcmp(dir, "missing") == 0)
+        return qv_fail(QV_ERR_NOT_FOUND, "%s: no such directory", dir);
+    if (strcmp(dir, "broken") == 0)
+        return qv_fail(QV_ERR_FORMAT, "%s: truncated", dir);
+    qv_adapter *adapter = calloc(1, sizeof *adapter);
+    adapter->rank = 8;
+    adapter->bytes = 100;
+    sscanf(dir, "%39[^:]:%d:%lu", adapter->digest, &adapter->rank, &adapter->bytes);
+    pthread_mutex_lock(&s->lock);
+    s->n_opened++;
+    pthread_mutex_unlock(&s->lock);
+    *out = adapter;
+    return QV_OK;
+}
+
+static qv_status source_install(void *user, int32_t slot, const qv_adapter *adapter)
+{
+    source *s = user;
+    pthread_mutex_lock(&s->lock);
+    s->n_installs++;
+    memcpy(s->slot[slot], adapter->digest, sizeof s->slot[slot]);
+    bool fails = s->install_fails;
+    pthread_mutex_unlock(&s->lock);
+    return fails ? qv_fail(QV_ERR_DEVICE, "the device is gone") : QV_OK;
+}
+
+static qv_status source_clear(void *user, int32_t slot)
+{
+    source *s = user;
+    pthread_mutex_lock(&s->lock);
+    s->n_clears++;
+    s->slot[slot][0] = '\0';
+    pthread_mutex_unlock(&s->lock);
+    return QV_OK;
+}
+
+static void source_close(void *user, qv_adapter *adapter)
+{
+    source *s = user;
+    pthread_mutex_lock(&s->lock);
+    s->n_closed++;
+    pthread_mutex_unlock(&s->lock);
+    free(adapter);
+}
+
+static const char *source_digest(void *user, const qv_adapter *adapter)
+{
+    (void)user;
+    return adapter->digest;
+}
+
+static int32_t source_rank(void *user, const qv_adapter *adapter)
+{
+    (void)user;
+    return adapter->rank;
+}
+
+static uint64_t source_bytes(void *user, const qv_adapter *adapter)
+{
+    (void)user;
+    return adapter->bytes;
+}
+
+/* --- The cache under test -------------------------------------------------------------------- */
+
+typedef struct {
+    qv_adapter_phase phase;
+    char name[64], digest[40], reason[256];
+    qv_code code;
+    bool pin;
+} event;
+
+typedef struct {
+    source source;
+    qv_adapter_cache *cache;
+    event events[64];
+    int n_events;
+} world;
+
+static void on_event(void *user, const qv_adapter_event *e)
+{
+    world *w = user;
+    event *out = &w->events[w->n_events++];
+    *out = (event){.phase = e->phase, .code = e->code, .pin = e->pin};
+    snprintf(out->name, sizeof out->name, "%s", e->name);
+    snprintf(out->digest, sizeof out->digest, "%s", e->digest);
+    snprintf(out->reason, sizeof out->reason, "%s", e->reason != NULL ? e->reason : "");
+}
+
+static world *world_new(int32_t n_slots)
+{
+    world *w = calloc(1, sizeof *w);
+    pthread_mutex_init(&w->source.lock, NULL);
+    pthread_cond_init(&w->source.changed, NULL);
+    qv_adapter_source functions = {source_open,   source_install, source_clear, source_close,
+                                   source_digest, source_rank,    source_bytes, &w->source};
+    qv_adapter_cache_options options = {
+        .n_slots = n_slots, .host_bytes = 1000, .on_event = on_event, .user = w};
+    cr_assert_eq(qv_adapter_cache_new(&options, &functions, &w->cache), QV_OK, "%s", qv_error());
+    return w;
+}
+
+/* Every adapter that was opened is closed. */
+static void world_free(world *w)
+{
+    cr_expect_eq(qv_adapter_cache_refs(w->cache), 0);
+    qv_adapter_cache_free(w->cache);
+    cr_expect_eq(w->source.n_opened, w->source.n_closed);
+    pthread_mutex_destroy(&w->source.lock);
+    pthread_cond_destroy(&w->source.changed);
+    free(w);
+}
+
+static void shut_gate(world *w, bool shut)
+{
+    pthread_mutex_lock(&w->source.lock);
+    w->source.shut = shut;
+    pthread_cond_broadcast(&w->source.changed);
+    pthread_mutex_unlock(&w->source.lock);
+}
+
+/* Wait until the loader stands at the gate. */
+static void await_gate(world *w)
+{
+    pthread_mutex_lock(&w->source.lock);
+    while (w->source.n_waiting == 0)
+        pthread_cond_wait(&w->source.changed, &w->source.lock);
+    pthread_mutex_unlock(&w->source.lock);
+}
+
+static void poll_once(world *w)
+{
+    struct pollfd pfd = {.fd = qv_adapter_cache_fd(w->cache), .events = POLLIN};
+    if (!qv_adapter_cache_has_results(w->cache))
+        cr_assert_eq(poll(&pfd, 1, 10000), 1, "the loader has no news");
+    bool changed;
+    cr_assert_eq(qv_adapter_cache_poll(w->cache, &changed), QV_OK, "%s", qv_error());
+}
+
+static void await_events(world *w, int n)
+{
+    while (w->n_events < n)
+        poll_once(w);
+}
+
+static void await_state(world *w, int32_t slot, qv_slot_state state)
+{
+    while (qv_adapter_cache_slot_state(w->cache, slot) != state)
+        poll_once(w);
+}
+
+static qv_status acquire(world *w, const char *name, qv_adapter_version **out, qv_code *code)
+{
+    return qv_adapter_cache_acquire(w->cache, qv_str_from(name), out, code);
+}
+
+static qv_adapter_version *must_acquire(world *w, const char *name)
+{
+    qv_adapter_version *version = NULL;
+    qv_code code;
+    cr_assert_eq(acquire(w, name, &version, &code), QV_OK, "%s", qv_error());
+    return version;
+}
+
+/* Enter a version, waiting for its slot. */
+static int32_t must_enter(world *w, qv_adapter_version *version)
+{
+    int32_t slot;
+    while ((slot = qv_adapter_cache_enter(w->cache, version)) == QV_NO_SLOT_YET)
+        poll_once(w);
+    cr_assert_geq(slot, 0);
+    cr_assert_str_eq(w->source.slot[slot], qv_adapter_version_digest(version));
+    return slot;
+}
+
+static void must_load(world *w, const char *name, const char *dir)
+{
+    int n = w->n_events;
+    cr_assert_eq(qv_adapter_cache_load(w->cache, name, dir, false), QV_OK, "%s", qv_error());
+    await_events(w, n + 1);
+    cr_assert_eq(w->events[n].phase, QV_ADAPTER_READY, "%s", w->events[n].reason);
+}
+
+/* --- Slots as a state machine ---------------------------------------------------------------- */
+
+static const int expected[QV_SLOT_STATE_COUNT][QV_SLOT_EVENT_COUNT] = {
+    /*                     load             loaded         pin             unpin          evict
+       cleared */
+    [QV_SLOT_EMPTY] = {QV_SLOT_LOADING, -1, -1, -1, -1, -1},
+    [QV_SLOT_LOADING] = {-1, QV_SLOT_READY, -1, -1, -1, -1},
+    [QV_SLOT_READY] = {-1, -1, QV_SLOT_PINNED, -1, QV_SLOT_EVICTING, -1},
+    [QV_SLOT_PINNED] = {-1, -1, -1, QV_SLOT_READY, -1, -1},
+    [QV_SLOT_EVICTING] = {QV_SLOT_LOADING, -1, -1, -1, -1, QV_SLOT_EMPTY},
+};
+
+Test(adapter_slot, takes_every_edge_and_no_other)
+{
+    for (int state = 0; state < QV_SLOT_STATE_COUNT; state++)
+        for (int e = 0; e < QV_SLOT_EVENT_COUNT; e++)
+            cr_expect_eq(qv_slot_next_state(state, e), expected[state][e], "%s on %s",
+                         qv_slot_event_name(e), qv_slot_state_name(state));
+}
+
+/* --- Loads ----------------------------------------------------------------------------------- */
+
+Test(adapter_cache, loads_and_says_so)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A:16");
+    cr_assert_str_eq(w->events[0].name, "a");
+    cr_assert_str_eq(w->events[0].digest, "A");
+    await_state(w, 0, QV_SLOT_READY); /* and is brought into an empty slot without being asked */
+    cr_assert_eq(qv_adapter_cache_n_empty(w->cache), 1);
+    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 100);
+    world_free(w);
+}
+
+Test(adapter_cache, says_why_a_load_failed)
+{
+    static const struct {
+        const char *dir;
+        qv_code code;
+        const char *words;
+    } rows[] = {
+        {"missing", QV_CODE_ADAPTER_NOT_FOUND, "no such directory"},
+        {"broken", QV_CODE_ADAPTER_INVALID, "truncated"},
+        {"big:8:1001", QV_CODE_ADAPTER_INVALID, "adapter-cache-bytes"},
+    };
+    world *w = world_new(2);
+    for (int i = 0; i < 3; i++) {
+        cr_assert_eq(qv_adapter_cache_load(w->cache, "x", rows[i].dir, false), QV_OK);
+        await_events(w, i + 1);
+        cr_expect_eq(w->events[i].phase, QV_ADAPTER_FAILED);
+        cr_expect_eq(w->events[i].code, rows[i].code);
+        cr_expect_not_null(strstr(w->events[i].reason, rows[i].words), "%s", w->events[i].reason);
+        qv_adapter_version *version;
+        qv_code code;
+        cr_expect_neq(acquire(w, "x", &version, &code), QV_OK);
+        cr_expect_eq(code, rows[i].code);
+        cr_expect_not_null(strstr(qv_error(), rows[i].words), "%s", qv_error());
+    }
+    world_free(w);
+}
+
+Test(adapter_cache, refuses_what_cannot_be_loaded)
+{
+    world *w = world_new(0);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_ERR_UNSUPPORTED);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "", "A", false), QV_ERR_ARG);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a b", "A", false), QV_ERR_ARG);
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "a"), QV_ERR_NOT_FOUND);
+    qv_adapter_version *version;
+    qv_code code;
+    cr_assert_eq(acquire(w, "a", &version, &code), QV_ERR_NOT_FOUND);
+    cr_assert_eq(code, QV_CODE_ADAPTER_NOT_FOUND);
+    world_free(w);
+}
+
+Test(adapter_cache, collapses_concurrent_loads_of_one_directory)
+{
+    world *w = world_new(2);
+    shut_gate(w, true);
+    static const char *const names[] = {"a", "b", "a", "c"};
+    for (int i = 0; i < 4; i++)
+        cr_assert_eq(qv_adapter_cache_load(w->cache, names[i], "A", false), QV_OK);
+    await_gate(w);
+    qv_adapter_version *version;
+    qv_code code;
+    cr_assert_eq(acquire(w, "b", &version, &code), QV_ERR_BUSY);
+    shut_gate(w, false);
+    await_events(w, 3);
+    cr_assert_eq(w->source.n_opened, 1);
+    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 100);
+    world_free(w);
+}
+
+Test(adapter_cache, names_with_the_same_content_share_it)
+{
+    world *w = world_new(4);
+    must_load(w, "a", "A:8");
+    must_load(w, "b", "A:8:100"); /* another path, the same digest */
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b");
+    cr_assert_eq(a, b);
+    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 100);
+    cr_assert_eq(must_enter(w, a), must_enter(w, b));
+    qv_adapter_cache_leave(w->cache, a);
+    qv_adapter_cache_leave(w->cache, b);
+    qv_adapter_cache_release(w->cache, a);
+    qv_adapter_cache_release(w->cache, b);
+    world_free(w);
+}
+
+/* --- Versions -------------------------------------------------------------------------------- */
+
+Test(adapter_cache, a_replaced_version_lives_until_its_last_request)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A1");
+    qv_adapter_version *old = must_acquire(w, "a");
+    int32_t slot = must_enter(w, old);
+    must_load(w, "a", "A2");
+    qv_adapter_version *new = must_acquire(w, "a");
+    cr_assert_str_eq(qv_adapter_version_digest(new), "A2");
+    cr_assert_neq(must_enter(w, new), slot);
+    cr_assert_str_eq(w->source.slot[slot], "A1", "the old one still runs");
+    cr_assert_eq(w->source.n_closed, 0);
+    qv_adapter_cache_leave(w->cache, old);
+    qv_adapter_cache_release(w->cache, old);
+    cr_assert_eq(w->source.n_closed, 1);
+    await_state(w, slot, QV_SLOT_EMPTY);
+    cr_assert_str_eq(w->source.slot[slot], "");
+    qv_adapter_cache_leave(w->cache, new);
+    qv_adapter_cache_release(w->cache, new);
+    world_free(w);
+}
+
+Test(adapter_cache, keeps_the_version_it_has_while_and_if_a_reload_fails)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A1");
+    shut_gate(w, true);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "broken", false), QV_OK);
+    await_gate(w);
+    qv_adapter_version *during = must_acquire(w, "a");
+    shut_gate(w, false);
+    await_events(w, 2);
+    cr_assert_eq(w->events[1].phase, QV_ADAPTER_FAILED);
+    qv_adapter_version *after = must_acquire(w, "a");
+    cr_assert_eq(during, after);
+    qv_adapter_cache_release(w->cache, during);
+    qv_adapter_cache_release(w->cache, after);
+    world_free(w);
+}
+
+Test(adapter_cache, the_last_of_two_loads_of_a_name_wins)
+{
+    world *w = world_new(2);
+    shut_gate(w, true);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A1", false), QV_OK);
+    await_gate(w);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A2", false), QV_OK);
+    shut_gate(w, false);
+    await_events(w, 1);
+    cr_assert_str_eq(w->events[0].digest, "A2");
+    cr_assert_eq(w->source.n_closed, 1, "nobody wanted A1 any more");
+    world_free(w);
+}
+
+Test(adapter_cache, an_unloaded_name_refuses_new_requests_and_keeps_old_ones)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A");
+    qv_adapter_version *running = must_acquire(w, "a");
+    int32_t slot = must_enter(w, running);
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "a"), QV_OK);
+    cr_assert_eq(w->events[1].phase, QV_ADAPTER_UNLOADED);
+    qv_adapter_version *version;
+    qv_code code;
+    cr_assert_eq(acquire(w, "a", &version, &code), QV_ERR_NOT_FOUND);
+    cr_assert_str_eq(w->source.slot[slot], "A");
+    qv_adapter_cache_leave(w->cache, running);
+    cr_assert_eq(must_enter(w, running), slot, "a preempted one may come back to it");
+    qv_adapter_cache_leave(w->cache, running);
+    qv_adapter_cache_release(w->cache, running);
+    await_state(w, slot, QV_SLOT_EMPTY);
+    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 0);
+    world_free(w);
+}
+
+Test(adapter_cache, unload_while_loading_drops_the_result)
+{
+    world *w = world_new(2);
+    shut_gate(w, true);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "B", false), QV_OK); /* not yet begun */
+    await_gate(w);
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "a"), QV_OK);
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "b"), QV_OK);
+    shut_gate(w, false);
+    poll_once(w);
+    cr_assert_eq(w->n_events, 2, "two times unloaded, never ready");
+    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 0);
+    cr_assert_eq(w->source.n_opened, 1);
+    world_free(w);
+}
+
+Test(adapter_cache, ends_while_the_loader_is_at_work)
+{
+    world *w = world_new(2);
+    shut_gate(w, true);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "B", false), QV_OK);
+    await_gate(w);
+    shut_gate(w, false);
+    world_free(w);
+}
+
+/* --- Slots ----------------------------------------------------------------------------------- */
+
+Test(adapter_cache, takes_the_least_recently_used_slot_that_nobody_runs_on)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    must_load(w, "c", "C");
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b"),
+                       *c = must_acquire(w, "c");
+    int32_t slot_a = must_enter(w, a), slot_b = must_enter(w, b);
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, c), QV_NO_SLOT_FREE);
+    qv_adapter_cache_leave(w->cache, a);
+    qv_adapter_cache_leave(w->cache, b);
+    must_enter(w, a); /* now b is the least recently used */
+    qv_adapter_cache_leave(w->cache, a);
+    cr_assert_eq(must_enter(w, c), slot_b);
+    qv_adapter_cache_leave(w->cache, c);
+    cr_assert_eq(must_enter(w, b), slot_a);
+    qv_adapter_cache_leave(w->cache, b);
+    cr_assert_eq(w->source.n_opened, 3, "host copies are read once");
+    qv_adapter_cache_release(w->cache, a);
+    qv_adapter_cache_release(w->cache, b);
+    qv_adapter_cache_release(w->cache, c);
+    world_free(w);
+}
+
+Test(adapter_cache, a_pinned_version_keeps_its_slot_and_one_is_left_for_others)
+{
+    world *w = world_new(2);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", true), QV_OK);
+    await_events(w, 1);
+    await_state(w, 0, QV_SLOT_PINNED);
+    cr_assert(w->events[0].pin);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "B", true), QV_OK);
+    await_events(w, 2);
+    cr_assert_eq(w->events[1].phase, QV_ADAPTER_READY);
+    cr_assert_not(w->events[1].pin);
+    cr_assert_not_null(strstr(w->events[1].reason, "not pinned"), "%s", w->events[1].reason);
+    must_load(w, "c", "C");
+    qv_adapter_version *b = must_acquire(w, "b"), *c = must_acquire(w, "c");
+    for (int i = 0; i < 3; i++) {
+        cr_assert_eq(must_enter(w, b), 1);
+        qv_adapter_cache_leave(w->cache, b);
+        cr_assert_eq(must_enter(w, c), 1);
+        qv_adapter_cache_leave(w->cache, c);
+    }
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK); /* no longer pinned */
+    await_events(w, 4);
+    cr_assert_eq(qv_adapter_cache_slot_state(w->cache, 0), QV_SLOT_READY);
+    qv_adapter_cache_release(w->cache, b);
+    qv_adapter_cache_release(w->cache, c);
+    world_free(w);
+}
+
+Test(adapter_cache, brings_a_pinned_version_in_when_a_slot_becomes_free)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b");
+    must_enter(w, a);
+    int32_t slot_b = must_enter(w, b);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "p", "P", true), QV_OK);
+    await_events(w, 3);
+    qv_adapter_cache_leave(w->cache, b);
+    await_state(w, slot_b, QV_SLOT_PINNED);
+    qv_adapter_cache_leave(w->cache, a);
+    qv_adapter_cache_release(w->cache, a);
+    qv_adapter_cache_release(w->cache, b);
+    world_free(w);
+}
+
+Test(adapter_cache, a_failed_copy_is_fatal)
+{
+    world *w = world_new(1);
+    w->source.install_fails = true;
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    bool changed;
+    qv_status status = QV_OK;
+    while (status == QV_OK) {
+        struct pollfd pfd = {.fd = qv_adapter_cache_fd(w->cache), .events = POLLIN};
+        poll(&pfd, 1, 1000);
+        status = qv_adapter_cache_poll(w->cache, &changed);
+    }
+    cr_assert_eq(status, QV_ERR_DEVICE);
+    cr_assert_not_null(strstr(qv_error(), "the device is gone"));
+    world_free(w);
+}
+
+/* --- Everything at once ---------------------------------------------------------------------- */
+
+Test(adapter_cache, keeps_its_counts_on_drawn_events)
+{
+    enum { HELD = 24 };
+    static const char *const names[] = {"a", "b", "c", "d", "e"};
+    static const char *const dirs[] = {"A", "B", "C", "D", "E", "F", "missing", "broken"};
+    for (uint64_t seed = 0; seed < 30; seed++) {
+        qv_rng rng = qv_rng_seed(seed);
+        int32_t n_slots = (int32_t)qv_rng_range(&rng, 1, 5);
+        world *w = world_new(n_slots);
+        struct {
+            qv_adapter_version *version;
+            bool running;
+        } held[HELD] = {0};
+        for (int i = 0; i < 400; i++) {
+            int h = (int)qv_rng_range(&rng, 0, HELD);
+            const char *name = names[qv_rng_range(&rng, 0, 5)];
+            w->n_events = 0;
+            switch (qv_rng_range(&rng, 0, 7)) {
+            case 0:
+                cr_assert_eq(qv_adapter_cache_load(w->cache, name, dirs[qv_rng_range(&rng, 0, 8)],
+                                                   qv_rng_uniform(&rng) < 0.3),
+                             QV_OK);
+                break;
+            case 1:
+                if (qv_rng_uniform(&rng) < 0.3)
+                    qv_adapter_cache_unload(w->cache, name);
+                break;
+            case 2: {
+                qv_code code;
+                if (held[h].version == NULL && acquire(w, name, &held[h].version, &code) != QV_OK)
+                    held[h].version = NULL;
+                break;
+            }
+            case 3:
+                if (held[h].version != NULL && !held[h].running)
+                    held[h].running = qv_adapter_cache_enter(w->cache, held[h].version) >= 0;
+                break;
+            case 4:
+                if (held[h].running)
+                    qv_adapter_cache_leave(w->cache, held[h].version);
+                held[h].running = false;
+                break;
+            case 5:
+                if (held[h].version != NULL && !held[h].running) {
+                    qv_adapter_cache_release(w->cache, held[h].version);
+                    held[h].version = NULL;
+                }
+                break;
+            default: {
+                bool changed;
+                cr_assert_eq(qv_adapter_cache_poll(w->cache, &changed), QV_OK);
+            }
+            }
+            int32_t n_pinned = 0;
+            for (int32_t s = 0; s < n_slots; s++)
+                n_pinned += qv_adapter_cache_slot_state(w->cache, s) == QV_SLOT_PINNED;
+            cr_assert_lt(n_pinned, n_slots > 1 ? n_slots : 1);
+        }
+        for (int h = 0; h < HELD; h++)
+            if (held[h].version != NULL) {
+                if (held[h].running)
+                    qv_adapter_cache_leave(w->cache, held[h].version);
+                qv_adapter_cache_release(w->cache, held[h].version);
+            }
+        w->n_events = 0;
+        for (int i = 0; i < 5; i++)
+            qv_adapter_cache_unload(w->cache, names[i]);
+        w->n_events = 0;
+        while (qv_adapter_cache_n_empty(w->cache) < n_slots ||
+               qv_adapter_cache_host_bytes(w->cache) > 0)
+            poll_once(w);
+        world_free(w);
+    }
+}

@@ -1,0 +1,90 @@
+/* What the parts of the engine share:
+ *
+ *   engine.c        requests in, adapters, the step
+ *   engine_emit.c   how streams and requests end, and the deltas that say so
+ *   engine_open.c   opening and closing, facts, metrics
+ */
+#ifndef QV_WORKER_ENGINE_INTERNAL_H
+#define QV_WORKER_ENGINE_INTERNAL_H
+
+#include "common/map.h"
+#include "worker/adapter_cache.h"
+#include "worker/batch_build.h"
+#include "worker/memory_plan.h"
+#include "worker/outbox.h"
+#include "worker/request.h"
+#include "worker/scheduler.h"
+
+/* finish_reason in deltas and metrics: "stop", "length", "cancelled", "deadline". */
+enum { QV_N_FINISH_REASONS = 4 };
+extern const char *const qv_finish_reasons[QV_N_FINISH_REASONS];
+
+typedef struct {
+    qv_counter *steps, *prefilled, *generated, *preemptions;
+    qv_counter *finished[QV_N_FINISH_REASONS]; /* streams */
+    qv_counter *failed;                        /* requests that ended in an error */
+    qv_gauge *running, *waiting, *free_pages, *empty_slots;
+    qv_histogram *step_seconds, *step_tokens;
+} qv_engine_metrics;
+
+struct qv_engine {
+    qv_engine_options options; /* its strings are owned, defaults resolved */
+    qv_engine_sizes sizes;
+    qv_backend *backend;
+    qv_model *model;
+    qv_tokenizer *tokenizer;
+    qv_chat_template *chat; /* NULL: the model has none */
+    qv_request_context context;
+
+    qv_kv_cache *pages;
+    qv_state_cache *states;
+    qv_adapter_cache *adapters;
+    qv_scheduler *scheduler;
+    qv_batch_builder *builder;
+    qv_sample_row *rows;       /* [max_logits] */
+    qv_sample_result *results; /* [max_logits] */
+
+    qv_map *requests;                 /* by number: every request that has not ended */
+    qv_request *parked, *last_parked; /* of those, the ones whose adapter is being loaded for the
+                                       * first time; a list, oldest first */
+    int64_t n_sequences;              /* not finished, of all requests */
+    qv_outbox outbox;
+
+    qv_engine_stats stats;
+    qv_engine_metrics metrics;
+};
+
+/* --- engine_emit.c ---------------------------------------------------------------------------- */
+
+/* Put a request into the list of those that wait for a load, and take it out (if it is there). */
+void qv_engine_park(qv_engine *engine, qv_request *request);
+void qv_engine_unpark(qv_engine *engine, qv_request *request);
+
+/* Forget a request all of whose streams have ended. Its memory outlives its last deltas. */
+void qv_engine_end_request(qv_engine *engine, qv_request *request);
+
+/* End a stream without a word. With the last one the request ends. */
+void qv_engine_end_stream(qv_engine *engine, qv_request_stream *stream);
+
+/* Report an error of a whole request, which may be in no table. */
+void qv_engine_report_error(qv_engine *engine, uint64_t number, qv_code code, const char *message);
+
+/* Report an error and end every stream of the request. */
+void qv_engine_fail_request(qv_engine *engine, qv_request *request, qv_code code,
+                            const char *message);
+
+/* The delta of a token that was chosen; the stream ends if that ends its answer. */
+void qv_engine_emit_token(qv_engine *engine, qv_request_stream *stream,
+                          const qv_sample_result *result);
+
+/* The delta of a stream that ends without another token. Text that was held back comes with it. */
+void qv_engine_emit_end(qv_engine *engine, qv_request_stream *stream, const char *reason);
+
+/* --- engine.c, for the caches ----------------------------------------------------------------- */
+
+/* What the scheduler asks about adapters, and where the adapter cache reports; `user` is the
+ * engine. */
+extern const qv_adapter_slots qv_engine_adapter_slots;
+void qv_engine_on_adapter_event(void *user, const qv_adapter_event *event);
+
+#endif

@@ -1,0 +1,278 @@
+#include "worker/engine_internal.h"
+
+#include "common/clock.h"
+#include "common/log.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A sequence that others overtook so often makes them wait (worker/scheduler.h). */
+#define MAX_OVERTAKES 32
+
+/* What one level of priority is worth, in ms of waiting. */
+#define AGING_MS 1000
+
+/* --- Facts ----------------------------------------------------------------------------------- */
+
+const qv_model_config *qv_engine_config(const qv_engine *engine)
+{
+    return engine->context.config;
+}
+
+const qv_engine_options *qv_engine_get_options(const qv_engine *engine)
+{
+    return &engine->options;
+}
+
+const qv_tokenizer *qv_engine_tokenizer(const qv_engine *engine)
+{
+    return engine->tokenizer;
+}
+
+const qv_memory_plan *qv_engine_plan(const qv_engine *engine)
+{
+    return &engine->sizes.plan;
+}
+
+int64_t qv_engine_total_pages(const qv_engine *engine)
+{
+    return engine->sizes.limits.n_pages;
+}
+
+const char *qv_engine_device(const qv_engine *engine)
+{
+    return qv_backend_describe(engine->backend);
+}
+
+const qv_request_context *qv_engine_request_context(const qv_engine *engine)
+{
+    return &engine->context;
+}
+
+void qv_engine_get_stats(const qv_engine *engine, qv_engine_stats *out)
+{
+    *out = engine->stats;
+    out->running = qv_scheduler_n_running(engine->scheduler);
+    out->waiting = (int32_t)(engine->n_sequences - out->running);
+    out->free_pages = qv_kv_cache_n_free(engine->pages);
+    out->free_state_slots = qv_state_cache_n_free(engine->states);
+    out->free_adapter_slots = qv_adapter_cache_n_empty(engine->adapters);
+}
+
+/* --- Life ------------------------------------------------------------------------------------ */
+
+static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
+{
+    if (metrics == NULL)
+        return QV_OK;
+    const struct {
+        qv_counter **counter;
+        const char *name, *help;
+    } counters[] = {
+        {&m->steps, "quiver_engine_steps_total", "Steps that ran tokens."},
+        {&m->prefilled, "quiver_engine_prefill_tokens_total", "Prompt tokens computed."},
+        {&m->generated, "quiver_engine_generated_tokens_total", "Tokens chosen."},
+        {&m->preemptions, "quiver_engine_preemptions_total", "Answers that lost their place."},
+        {&m->failed, "quiver_engine_failed_requests_total", "Requests that ended in an error."},
+    };
+    const struct {
+        qv_gauge **gauge;
+        const char *name, *help;
+    } gauges[] = {
+        {&m->running, "quiver_engine_running", "Answers that hold pages and a state slot."},
+        {&m->waiting, "quiver_engine_waiting", "Answers queued."},
+        {&m->free_pages, "quiver_engine_free_pages", "KV pages nobody holds."},
+        {&m->empty_slots, "quiver_engine_empty_adapter_slots", "Adapter slots that are empty."},
+    };
+    for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
+        QV_TRY(qv_metrics_counter(metrics, counters[i].name, counters[i].help, QV_NO_LABELS,
+                                  counters[i].counter));
+    for (size_t i = 0; i < sizeof gauges / sizeof *gauges; i++)
+        QV_TRY(qv_metrics_gauge(metrics, gauges[i].name, gauges[i].help, QV_NO_LABELS,
+                                gauges[i].gauge));
+    for (size_t i = 0; i < QV_N_FINISH_REASONS; i++)
+        QV_TRY(qv_metrics_counter(metrics, "quiver_engine_finished_total",
+                                  "Answers that ended, by reason.",
+                                  QV_LABELS({"reason", qv_finish_reasons[i]}), &m->finished[i]));
+    QV_TRY(qv_metrics_histogram(metrics, "quiver_engine_step_tokens", "Tokens of a step.",
+                                qv_metrics_tokens, qv_metrics_n_tokens, QV_NO_LABELS,
+                                &m->step_tokens));
+    return qv_metrics_histogram(metrics, "quiver_engine_step_seconds", "Duration of a step.",
+                                qv_metrics_seconds, qv_metrics_n_seconds, QV_NO_LABELS,
+                                &m->step_seconds);
+}
+
+/* Say now and then how far a long load has come. */
+static void log_progress(uint64_t done, uint64_t total, void *user)
+{
+    uint64_t *last_ms = user, now_ms = qv_now_ms();
+    if (now_ms - *last_ms < 2000 || total == 0)
+        return;
+    *last_ms = now_ms;
+    qv_info("loading weights: %" PRIu64 " of %" PRIu64 " MiB", done >> 20, total >> 20);
+}
+
+static qv_status open_model(qv_engine *engine)
+{
+    qv_engine_options *o = &engine->options;
+    qv_backend_options backend = {
+        .name = o->backend, .n_threads = (int)o->threads, .gemm = o->gemm};
+    QV_TRY(qv_backend_open(&backend, &engine->backend));
+    qv_model_config config;
+    QV_TRY(qv_model_config_load(o->model_dir, &config));
+    QV_TRY(
+        qv_engine_sizes_plan(o, &config, engine->backend, qv_available_memory(), &engine->sizes));
+    qv_engine_sizes_log(&engine->sizes);
+    o->max_context = engine->sizes.max_context;
+    o->kv_bytes = (int64_t)engine->sizes.plan.kv;
+    uint64_t start_ms = qv_now_ms(), last_ms = start_ms;
+    QV_TRY(qv_model_open(o->model_dir, engine->backend, &engine->sizes.limits, log_progress,
+                         &last_ms, &engine->model));
+    qv_info("model loaded: %s in %" PRIu64 " ms on %s", o->model_dir, qv_now_ms() - start_ms,
+            qv_backend_describe(engine->backend));
+    return QV_OK;
+}
+
+/* The tokenizer and the chat template. A template that this interpreter refuses costs the requests
+ * with messages, not the model. */
+static qv_status open_text(qv_engine *engine)
+{
+    const char *dir = engine->options.model_dir;
+    QV_TRY(qv_tokenizer_open(dir, &engine->tokenizer));
+    qv_status status = qv_chat_template_open(dir, &engine->chat);
+    if (status == QV_ERR_NOMEM)
+        return status;
+    if (status != QV_OK && status != QV_ERR_NOT_FOUND)
+        qv_warn("requests with messages will be refused: %s", qv_error());
+    const qv_model_config *config = qv_model_get_config(engine->model);
+    int64_t vocab = (int64_t)qv_tokenizer_vocab_size(engine->tokenizer);
+    engine->context = (qv_request_context){
+        .tokenizer = engine->tokenizer,
+        .chat = engine->chat,
+        .config = config,
+        .n_valid = (int32_t)(vocab < config->vocab ? vocab : config->vocab),
+        .max_context = engine->sizes.max_context,
+        .page_tokens = engine->sizes.limits.page_tokens,
+    };
+    return QV_OK;
+}
+
+static qv_status open_caches(qv_engine *engine)
+{
+    const qv_engine_options *o = &engine->options;
+    const qv_model_limits *limits = &engine->sizes.limits;
+    QV_TRY(qv_kv_cache_new(limits->n_pages, limits->page_tokens, &engine->pages));
+    QV_TRY(qv_state_cache_new(limits->n_state_slots, (uint64_t)o->swap_bytes, &engine->states));
+
+    qv_adapter_source source = qv_adapter_source_of_model(engine->model);
+    qv_adapter_cache_options adapters = {
+        .n_slots = limits->n_adapter_slots,
+        .host_bytes = (uint64_t)o->adapter_cache_bytes,
+        .on_event = qv_engine_on_adapter_event,
+        .user = engine,
+    };
+    QV_TRY(qv_adapter_cache_new(&adapters, &source, &engine->adapters));
+
+    qv_scheduler_options scheduler = {
+        .max_running = limits->max_seqs,
+        .step_tokens = limits->max_tokens,
+        .prefill_chunk = (int32_t)o->prefill_chunk,
+        .max_logits = limits->max_logits,
+        .adapter_slots = limits->n_adapter_slots,
+        .max_overtakes = MAX_OVERTAKES,
+        .aging_ms = AGING_MS,
+        .preempt_every = o->preempt_every,
+    };
+    qv_adapter_slots slots = qv_engine_adapter_slots;
+    slots.user = engine;
+    QV_TRY(qv_scheduler_new(&scheduler, engine->pages, engine->states, &slots, &engine->scheduler));
+
+    qv_batch_limits batch = {
+        .max_tokens = limits->max_tokens,
+        .max_seqs = limits->max_seqs,
+        .max_logits = limits->max_logits,
+        .max_seq_pages = qv_kv_cache_pages_for(engine->pages, engine->sizes.max_context),
+    };
+    QV_TRY(qv_batch_builder_new(&batch, &engine->builder));
+    engine->requests = qv_map_new((size_t)o->max_running);
+    engine->rows = calloc((size_t)limits->max_logits, sizeof *engine->rows);
+    engine->results = calloc((size_t)limits->max_logits, sizeof *engine->results);
+    if (engine->requests == NULL || engine->rows == NULL || engine->results == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for the tables of the engine");
+    return QV_OK;
+}
+
+/* Own the strings of the options. */
+static qv_status keep_strings(qv_engine_options *o)
+{
+    const char **strings[] = {&o->model_dir, &o->backend, &o->gemm};
+    bool ok = true;
+    for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
+        if (*strings[i] != NULL)
+            ok = (*strings[i] = strdup(*strings[i])) != NULL && ok;
+    return ok ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for the engine's options");
+}
+
+static qv_status open_all(qv_engine *engine, qv_metrics *metrics)
+{
+    QV_TRY(keep_strings(&engine->options));
+    QV_TRY(register_metrics(metrics, &engine->metrics));
+    QV_TRY(open_model(engine));
+    QV_TRY(open_text(engine));
+    return open_caches(engine);
+}
+
+qv_status qv_engine_open(const qv_engine_options *options, qv_metrics *metrics, qv_engine **out)
+{
+    qv_engine *engine = calloc(1, sizeof *engine);
+    if (engine == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for the engine");
+    engine->options = *options;
+    qv_outbox_init(&engine->outbox);
+    qv_status status = open_all(engine, metrics);
+    if (status != QV_OK) {
+        qv_engine_close(engine);
+        return status;
+    }
+    *out = engine;
+    return QV_OK;
+}
+
+/* End what still runs, without a word: nobody listens any more. */
+static void drop_requests(qv_engine *engine)
+{
+    if (engine->requests == NULL)
+        return;
+    QV_MAP_EACH(engine->requests, entry)
+    {
+        qv_request *request = entry->value;
+        for (uint32_t i = 0, n = request->n_streams; i < n; i++)
+            if (!request->streams[i].finished)
+                qv_engine_end_stream(engine, &request->streams[i]);
+    }
+    qv_map_free(engine->requests, NULL);
+}
+
+void qv_engine_close(qv_engine *engine)
+{
+    if (engine == NULL)
+        return;
+    drop_requests(engine);
+    qv_outbox_deinit(&engine->outbox);
+    qv_batch_builder_free(engine->builder);
+    qv_scheduler_free(engine->scheduler);
+    qv_adapter_cache_free(engine->adapters);
+    qv_state_cache_free(engine->states);
+    qv_kv_cache_free(engine->pages);
+    free(engine->rows);
+    free(engine->results);
+    qv_chat_template_free(engine->chat);
+    qv_tokenizer_close(engine->tokenizer);
+    qv_model_close(engine->model);
+    qv_backend_close(engine->backend);
+    free((char *)engine->options.model_dir);
+    free((char *)engine->options.backend);
+    free((char *)engine->options.gemm);
+    free(engine);
+}

@@ -1,0 +1,76 @@
+/* The engine's settings as option rows, shared by every program that runs one.
+ *
+ *     typedef struct { qv_engine_options engine; bool quiet; } settings;
+ *
+ *     static const qv_option table[] = {
+ *         QV_ENGINE_OPTIONS(settings, engine),
+ *         QV_OPTION(settings, quiet, FLAG, "quiet", NULL, NULL, "Print no progress."),
+ *     };
+ */
+#ifndef QV_WORKER_ENGINE_OPTIONS_H
+#define QV_WORKER_ENGINE_OPTIONS_H
+
+#include "common/options.h"
+#include "worker/engine.h"
+
+/* Rows for a member `m`, of type qv_engine_options, of the struct `st`. */
+#define QV_ENGINE_OPTIONS(st, m)                                                                   \
+    QV_OPTION(st, m.model_dir, STRING, "model", "DIR", NULL,                                       \
+              "Model directory as Hugging Face lays it out: config.json, *.safetensors, "          \
+              "tokenizer.json.",                                                                   \
+              .required = true, .section = "Model"),                                               \
+        QV_OPTION(st, m.max_context, INT, "max-context", "N", "0",                                 \
+                  "Longest prompt and answer together, in tokens. 0: as long as the model was "    \
+                  "made for, or as the KV pages last.",                                            \
+                  .min = 0, .max = 16777216, .section = "Model"),                                  \
+        QV_OPTION(st, m.backend, STRING, "backend", "NAME", "cpu", "What computes: cpu.",          \
+                  .section = "Device"),                                                            \
+        QV_OPTION(st, m.gemm, STRING, "gemm", "NAME", "exact",                                     \
+                  "Matrix products of the CPU backend. exact: the same bits whatever else is in "  \
+                  "the batch. openblas: may be faster for long prompts, without that promise.",    \
+                  .section = "Device"),                                                            \
+        QV_OPTION(st, m.threads, INT, "threads", "N", "0",                                         \
+                  "Threads of the CPU backend. 0: one per core.", .min = 0, .max = 1024,           \
+                  .section = "Device"),                                                            \
+        QV_OPTION(st, m.max_running, INT, "max-running", "N", "64",                                \
+                  "Most answers computed at once; each holds KV pages and one state slot.",        \
+                  .min = 1, .max = 4096, .section = "Batching"),                                   \
+        QV_OPTION(st, m.max_waiting, INT, "max-waiting", "N", "1024",                              \
+                  "Most answers queued behind those that run; more are refused as OVERLOADED.",    \
+                  .min = 0, .max = 1048576, .section = "Batching"),                                \
+        QV_OPTION(st, m.step_tokens, INT, "step-tokens", "N", "512",                               \
+                  "Token budget of one step. Answers take one token each, prompts the rest.",      \
+                  .min = 2, .max = 1048576, .section = "Batching"),                                \
+        QV_OPTION(st, m.prefill_chunk, INT, "prefill-chunk", "N", "256",                           \
+                  "Most tokens of one prompt in a step, so that a long prompt leaves room for "    \
+                  "others. 0: the whole budget.",                                                  \
+                  .min = 0, .max = 1048576, .section = "Batching"),                                \
+        QV_OPTION(st, m.page_tokens, INT, "page-tokens", "N", "16",                                \
+                  "Tokens of one page of the KV cache.", .min = 1, .max = 4096,                    \
+                  .section = "Memory"),                                                            \
+        QV_OPTION(st, m.kv_bytes, SIZE, "kv-bytes", "SIZE", "0",                                   \
+                  "Memory for the KV cache. 0: room for max-running answers of 2048 tokens and "   \
+                  "for one of the longest, but at most half of the memory that is free.",          \
+                  .min = 0, .section = "Memory"),                                                  \
+        QV_OPTION(st, m.swap_bytes, SIZE, "swap-bytes", "SIZE", "1G",                              \
+                  "Host memory for the state of preempted answers, and of prompts that the n "     \
+                  "answers of a request share. Beyond it tokens are computed again.",              \
+                  .min = 0, .section = "Memory"),                                                  \
+        QV_OPTION(st, m.adapter_slots, INT, "adapter-slots", "N", "8",                             \
+                  "Adapters on the device at once; more may be loaded and take turns. 0: serve "   \
+                  "the base model alone.",                                                         \
+                  .min = 0, .max = 1024, .section = "Adapters"),                                   \
+        QV_OPTION(st, m.max_lora_rank, INT, "max-lora-rank", "N", "64",                            \
+                  "Highest rank an adapter may have; every slot has room for it.", .min = 1,       \
+                  .max = 1024, .section = "Adapters"),                                             \
+        QV_OPTION(st, m.max_adapter_bytes, SIZE, "max-adapter-bytes", "SIZE", "2G",                \
+                  "Largest adapter file.", .min = 1, .section = "Adapters"),                       \
+        QV_OPTION(st, m.adapter_cache_bytes, SIZE, "adapter-cache-bytes", "SIZE", "4G",            \
+                  "Host memory for the copies of all loaded adapters. A load beyond it fails.",    \
+                  .min = 1, .section = "Adapters"),                                                \
+        QV_OPTION(st, m.preempt_every, INT, "preempt-every", "STEPS", "0",                         \
+                  "Preempt a running answer every so many steps although nothing asks for it, to " \
+                  "show that answers do not depend on it. 0: never.",                              \
+                  .min = 0, .max = 1048576, .section = "Testing")
+
+#endif

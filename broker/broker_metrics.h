@@ -1,0 +1,31 @@
+/* What the broker shows to Prometheus: the names, and how they follow from the core's counts.
+ * Updated by the broker's thread about once a second, durations as they happen.
+ */
+#ifndef QV_BROKER_BROKER_METRICS_H
+#define QV_BROKER_BROKER_METRICS_H
+
+#include "broker/core.h"
+#include "common/metrics.h"
+
+typedef struct {
+    qv_metrics *registry; /* NULL: nothing is counted */
+    qv_gauge *queued, *in_flight, *redis_up, *spill_bytes, *request_bytes;
+    qv_gauge *workers[QV_MEMBER_STATE_COUNT];
+    qv_counter *accepted, *done, *failed, *cancelled, *deadline;
+    qv_counter *errors[QV_CODE_COUNT];
+    qv_counter *tokens, *dispatched, *moved, *ghosts, *late, *gaps, *workers_lost, *clients_lost;
+    qv_counter *malformed_client, *malformed_worker;
+    qv_histogram *durations[QV_CORE_DURATION_COUNT];
+    qv_histogram *handle_client, *handle_worker;
+    qv_map *depth; /* adapter → qv_gauge of its queue */
+    qv_core_stats last;
+} qv_broker_metrics;
+
+/* Errors: as qv_metrics_counter. */
+qv_status qv_broker_metrics_init(qv_broker_metrics *metrics, qv_metrics *registry);
+void qv_broker_metrics_deinit(qv_broker_metrics *metrics);
+
+/* Bring everything up to date. */
+void qv_broker_metrics_update(qv_broker_metrics *metrics, const qv_core *core, bool redis_up);
+
+#endif

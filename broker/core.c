@@ -1,0 +1,671 @@
+/* Life, dispatch, time, and what is lost. */
+#include "broker/core_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define MIB               (INT64_C(1) << 20)
+#define PLACEMENT_TICK_US (100 * QV_MS)
+
+qv_core_options qv_core_default_options(void)
+{
+    return (qv_core_options){
+        .id = "broker",
+        .version = QV_VERSION,
+        .seed = 1,
+        .policy = &qv_route_affinity,
+        .requests = {.max_queued = 16384,
+                     .max_queued_per_adapter = 4096,
+                     .max_bytes = 2048 * MIB,
+                     .max_client_requests = 4096,
+                     .max_client_bytes = 512 * MIB,
+                     .max_answer_bytes = 64 * MIB},
+        .placement = {.load_backoff_ms = 10000,
+                      .load_timeout_ms = 120000,
+                      .surplus_ms = 5000,
+                      .orphan_ms = 30000},
+        .client_limits = qv_protocol_default_limits,
+        .worker_limits = {.max_bytes = 64 * MIB, .max_depth = 16, .max_nodes = 16 << 20},
+        .heartbeat_ms = 1000,
+        .timeout_ms = 5000,
+        .max_worker_losses = 3,
+        .max_queue_wait_ms = 300000,
+        .cancel_confirm_ms = 2000,
+        .orphan_timeout_ms = 60000,
+        .max_spill_bytes = 8 * MIB,
+        .max_total_spill_bytes = 512 * MIB,
+        .stalled_client_ms = 60000,
+        .startup_grace_ms = 3000,
+    };
+}
+
+/* --- What placement asks for ------------------------------------------------------------------*/
+
+static void send_load(void *user, qv_resident *resident)
+{
+    qv_core *core = user;
+    const qv_group *group = resident->group;
+    qv_message message = {.type = QV_MSG_LOAD_ADAPTER};
+    message.load_adapter.epoch = resident->member->epoch;
+    message.load_adapter.name = (qv_str){group->name, (uint32_t)group->name_size};
+    message.load_adapter.path = qv_str_from(group->path);
+    qv_set(&message.load_adapter, load_adapter, pin, group->pin);
+    qv_core_tell(core, resident->member, &message, core->ticked_us);
+}
+
+static void send_unload(void *user, qv_resident *resident)
+{
+    qv_core *core = user;
+    const qv_group *group = resident->group;
+    qv_message message = {.type = QV_MSG_UNLOAD_ADAPTER};
+    message.unload_adapter.epoch = resident->member->epoch;
+    message.unload_adapter.name = (qv_str){group->name, (uint32_t)group->name_size};
+    if (resident->digest[0] != '\0')
+        qv_set(&message.unload_adapter, unload_adapter, digest, qv_str_from(resident->digest));
+    qv_core_tell(core, resident->member, &message, core->ticked_us);
+}
+
+static void placement_event(void *user, const char *what, const qv_group *group,
+                            const qv_member *member, const char *why)
+{
+    qv_core_event(user, what, group != NULL ? group->name : NULL,
+                  member != NULL ? member->id : NULL, why);
+}
+
+void qv_core_event(qv_core *core, const char *what, const char *adapter, const char *worker,
+                   const char *why)
+{
+    core->actions.event(core->actions.user, what, adapter, worker, why);
+}
+
+/* --- Life -------------------------------------------------------------------------------------*/
+
+/* splitmix64 (Steele, Lea, Flood 2014): every state gives another number. */
+uint64_t qv_core_random(qv_core *core)
+{
+    uint64_t z = core->random += UINT64_C(0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94d049bb133111eb);
+    return z ^ (z >> 31);
+}
+
+static qv_status send_to_client(void *user, const qv_mq_peer *peer, const qv_message *message)
+{
+    qv_core *core = user;
+    return core->actions.send_client(core->actions.user, peer, message);
+}
+
+qv_status qv_core_new(const qv_core_options *options, const qv_core_actions *actions,
+                      uint64_t now_us, qv_core **out)
+{
+    qv_core *core = calloc(1, sizeof *core);
+    if (core == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for the broker");
+    core->options = *options;
+    core->actions = *actions;
+    core->random = options->seed;
+    core->started_us = core->ticked_us = now_us;
+    qv_list_init(&core->lost);
+    qv_arena_init(&core->arena, 0, 0);
+    core->placement = (qv_placement){
+        .pool = &core->pool,
+        .options = options->placement,
+        .actions = {.user = core,
+                    .load = send_load,
+                    .unload = send_unload,
+                    .event = placement_event},
+    };
+    qv_core_set_redis(core, "none");
+    /* Epochs stay below 2^63, so that any msgpack library of a worker can hold them. */
+    qv_status status =
+        qv_pool_init(&core->pool, qv_core_random(core) >> 2, QV_JOB_QUEUE_PLACE, qv_job_before);
+    if (status == QV_OK)
+        status = qv_requests_init(&core->requests, &options->requests);
+    if (status == QV_OK)
+        status = qv_callers_init(&core->callers, options->max_spill_bytes,
+                                 options->max_total_spill_bytes, send_to_client, core);
+    if (status != QV_OK) {
+        qv_core_free(core);
+        return status;
+    }
+    *out = core;
+    return QV_OK;
+}
+
+void qv_core_free(qv_core *core)
+{
+    if (core == NULL)
+        return;
+    qv_requests_deinit(&core->requests);
+    qv_pool_deinit(&core->pool);
+    qv_callers_deinit(&core->callers);
+    qv_arena_deinit(&core->arena);
+    free(core->redis);
+    free(core);
+}
+
+void qv_core_set_redis(qv_core *core, const char *text)
+{
+    qv_text_set(&core->redis, text, strlen(text));
+}
+
+void qv_core_wants_known(qv_core *core)
+{
+    core->wants_known = true;
+}
+
+void qv_core_drain(qv_core *core)
+{
+    core->draining = true;
+}
+
+const qv_core_stats *qv_core_get_stats(const qv_core *core)
+{
+    return &core->stats;
+}
+
+const qv_pool *qv_core_pool(const qv_core *core)
+{
+    return &core->pool;
+}
+
+const qv_requests *qv_core_requests(const qv_core *core)
+{
+    return &core->requests;
+}
+
+int64_t qv_core_spill_bytes(const qv_core *core)
+{
+    return core->callers.spill_bytes;
+}
+
+int64_t qv_core_n_jobs(const qv_core *core)
+{
+    return core->requests.n_queued + core->requests.n_running;
+}
+
+/* --- Members ----------------------------------------------------------------------------------*/
+
+void qv_core_note_lost(qv_core *core, qv_member *member, const char *why)
+{
+    if (qv_list_has(&member->lost_link))
+        return;
+    member->lost_why = why;
+    qv_member_pause(member, true);
+    qv_list_append(&core->lost, &member->lost_link);
+}
+
+bool qv_core_tell(qv_core *core, qv_member *member, const qv_message *message, uint64_t now_us)
+{
+    if (qv_list_has(&member->lost_link))
+        return false;
+    qv_status status = core->actions.send_worker(core->actions.user, &member->peer, message);
+    if (status != QV_OK) {
+        qv_core_note_lost(core, member,
+                          status == QV_ERR_BUSY ? "it does not read" : "its connection is gone");
+        return false;
+    }
+    member->told_us = now_us;
+    return true;
+}
+
+static void requeue(qv_core *core, qv_job *job, uint64_t now_us)
+{
+    qv_job_apply(job, QV_JOB_REQUEUE);
+    /* One that workers refuse again and again has waited since it came. */
+    uint64_t since_us = qv_job_has_begun(job) ? now_us : job->received_us;
+    uint64_t at = since_us + (uint64_t)core->options.max_queue_wait_ms * QV_MS;
+    if (job->deadline_us != 0 && job->deadline_us < at)
+        at = job->deadline_us;
+    if (qv_job_enqueue(job) != QV_OK || qv_job_set_timer(job, at) != QV_OK)
+        qv_core_fail_job(core, job, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+    else
+        qv_group_touch(job->group);
+}
+
+/* A job has lost its attempt: back to the queue, unless it was to end anyway or has lost too many.
+ */
+static void move_job(qv_core *core, qv_job *job, bool is_loss, uint64_t now_us)
+{
+    if (job->abort != QV_ABORT_NONE) {
+        qv_core_finish_aborted(core, job, now_us);
+        return;
+    }
+    job->n_losses += is_loss;
+    if (job->n_losses >= (uint64_t)core->options.max_worker_losses) {
+        char text[128];
+        snprintf(text, sizeof text,
+                 "%u workers were lost, or parts of their answers, while they ran this request",
+                 job->n_losses);
+        qv_core_fail_job(core, job, QV_CODE_WORKER_LOST, text, 0, now_us);
+        return;
+    }
+    core->stats.moved += is_loss;
+    requeue(core, job, now_us);
+}
+
+void qv_core_retry(qv_core *core, qv_job *job, bool is_loss, uint64_t now_us)
+{
+    qv_core_abort(core, job, "cancelled", now_us);
+    if (job->attempt->n_left == 0)
+        qv_attempt_free(job->attempt);
+    else
+        qv_attempt_orphan(job->attempt, now_us);
+    move_job(core, job, is_loss, now_us);
+}
+
+void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, const char *why,
+                           bool is_loss, uint64_t now_us)
+{
+    core->stats.workers_lost += is_loss;
+    qv_core_event(core, what, NULL, member->id, why);
+    qv_list_remove(&member->lost_link);
+    qv_member_apply(member, QV_MEMBER_LOST);
+    while (!qv_list_is_empty(&member->attempts)) {
+        qv_attempt *attempt = QV_LIST_ITEM(member->attempts.next, qv_attempt, member_link);
+        qv_job *job = attempt->job;
+        qv_attempt_free(attempt);
+        if (job != NULL)
+            move_job(core, job, is_loss, now_us);
+    }
+    qv_member_free(member);
+    qv_placement_touch_all(&core->placement);
+}
+
+/* --- Dispatch ---------------------------------------------------------------------------------*/
+
+/* What each stream of a job that moves has delivered. Empty for one that has not begun. */
+static qv_status fill_resume(qv_core *core, const qv_job *job, qv_msg_run *run)
+{
+    if (!qv_job_has_begun(job))
+        return QV_OK;
+    qv_msg_resume *rows = QV_ARENA_ARRAY(&core->arena, qv_msg_resume, job->n);
+    if (rows == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory to move a request");
+    for (uint32_t i = 0; i < job->n; i++) {
+        const qv_job_stream *stream = &job->streams[i];
+        rows[i].index = i;
+        rows[i].seq = stream->seq_in;
+        rows[i].tokens = qv_answer_tokens(&stream->answer);
+        qv_set(&rows[i], resume, finished, stream->finished);
+    }
+    run->resume.data = rows;
+    run->resume.count = job->n;
+    qv_mark(run, run, resume);
+    return QV_OK;
+}
+
+/* Send a queued job to a member with credit. False: it is still queued, or has failed. */
+static bool run_job(qv_core *core, qv_job *job, qv_member *member, uint64_t now_us)
+{
+    const qv_resident *resident =
+        job->group != core->pool.base ? qv_resident_find(job->group, member) : NULL;
+    qv_attempt *attempt;
+    qv_message message = {.type = QV_MSG_RUN};
+    qv_msg_run *run = &message.run;
+    if (fill_resume(core, job, run) != QV_OK ||
+        qv_attempt_new(job, member, now_us, &attempt) != QV_OK) {
+        qv_core_fail_job(core, job, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+        return false;
+    }
+    run->epoch = member->epoch;
+    run->request = attempt->number;
+    run->submit = (qv_str){job->submit, (uint32_t)job->submit_size};
+    run->seed = job->seed;
+    if (resident != NULL && resident->digest[0] != '\0')
+        qv_set(run, run, digest, qv_str_from(resident->digest));
+    if (!qv_core_tell(core, member, &message, now_us)) {
+        qv_attempt_free(attempt);
+        return false;
+    }
+    qv_job_dequeue(job);
+    qv_job_apply(job, QV_JOB_DISPATCH);
+    if (resident != NULL)
+        memcpy(job->digest, resident->digest, sizeof job->digest);
+    core->stats.dispatched++;
+    if (job->dispatched_us == 0) {
+        job->dispatched_us = now_us;
+        core->actions.observe(core->actions.user, QV_CORE_QUEUE, now_us - job->received_us);
+    }
+    if (qv_job_set_timer(job, job->deadline_us) != QV_OK)
+        qv_core_fail_job(core, job, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+    return true;
+}
+
+/* Whether a job that has begun can never go on, since the adapter that began it was replaced. */
+static bool is_stranded(const qv_job *job)
+{
+    if (job->group->n_ready == 0)
+        return false;
+    QV_LIST_EACH(&job->group->residents, qv_resident, group_link, resident)
+    if (resident->state == QV_RESIDENT_READY && strcmp(resident->digest, job->digest) == 0)
+        return false;
+    return true;
+}
+
+/* Give the first request of a group to a member. False: it has to wait. */
+static bool dispatch_group(qv_core *core, qv_group *group, uint64_t now_us)
+{
+    qv_job *job = qv_heap_top(&group->queue);
+    bool has_begun = job->digest[0] != '\0' && qv_job_has_begun(job);
+    if (has_begun && is_stranded(job)) {
+        qv_core_fail_job(core, job, QV_CODE_WORKER_LOST,
+                         "the worker was lost, and its version of the adapter with it", 0, now_us);
+        return true;
+    }
+    qv_route route = core->options.policy->choose(&core->pool, group, has_begun ? job->digest : "");
+    switch (route.verdict) {
+    case QV_ROUTE_SEND:
+        QV_ASSERT(qv_member_credit(route.member) > 0);
+        run_job(core, job, route.member, now_us);
+        return true;
+    case QV_ROUTE_LOAD:
+        qv_placement_demand(&core->placement, group, route.member, now_us);
+        return false;
+    case QV_ROUTE_WAIT:
+        break;
+    }
+    return false;
+}
+
+/* Groups take turns, one request each, until a whole round has nothing to send. */
+static void dispatch(qv_core *core, uint64_t now_us)
+{
+    qv_list *waiting = &core->pool.waiting;
+    qv_group *first_idle = NULL;
+    while (core->pool.free_credit > 0 && !qv_list_is_empty(waiting)) {
+        qv_group *group = QV_LIST_ITEM(waiting->next, qv_group, waiting);
+        if (group == first_idle)
+            break;
+        qv_list_remove(&group->waiting);
+        qv_list_append(waiting, &group->waiting);
+        if (dispatch_group(core, group, now_us))
+            first_idle = NULL;
+        else if (first_idle == NULL)
+            first_idle = group;
+    }
+}
+
+/* --- Settling ---------------------------------------------------------------------------------*/
+
+/* Requests that wait for an adapter that will not come. */
+static void fail_hopeless(qv_core *core, qv_group *group, uint64_t now_us)
+{
+    qv_code code;
+    const char *why;
+    int64_t retry_ms;
+    bool is_forgotten = qv_placement_is_forgotten(&core->placement, group, now_us);
+    if (group->queue.n == 0 ||
+        (qv_group_accepts(group, now_us, &code, &why, &retry_ms) && !is_forgotten))
+        return;
+    char text[512];
+    snprintf(text, sizeof text, "adapter %s: %s", group->name, why != NULL ? why : "not there");
+    while (group->queue.n > 0)
+        qv_core_fail_job(core, qv_heap_top(&group->queue), code, text, retry_ms, now_us);
+}
+
+static void reconcile(qv_core *core, qv_group *group, uint64_t now_us)
+{
+    qv_list_remove(&group->dirty_link);
+    qv_placement_reconcile(&core->placement, group, now_us);
+    fail_hopeless(core, group, now_us);
+    bool is_forgotten = group->orphan_us == 0 || group->deleted ||
+                        qv_placement_is_forgotten(&core->placement, group, now_us);
+    if (qv_group_is_idle(group) && is_forgotten) {
+        core->actions.retract(core->actions.user, group->name);
+        qv_group_free(group);
+    } else {
+        core->actions.publish(core->actions.user, group);
+    }
+}
+
+static void drop_caller(qv_core *core, qv_caller *caller, uint64_t now_us)
+{
+    core->stats.clients_lost += caller->n_jobs > 0;
+    qv_list_remove(&caller->gone_link);
+    QV_LIST_EACH(&caller->jobs, qv_job, caller_link, job)
+    {
+        qv_core_abort(core, job, "cancelled", now_us);
+        qv_job_end(job, QV_JOB_FAIL, now_us);
+        core->stats.ended[QV_JOB_FAILED]++;
+    }
+    qv_requests_bury(&core->requests);
+    qv_caller_free(caller);
+}
+
+void qv_core_settle(qv_core *core, uint64_t now_us)
+{
+    qv_list *gone = &core->callers.gone, *lost = &core->lost, *dirty = &core->pool.dirty;
+    for (;;) {
+        dispatch(core, now_us);
+        if (!qv_list_is_empty(gone)) {
+            drop_caller(core, QV_LIST_ITEM(gone->next, qv_caller, gone_link), now_us);
+        } else if (!qv_list_is_empty(lost)) {
+            qv_member *member = QV_LIST_ITEM(lost->next, qv_member, lost_link);
+            qv_core_remove_member(core, member, "worker_lost", member->lost_why, true, now_us);
+        } else if (!qv_list_is_empty(dirty)) {
+            reconcile(core, QV_LIST_ITEM(dirty->next, qv_group, dirty_link), now_us);
+        } else {
+            break;
+        }
+    }
+    qv_requests_bury(&core->requests);
+}
+
+/* --- Time -------------------------------------------------------------------------------------*/
+
+static void on_timer(qv_core *core, qv_job *job, uint64_t now_us)
+{
+    bool is_late = job->deadline_us != 0 && job->deadline_us <= now_us;
+    qv_job_set_timer(job,
+                     0); /* a job whose client turns out to be gone stays until it is settled */
+    if (job->abort != QV_ABORT_NONE) {
+        qv_core_finish_aborted(core, job, now_us);
+    } else if (job->state != QV_JOB_QUEUED || (is_late && qv_job_has_begun(job))) {
+        qv_core_begin_abort(core, job, QV_ABORT_DEADLINE, now_us);
+    } else if (is_late) {
+        qv_core_fail_job(core, job, QV_CODE_DEADLINE,
+                         "the deadline passed while the request waited for a worker", 0, now_us);
+    } else {
+        char text[160];
+        snprintf(text, sizeof text, "no worker could take the request within %lld ms",
+                 (long long)core->options.max_queue_wait_ms);
+        qv_core_fail_job(core, job, QV_CODE_OVERLOADED, text, qv_requests_retry_ms(&core->requests),
+                         now_us);
+    }
+}
+
+static void tick_member(qv_core *core, qv_member *member, uint64_t now_us)
+{
+    uint64_t timeout_us = (uint64_t)core->options.timeout_ms * QV_MS;
+    uint64_t quiet_us = now_us - member->heard_us;
+    if (quiet_us >= timeout_us) {
+        qv_core_note_lost(core, member, "it was silent for too long");
+        return;
+    }
+    if (quiet_us >= timeout_us / 2 && qv_member_apply(member, QV_MEMBER_QUIET))
+        qv_core_event(core, "worker_suspect", NULL, member->id, "it is silent");
+    if (now_us - member->told_us >= (uint64_t)core->options.heartbeat_ms * QV_MS) {
+        qv_message message = {.type = QV_MSG_PING};
+        message.ping.epoch = member->epoch;
+        qv_core_tell(core, member, &message, now_us);
+    }
+}
+
+/* An attempt that its worker neither ends nor forgets must not hold credit for ever. */
+static void tick_orphans(qv_core *core, uint64_t now_us)
+{
+    uint64_t timeout_us = (uint64_t)core->options.orphan_timeout_ms * QV_MS;
+    QV_LIST_EACH(&core->requests.orphans, qv_attempt, orphan_link, attempt)
+    {
+        if (now_us - attempt->orphan_us < timeout_us)
+            break;
+        qv_core_event(core, "attempt_abandoned", NULL, attempt->member->id,
+                      "the worker did not confirm that a request stopped");
+        qv_attempt_free(attempt);
+    }
+}
+
+/* Messages can be lost when a connection breaks and comes back unnoticed. A worker that has been
+ * idle for long does not run what was sent to it before. */
+static void tick_idle(qv_core *core, qv_member *member, uint64_t now_us)
+{
+    uint64_t timeout_us = (uint64_t)core->options.orphan_timeout_ms * QV_MS;
+    if (member->idle_us == 0 || now_us - member->idle_us < timeout_us)
+        return;
+    QV_LIST_EACH(&member->attempts, qv_attempt, member_link, attempt)
+    {
+        if (attempt->active_us > member->idle_us)
+            continue;
+        qv_core_event(core, "attempt_abandoned", NULL, member->id,
+                      "the worker is idle and does not run what it was sent");
+        attempt->n_left = 0;
+        if (attempt->job != NULL)
+            qv_core_retry(core, attempt->job, true, now_us);
+        else
+            qv_attempt_free(attempt);
+    }
+}
+
+void qv_core_tick(qv_core *core, uint64_t now_us)
+{
+    /* Time in which we did not run ourselves says nothing about the workers. */
+    uint64_t gap_us = now_us - core->ticked_us;
+    bool was_stopped = gap_us > (uint64_t)core->options.heartbeat_ms * QV_MS;
+    core->ticked_us = now_us;
+    qv_arena_reset(&core->arena);
+
+    qv_callers_flush(&core->callers, core->options.stalled_client_ms, now_us);
+    qv_job *job;
+    while ((job = qv_heap_top(&core->requests.timers)) != NULL && job->timer_us <= now_us)
+        on_timer(core, job, now_us);
+    QV_LIST_EACH(&core->pool.members, qv_member, link, member)
+    {
+        if (was_stopped)
+            member->heard_us += gap_us;
+        tick_member(core, member, now_us);
+        tick_idle(core, member, now_us);
+    }
+    tick_orphans(core, now_us);
+    qv_requests_tick(&core->requests, now_us);
+    if (now_us - core->placed_us >= PLACEMENT_TICK_US) {
+        core->placed_us = now_us;
+        qv_placement_tick(&core->placement, now_us);
+    }
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_fail_all(qv_core *core, uint64_t now_us)
+{
+    QV_MAP_EACH(core->requests.by_id, entry)
+    qv_core_fail_job(core, entry->value, QV_CODE_OVERLOADED, "the broker is stopping", 1000,
+                     now_us);
+    qv_core_settle(core, now_us);
+}
+
+/* --- Inputs -----------------------------------------------------------------------------------*/
+
+void qv_core_from_client(qv_core *core, const qv_mq_peer *peer, const void *data, size_t size,
+                         uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    qv_message message = {0};
+    qv_status status = qv_message_decode(data, size, QV_FROM_CLIENT, &core->options.client_limits,
+                                         &core->arena, &message);
+    if (status == QV_OK) {
+        qv_core_handle_client(core, peer, &message, data, size, now_us);
+    } else {
+        core->stats.malformed_client++;
+        qv_core_refuse(core, peer, message.id, qv_code_of_status(status), qv_error(), 0, now_us);
+    }
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_client_garbage(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    core->stats.malformed_client++;
+    qv_core_refuse(core, peer, (qv_str){0}, QV_CODE_BAD_REQUEST, qv_error(), 0, now_us);
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_from_worker(qv_core *core, const qv_mq_peer *peer, const void *data, size_t size,
+                         uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    qv_message message;
+    if (qv_message_decode(data, size, QV_FROM_WORKER, &core->options.worker_limits, &core->arena,
+                          &message) != QV_OK) {
+        qv_core_worker_garbage(core, peer, now_us);
+        return;
+    }
+    qv_core_handle_worker(core, peer, &message, now_us);
+    qv_core_settle(core, now_us);
+}
+
+/* It may have carried tokens: what the member runs goes on elsewhere, and it has to register again.
+ */
+void qv_core_worker_garbage(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
+{
+    core->stats.malformed_worker++;
+    qv_member *member = qv_pool_find_peer(&core->pool, peer);
+    qv_core_event(core, "worker_malformed", NULL, member != NULL ? member->id : NULL, qv_error());
+    if (member != NULL)
+        qv_core_note_lost(core, member, "it sent a malformed message");
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_client_gone(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
+{
+    qv_caller *caller = qv_callers_find(&core->callers, peer);
+    if (caller != NULL)
+        qv_caller_lose(caller);
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_client_busy(qv_core *core, const qv_mq_peer *peer, const void *data, size_t size,
+                         uint64_t now_us)
+{
+    qv_message message;
+    qv_arena_reset(&core->arena);
+    qv_status status =
+        qv_message_decode(data, size, QV_TO_CLIENT, &qv_callers_own_limits, &core->arena, &message);
+    QV_ASSERT(status == QV_OK);
+    qv_caller *caller = qv_callers_require(&core->callers, peer);
+    if (caller == NULL || caller->gone)
+        return;
+    qv_job *job = message.id.size > 0
+                      ? qv_requests_find(&core->requests, caller, message.id.data, message.id.size)
+                      : NULL;
+    /* What a request said last is kept in any case; of one that goes on there may be too much. */
+    bool must = job == NULL && message.id.size > 0;
+    status = qv_caller_keep(caller, job != NULL ? job->serial : 0, &message, must, now_us);
+    if (status != QV_OK && job != NULL)
+        qv_core_fail_job(core, job, QV_CODE_OVERLOADED, qv_error(), 0, now_us);
+    qv_caller_release(caller);
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_worker_gone(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
+{
+    qv_member *member = qv_pool_find_peer(&core->pool, peer);
+    if (member != NULL)
+        qv_core_note_lost(core, member, "its connection is gone");
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_want(qv_core *core, const char *name, const qv_want *want, uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    if (qv_placement_set_want(&core->placement, name, want) != QV_OK)
+        qv_core_event(core, "want_ignored", name, NULL, qv_error());
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_invalid_want(qv_core *core, const char *name, const char *reason, uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    if (qv_placement_invalid_want(&core->placement, name, reason) != QV_OK)
+        qv_core_event(core, "want_ignored", name, NULL, qv_error());
+    qv_core_settle(core, now_us);
+}

@@ -1,0 +1,222 @@
+/* Messages of clients: submit, cancel, status. */
+#include "broker/core_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* --- submit -----------------------------------------------------------------------------------*/
+
+/* Keys that no row of the protocol names, as sentences; each is a typing error more often than not.
+ */
+static qv_strs make_warnings(qv_core *core, const qv_strs *keys)
+{
+    qv_str *rows = QV_ARENA_ARRAY(&core->arena, qv_str, keys->count);
+    uint32_t n = 0;
+    for (uint32_t i = 0; rows != NULL && i < keys->count; i++) {
+        const char *text = qv_arena_printf(&core->arena, "unknown key '%.*s' was ignored",
+                                           (int)keys->data[i].size, keys->data[i].data);
+        if (text != NULL)
+            rows[n++] = qv_str_from(text);
+    }
+    return (qv_strs){rows, n};
+}
+
+/* Keep warnings with the job until its `done`; they are lost without memory. */
+static void keep_warnings(qv_job *job, const qv_strs *warnings)
+{
+    size_t bytes = warnings->count * sizeof(qv_str);
+    for (uint32_t i = 0; i < warnings->count; i++)
+        bytes += warnings->data[i].size;
+    qv_str *rows = warnings->count > 0 ? malloc(bytes) : NULL;
+    if (rows == NULL || qv_job_grow(job, bytes) != QV_OK) {
+        free(rows);
+        return;
+    }
+    char *text = (char *)(rows + warnings->count);
+    for (uint32_t i = 0; i < warnings->count; i++) {
+        rows[i] = (qv_str){text, warnings->data[i].size};
+        memcpy(text, warnings->data[i].data, warnings->data[i].size);
+        text += warnings->data[i].size;
+    }
+    job->warnings = (qv_strs){rows, warnings->count};
+}
+
+/* An adapter that nobody knows: for good, or only not yet. */
+static void refuse_unknown(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
+                           uint64_t now_us)
+{
+    bool is_young = now_us - core->started_us < (uint64_t)core->options.startup_grace_ms * QV_MS;
+    bool has_workers = core->pool.n_members[QV_MEMBER_READY] > 0;
+    bool is_early = !core->wants_known || (is_young && !has_workers);
+    const char *text = qv_arena_printf(
+        &core->arena, "adapter '%.*s' %s", (int)submit->adapter.size, submit->adapter.data,
+        is_early ? "is not known yet: the broker has not heard of all adapters since it started"
+                 : "is neither wanted in the registry nor held by a worker");
+    qv_core_refuse(core, peer, submit->id,
+                   is_early ? QV_CODE_OVERLOADED : QV_CODE_ADAPTER_NOT_FOUND,
+                   text != NULL ? text : "adapter not found", is_early ? 500 : 0, now_us);
+}
+
+/* The group to queue in, or NULL: refused. */
+static qv_group *find_group(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
+                            uint64_t now_us)
+{
+    qv_group *group = qv_pool_find_group(&core->pool, submit->adapter.data, submit->adapter.size);
+    if (group == NULL) {
+        refuse_unknown(core, peer, submit, now_us);
+        return NULL;
+    }
+    qv_code code;
+    const char *why;
+    int64_t retry_ms;
+    if (qv_group_accepts(group, now_us, &code, &why, &retry_ms))
+        return group;
+    const char *text = qv_arena_printf(&core->arena, "adapter %s: %s", group->name,
+                                       why != NULL ? why : "not there");
+    qv_core_refuse(core, peer, submit->id, code, text != NULL ? text : why, retry_ms, now_us);
+    return NULL;
+}
+
+static void refuse_limit(qv_core *core, const qv_mq_peer *peer, qv_str id, qv_status status,
+                         uint64_t now_us)
+{
+    qv_code code = status == QV_ERR_EXISTS  ? QV_CODE_BAD_REQUEST
+                   : status == QV_ERR_LIMIT ? QV_CODE_TOO_LARGE
+                                            : QV_CODE_OVERLOADED;
+    int64_t retry_ms = code == QV_CODE_OVERLOADED ? qv_requests_retry_ms(&core->requests) : 0;
+    qv_core_refuse(core, peer, id, code, qv_error(), retry_ms, now_us);
+}
+
+/* Whether the submit may be taken, apart from its adapter and the limits. */
+static bool check_submit(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
+                         bool stream, uint64_t now_us)
+{
+    /* First of all, so that whatever else is wrong with it, the error says that the id is taken. */
+    const qv_caller *caller = qv_callers_find(&core->callers, peer);
+    qv_status status = QV_OK;
+    if (caller != NULL &&
+        qv_requests_find(&core->requests, caller, submit->id.data, submit->id.size) != NULL)
+        status = qv_fail(QV_ERR_ARG, "id '%.*s' is in flight already", (int)submit->id.size,
+                         submit->id.data);
+    if (status == QV_OK && core->draining) {
+        qv_core_refuse(core, peer, submit->id, QV_CODE_OVERLOADED, "the broker is stopping", 1000,
+                       now_us);
+        return false;
+    }
+    if (status == QV_OK)
+        status = qv_submit_check(submit);
+    if (status == QV_OK && peer->delimiter && !stream && submit->n > 1)
+        status =
+            qv_fail(QV_ERR_ARG, "n: %lld answers do not fit into the one reply of a REQ socket",
+                    (long long)submit->n);
+    if (status != QV_OK)
+        qv_core_refuse(core, peer, submit->id, qv_code_of_status(status), qv_error(), 0, now_us);
+    return status == QV_OK;
+}
+
+static bool tell_accepted(qv_core *core, qv_job *job, const qv_strs *warnings, uint64_t now_us)
+{
+    qv_message message = {.type = QV_MSG_ACCEPTED};
+    message.accepted.id = (qv_str){job->id, job->id_size};
+    if (warnings->count > 0)
+        qv_set(&message.accepted, accepted, warnings, *warnings);
+    return qv_core_deliver(core, job, &message, true, now_us, NULL);
+}
+
+static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+                      const void *data, size_t size, uint64_t now_us)
+{
+    const qv_msg_submit *submit = &message->submit;
+    core->stats.submits++;
+
+    /* A REQ socket reads one reply: unless it asks for a stream it gets the last message only. */
+    bool stream = submit->stream && (!peer->delimiter || qv_has(submit, submit, stream));
+    if (!check_submit(core, peer, submit, stream, now_us))
+        return;
+    qv_group *group = find_group(core, peer, submit, now_us);
+    if (group == NULL)
+        return;
+    qv_caller *caller = qv_callers_require(&core->callers, peer);
+    if (caller == NULL)
+        return; /* no memory to talk to it either */
+    qv_job *job;
+    qv_status status = qv_requests_accept(&core->requests, caller, group, submit, data, size,
+                                          qv_core_random(core) >> 1, now_us, &job);
+    if (status != QV_OK) {
+        refuse_limit(core, peer, submit->id, status, now_us);
+        return;
+    }
+    core->stats.accepted++;
+    job->stream = stream;
+    qv_strs warnings = make_warnings(core, &message->unknown_keys);
+    if (peer->delimiter && !stream)
+        keep_warnings(job, &warnings);
+    else if (!tell_accepted(core, job, &warnings, now_us))
+        return;
+    uint64_t at = now_us + (uint64_t)core->options.max_queue_wait_ms * QV_MS;
+    if (job->deadline_us != 0 && job->deadline_us < at)
+        at = job->deadline_us;
+    if (qv_job_set_timer(job, at) != QV_OK || qv_job_enqueue(job) != QV_OK) {
+        qv_core_fail_job(core, job, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+        return;
+    }
+    if (group->n_ready == 0)
+        qv_group_touch(group);
+}
+
+/* --- cancel -----------------------------------------------------------------------------------*/
+
+static void on_cancel(qv_core *core, const qv_mq_peer *peer, const qv_msg_cancel *cancel,
+                      uint64_t now_us)
+{
+    const qv_caller *caller = qv_callers_find(&core->callers, peer);
+    qv_job *own = caller != NULL
+                      ? qv_requests_find(&core->requests, caller, cancel->id.data, cancel->id.size)
+                      : NULL;
+    if (own != NULL) {
+        qv_core_begin_abort(core, own, QV_ABORT_CANCEL, now_us); /* its `done` confirms */
+        return;
+    }
+    qv_job *other = qv_requests_find_any(&core->requests, cancel->id.data, cancel->id.size);
+    if (other == NULL) {
+        const char *text =
+            qv_arena_printf(&core->arena, "no request with id '%.*s' is in flight, or several are",
+                            (int)cancel->id.size, cancel->id.data);
+        qv_core_refuse(core, peer, cancel->id, QV_CODE_BAD_REQUEST,
+                       text != NULL ? text : "no such request", 0, now_us);
+        return;
+    }
+    qv_core_begin_abort(core, other, QV_ABORT_CANCEL, now_us);
+    qv_message message = {.type = QV_MSG_CANCELLED};
+    message.cancelled.id = cancel->id;
+    qv_core_reply(core, peer, &message, now_us);
+}
+
+/* --- status -----------------------------------------------------------------------------------*/
+
+static void on_status(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
+{
+    qv_message message = {.type = QV_MSG_STATUS};
+    if (qv_core_fill_status(core, &message.status, now_us) != QV_OK)
+        qv_core_refuse(core, peer, (qv_str){0}, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+    else
+        qv_core_reply(core, peer, &message, now_us);
+}
+
+void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+                           const void *data, size_t size, uint64_t now_us)
+{
+    switch (message->type) {
+    case QV_MSG_SUBMIT:
+        on_submit(core, peer, message, data, size, now_us);
+        break;
+    case QV_MSG_CANCEL:
+        on_cancel(core, peer, &message->cancel, now_us);
+        break;
+    case QV_MSG_STATUS_REQUEST:
+        on_status(core, peer, now_us);
+        break;
+    default:
+        QV_ASSERT(!"a message that the decoder does not take from clients");
+    }
+}

@@ -1,0 +1,108 @@
+/* What the parts of the core share:
+ *
+ *   core.c          life, dispatch, timers, what is lost
+ *   core_client.c   messages of clients
+ *   core_worker.c   messages of workers
+ *   core_deliver.c  what clients are told, and how requests end
+ *   core_status.c   `status`, and the checks
+ *
+ * An event may find out in its middle that a client or a worker is gone. That is only noted then,
+ * and acted on in qv_core_settle, which ends every event; and what has ended stays readable until
+ * that.
+ */
+#ifndef QV_BROKER_CORE_INTERNAL_H
+#define QV_BROKER_CORE_INTERNAL_H
+
+#include "broker/core.h"
+
+#define QV_MS UINT64_C(1000) /* of our time unit */
+
+struct qv_core {
+    qv_core_options options;
+    qv_core_actions actions;
+    qv_core_stats stats;
+    qv_pool pool;
+    qv_requests requests;
+    qv_callers callers;
+    qv_placement placement;
+    qv_arena arena;  /* of the event at hand */
+    qv_list lost;    /* members to take out */
+    uint64_t random; /* state of the generator */
+    uint64_t started_us, ticked_us;
+    uint64_t placed_us; /* placement's last tick */
+    bool draining;
+    bool wants_known;
+    char *redis; /* owned */
+};
+
+/* --- core.c -----------------------------------------------------------------------------------*/
+
+/* End an event: act on what was lost, reconcile, dispatch, free what ended. */
+void qv_core_settle(qv_core *core, uint64_t now_us);
+
+uint64_t qv_core_random(qv_core *core);
+void qv_core_event(qv_core *core, const char *what, const char *adapter, const char *worker,
+                   const char *why);
+
+/* Send to a member; one that cannot be reached is noted as lost. False then. */
+bool qv_core_tell(qv_core *core, qv_member *member, const qv_message *message, uint64_t now_us);
+
+/* Note that a member is lost. `why` is a literal. */
+void qv_core_note_lost(qv_core *core, qv_member *member, const char *why);
+
+/* Take a member out now: its requests go on elsewhere. `is_loss` counts against them. Not while a
+ * list of its attempts or residents is walked. */
+void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, const char *why,
+                           bool is_loss, uint64_t now_us);
+
+/* The attempt of a running job is of no use: abort it if need be and go on elsewhere from what was
+ * delivered. `is_loss` counts it among the lost workers, of which a job survives only so many. */
+void qv_core_retry(qv_core *core, qv_job *job, bool is_loss, uint64_t now_us);
+
+/* --- core_deliver.c ---------------------------------------------------------------------------*/
+
+/* An `error` to a peer; `id` may be empty. retry_ms 0 = leave out. */
+void qv_core_refuse(qv_core *core, const qv_mq_peer *peer, qv_str id, qv_code code,
+                    const char *text, int64_t retry_ms, uint64_t now_us);
+
+/* Answer a peer outside of any request. */
+void qv_core_reply(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+                   uint64_t now_us);
+
+/* Send a message of a job. False: the job has ended, or will with its client. */
+bool qv_core_deliver(qv_core *core, qv_job *job, const qv_message *message, bool must,
+                     uint64_t now_us, bool *joined);
+
+/* End a job with an `error`. */
+void qv_core_fail_job(qv_core *core, qv_job *job, qv_code code, const char *text, int64_t retry_ms,
+                      uint64_t now_us);
+
+/* End a stream with a `done`; `delta` (may be NULL) is what the worker said. The job ends with its
+ * last stream. False: the job has ended. */
+bool qv_core_finish_stream(qv_core *core, qv_job *job, uint32_t index, qv_str reason,
+                           const qv_msg_delta *delta, uint64_t now_us);
+
+/* End every stream that has not ended, for the reason the job is aborted for. */
+void qv_core_finish_aborted(qv_core *core, qv_job *job, uint64_t now_us);
+
+/* Ask the worker of a running job to stop it. */
+void qv_core_abort(qv_core *core, qv_job *job, const char *reason, uint64_t now_us);
+
+/* Start to end a job for this reason: at once if it is queued, through its worker if it runs. */
+void qv_core_begin_abort(qv_core *core, qv_job *job, qv_job_abort reason, uint64_t now_us);
+
+/* Whether some of the answer was delivered. */
+bool qv_job_has_begun(const qv_job *job);
+
+/* --- the rest ---------------------------------------------------------------------------------*/
+
+/* Handlers, without the settling. */
+void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+                           const void *data, size_t size, uint64_t now_us);
+void qv_core_handle_worker(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+                           uint64_t now_us);
+
+/* Fill `status` from the arena. Errors: NOMEM. */
+qv_status qv_core_fill_status(qv_core *core, qv_msg_status *out, uint64_t now_us);
+
+#endif

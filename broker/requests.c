@@ -1,0 +1,429 @@
+/* A job is one block with its submit in it; an attempt's number carries its slot, so that a
+ * worker's delta finds its job without hashing. */
+#include "broker/requests.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define SLOT_BITS 24
+#define SLOT_MASK ((UINT64_C(1) << SLOT_BITS) - 1)
+
+/* --- States -----------------------------------------------------------------------------------*/
+
+#define NEVER QV_JOB_STATE_COUNT
+
+static const unsigned char transitions[QV_JOB_STATE_COUNT][QV_JOB_EVENT_COUNT] = {
+    /* DISPATCH, PROGRESS, REQUEUE, FINISH, CANCEL, FAIL */
+    [QV_JOB_QUEUED] = {QV_JOB_DISPATCHED, NEVER, NEVER, QV_JOB_DONE, QV_JOB_CANCELLED,
+                       QV_JOB_FAILED},
+    [QV_JOB_DISPATCHED] = {NEVER, QV_JOB_STREAMING, QV_JOB_QUEUED, QV_JOB_DONE, QV_JOB_CANCELLED,
+                           QV_JOB_FAILED},
+    [QV_JOB_STREAMING] = {NEVER, QV_JOB_STREAMING, QV_JOB_QUEUED, QV_JOB_DONE, QV_JOB_CANCELLED,
+                          QV_JOB_FAILED},
+    [QV_JOB_DONE] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
+    [QV_JOB_FAILED] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
+    [QV_JOB_CANCELLED] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
+};
+
+static const char *const state_names[QV_JOB_STATE_COUNT] = {
+    [QV_JOB_QUEUED] = "queued",       [QV_JOB_DISPATCHED] = "dispatched",
+    [QV_JOB_STREAMING] = "streaming", [QV_JOB_DONE] = "done",
+    [QV_JOB_FAILED] = "failed",       [QV_JOB_CANCELLED] = "cancelled",
+};
+
+const char *qv_job_state_name(qv_job_state state)
+{
+    return state_names[state];
+}
+
+bool qv_job_next(qv_job_state state, qv_job_event event, qv_job_state *next)
+{
+    unsigned char to = transitions[state][event];
+    if (to == NEVER)
+        return false;
+    *next = to;
+    return true;
+}
+
+static bool is_running(qv_job_state state)
+{
+    return state == QV_JOB_DISPATCHED || state == QV_JOB_STREAMING;
+}
+
+void qv_job_apply(qv_job *job, qv_job_event event)
+{
+    qv_job_state next = job->state;
+    bool is_allowed = qv_job_next(job->state, event, &next);
+    QV_ASSERT(is_allowed);
+    job->requests->n_queued += (next == QV_JOB_QUEUED) - (job->state == QV_JOB_QUEUED);
+    job->requests->n_running += is_running(next) - is_running(job->state);
+    job->state = next;
+}
+
+/* --- Table ------------------------------------------------------------------------------------*/
+
+bool qv_job_before(const void *a, const void *b)
+{
+    const qv_job *x = a, *y = b;
+    return x->priority != y->priority ? x->priority > y->priority : x->serial < y->serial;
+}
+
+static bool timer_before(const void *a, const void *b)
+{
+    const qv_job *x = a, *y = b;
+    return x->timer_us < y->timer_us;
+}
+
+qv_status qv_requests_init(qv_requests *requests, const qv_requests_limits *limits)
+{
+    *requests = (qv_requests){.limits = *limits, .next_attempt = 1, .next_serial = 1};
+    qv_heap_init(&requests->timers, offsetof(qv_job, timer_place), timer_before);
+    qv_list_init(&requests->dead);
+    qv_list_init(&requests->orphans);
+    requests->by_id = qv_map_new(0);
+    return requests->by_id != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for requests");
+}
+
+void qv_requests_deinit(qv_requests *requests)
+{
+    if (requests->dead.next == NULL)
+        return;
+    QV_MAP_EACH(requests->by_id, entry)
+    qv_job_end(entry->value, QV_JOB_FAIL, 0);
+    qv_requests_bury(requests);
+    QV_LIST_EACH(&requests->orphans, qv_attempt, orphan_link, attempt)
+    qv_attempt_free(attempt);
+    qv_heap_deinit(&requests->timers);
+    qv_map_free(requests->by_id, NULL);
+    for (uint32_t i = 0; i < requests->n_slots; i++)
+        free(requests->attempts[i]);
+    free(requests->attempts);
+    free(requests->free_slots);
+    *requests = (qv_requests){0};
+}
+
+/* --- Accepting --------------------------------------------------------------------------------*/
+
+typedef struct {
+    unsigned char bytes[sizeof(uint64_t) + QV_JOB_ID_MAX];
+    size_t size;
+} id_key;
+
+static id_key make_key(const qv_caller *caller, const char *id, size_t size)
+{
+    id_key key;
+    size_t n = size < QV_JOB_ID_MAX ? size : QV_JOB_ID_MAX;
+    memcpy(key.bytes, &caller->serial, sizeof caller->serial);
+    memcpy(key.bytes + sizeof caller->serial, id, n);
+    key.size = sizeof caller->serial + n;
+    return key;
+}
+
+static qv_status check_limits(const qv_requests *requests, const qv_caller *caller,
+                              const qv_group *group, int64_t bytes)
+{
+    const qv_requests_limits *limits = &requests->limits;
+    if (bytes > limits->max_client_bytes || bytes > limits->max_bytes)
+        return qv_fail(QV_ERR_LIMIT, "the request needs %lld bytes, a client may have %lld",
+                       (long long)bytes, (long long)limits->max_client_bytes);
+    if (caller->n_jobs >= limits->max_client_requests)
+        return qv_fail(QV_ERR_BUSY, "the client has %lld requests in flight, the limit",
+                       (long long)caller->n_jobs);
+    if (caller->bytes + bytes > limits->max_client_bytes)
+        return qv_fail(QV_ERR_BUSY, "the client's requests hold %lld bytes, the limit is %lld",
+                       (long long)caller->bytes, (long long)limits->max_client_bytes);
+    if (requests->n_queued >= limits->max_queued)
+        return qv_fail(QV_ERR_BUSY, "the queue is full: %lld requests wait",
+                       (long long)requests->n_queued);
+    if (group->queue.n >= limits->max_queued_per_adapter)
+        return qv_fail(QV_ERR_BUSY, "the queue of %s%s is full: %u requests wait",
+                       group->name_size ? "adapter " : "the base model", group->name,
+                       group->queue.n);
+    if (requests->bytes + bytes > limits->max_bytes)
+        return qv_fail(QV_ERR_BUSY, "requests hold %lld bytes, the limit is %lld",
+                       (long long)requests->bytes, (long long)limits->max_bytes);
+    return QV_OK;
+}
+
+static qv_job *new_job(const qv_msg_submit *submit, const void *data, size_t size)
+{
+    uint32_t n = (uint32_t)submit->n;
+    qv_job *job = malloc(sizeof *job + size);
+    if (job == NULL)
+        return NULL;
+    memset(job, 0, sizeof *job);
+    job->streams = n > 1 ? calloc(n, sizeof *job->streams) : &job->one;
+    if (job->streams == NULL) {
+        free(job);
+        return NULL;
+    }
+    job->n = n;
+    job->stream = submit->stream;
+    job->priority = (int32_t)submit->priority;
+    job->timer_place = job->queue_place = QV_HEAP_NONE;
+    job->id_size = (uint8_t)submit->id.size;
+    memcpy(job->id, submit->id.data, submit->id.size);
+    job->submit_size = size;
+    memcpy(job->submit, data, size);
+    return job;
+}
+
+static void free_job(qv_job *job)
+{
+    for (uint32_t i = 0; i < job->n; i++) {
+        qv_job_stream *stream = &job->streams[i];
+        qv_answer_deinit(&stream->answer);
+        free(stream->prompt_logprobs.data);
+        free(stream->prompt_top_logprobs.start);
+        free(stream->prompt_top_logprobs.token);
+        free(stream->prompt_top_logprobs.logprob);
+    }
+    if (job->streams != &job->one)
+        free(job->streams);
+    free(job->warnings.data);
+    free(job);
+}
+
+qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group *group,
+                             const qv_msg_submit *submit, const void *data, size_t size,
+                             uint64_t seed, uint64_t now_us, qv_job **out)
+{
+    id_key key = make_key(caller, submit->id.data, submit->id.size);
+    if (qv_map_find(requests->by_id, key.bytes, key.size) != NULL)
+        return qv_fail(QV_ERR_EXISTS, "id '%.*s' is in flight already", (int)submit->id.size,
+                       submit->id.data);
+    int64_t bytes = (int64_t)(sizeof(qv_job) + size +
+                              (size_t)(submit->n > 1 ? submit->n : 0) * sizeof(qv_job_stream));
+    QV_TRY(check_limits(requests, caller, group, bytes));
+    qv_job *job = new_job(submit, data, size);
+    qv_map_entry *entry = job != NULL ? qv_map_require(requests->by_id, key.bytes, key.size) : NULL;
+    if (entry == NULL) {
+        if (job != NULL)
+            free_job(job);
+        return qv_fail(QV_ERR_NOMEM, "no memory for a request of %zu bytes", size);
+    }
+    entry->value = job;
+    job->entry = entry;
+    job->requests = requests;
+    job->caller = caller;
+    job->group = group;
+    job->serial = requests->next_serial++;
+    job->seed = qv_has(submit, submit, seed) ? submit->seed : seed;
+    job->received_us = now_us;
+    if (qv_has(submit, submit, deadline_ms))
+        job->deadline_us = now_us + (uint64_t)submit->deadline_ms * 1000;
+    job->bytes = (size_t)bytes;
+    for (uint32_t i = 0; i < job->n; i++)
+        qv_answer_init(&job->streams[i].answer, (size_t)requests->limits.max_answer_bytes);
+    qv_list_append(&caller->jobs, &job->caller_link);
+    caller->n_jobs++;
+    caller->bytes += bytes;
+    requests->bytes += bytes;
+    requests->n_queued++;
+    group->n_jobs++;
+    group->used_us = now_us;
+    *out = job;
+    return QV_OK;
+}
+
+qv_job *qv_requests_find(const qv_requests *requests, const qv_caller *caller, const char *id,
+                         size_t size)
+{
+    id_key key = make_key(caller, id, size);
+    return qv_map_get(requests->by_id, key.bytes, key.size);
+}
+
+qv_job *qv_requests_find_any(const qv_requests *requests, const char *id, size_t size)
+{
+    qv_job *found = NULL;
+    QV_MAP_EACH(requests->by_id, entry)
+    {
+        qv_job *job = entry->value;
+        if (job->id_size != size || memcmp(job->id, id, size) != 0)
+            continue;
+        if (found != NULL)
+            return NULL;
+        found = job;
+    }
+    return found;
+}
+
+/* --- Life -------------------------------------------------------------------------------------*/
+
+qv_status qv_job_enqueue(qv_job *job)
+{
+    QV_ASSERT(job->state == QV_JOB_QUEUED);
+    qv_group *group = job->group;
+    QV_TRY(qv_heap_push(&group->queue, job));
+    if (!qv_list_has(&group->waiting))
+        qv_list_append(&group->pool->waiting, &group->waiting);
+    return QV_OK;
+}
+
+void qv_job_dequeue(qv_job *job)
+{
+    qv_heap_remove(&job->group->queue, job);
+    if (job->group->queue.n == 0)
+        qv_list_remove(&job->group->waiting);
+}
+
+qv_status qv_job_set_timer(qv_job *job, uint64_t at_us)
+{
+    if (job->timer_us == at_us)
+        return QV_OK;
+    qv_heap_remove(&job->requests->timers, job);
+    job->timer_us = at_us;
+    return at_us != 0 ? qv_heap_push(&job->requests->timers, job) : QV_OK;
+}
+
+void qv_job_end(qv_job *job, qv_job_event how, uint64_t now_us)
+{
+    qv_requests *requests = job->requests;
+    qv_job_dequeue(job);
+    qv_job_apply(job, how);
+    qv_heap_remove(&requests->timers, job);
+    job->timer_us = 0;
+    qv_map_remove_entry(requests->by_id, job->entry);
+    job->entry = NULL;
+    qv_list_remove(&job->caller_link);
+    job->caller->n_jobs--;
+    job->caller->n_dead++;
+    job->caller->bytes -= (int64_t)job->bytes;
+    requests->bytes -= (int64_t)job->bytes;
+    requests->n_window++;
+    if (job->attempt != NULL) {
+        if (job->attempt->n_left == 0)
+            qv_attempt_free(job->attempt);
+        else
+            qv_attempt_orphan(job->attempt, now_us);
+    }
+    qv_group *group = job->group;
+    if (--group->n_jobs == 0 && (group->deleted || qv_group_is_idle(group)))
+        qv_group_touch(group);
+    qv_list_append(&requests->dead, &job->dead_link);
+}
+
+void qv_requests_bury(qv_requests *requests)
+{
+    QV_LIST_EACH(&requests->dead, qv_job, dead_link, job)
+    {
+        qv_list_remove(&job->dead_link);
+        job->caller->n_dead--;
+        qv_caller_release(job->caller);
+        free_job(job);
+    }
+}
+
+qv_status qv_job_grow(qv_job *job, size_t bytes)
+{
+    qv_requests *requests = job->requests;
+    if (requests->bytes + (int64_t)bytes > requests->limits.max_bytes)
+        return qv_fail(QV_ERR_BUSY, "requests hold %lld bytes, the limit is %lld",
+                       (long long)requests->bytes, (long long)requests->limits.max_bytes);
+    job->bytes += bytes;
+    job->caller->bytes += (int64_t)bytes;
+    requests->bytes += (int64_t)bytes;
+    return QV_OK;
+}
+
+/* --- Attempts ---------------------------------------------------------------------------------*/
+
+static qv_status grow_slots(qv_requests *requests)
+{
+    uint32_t n = requests->n_slots ? requests->n_slots * 2 : 256;
+    if (n > SLOT_MASK)
+        return qv_fail(QV_ERR_LIMIT, "%u attempts run at once, the limit", requests->n_slots);
+    qv_attempt **attempts = realloc(requests->attempts, n * sizeof *attempts);
+    if (attempts != NULL)
+        requests->attempts = attempts;
+    uint32_t *slots = realloc(requests->free_slots, n * sizeof *slots);
+    if (slots != NULL)
+        requests->free_slots = slots;
+    if (attempts == NULL || slots == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for %u attempts", n);
+    for (uint32_t i = requests->n_slots; i < n; i++) {
+        attempts[i] = malloc(sizeof *attempts[i]);
+        if (attempts[i] == NULL)
+            return qv_fail(QV_ERR_NOMEM, "no memory for %u attempts", n);
+        *attempts[i] = (qv_attempt){.requests = requests, .slot = i};
+        slots[requests->n_free++] = i;
+        requests->n_slots++;
+    }
+    return QV_OK;
+}
+
+qv_status qv_attempt_new(qv_job *job, qv_member *member, uint64_t now_us, qv_attempt **out)
+{
+    qv_requests *requests = job->requests;
+    QV_ASSERT(job->attempt == NULL && qv_member_credit(member) > 0);
+    if (requests->n_free == 0)
+        QV_TRY(grow_slots(requests));
+    qv_attempt *attempt = requests->attempts[requests->free_slots[--requests->n_free]];
+    attempt->number = requests->next_attempt++ << SLOT_BITS | attempt->slot;
+    attempt->job = job;
+    attempt->member = member;
+    attempt->active_us = now_us;
+    for (uint32_t i = 0; i < job->n; i++)
+        attempt->finished |= (uint64_t)job->streams[i].finished << i;
+    attempt->n_left = job->n - job->n_finished;
+    qv_list_append(&member->attempts, &attempt->member_link);
+    qv_member_add_attempt(member, 1);
+    member->n_dispatched++;
+    job->attempt = attempt;
+    *out = attempt;
+    return QV_OK;
+}
+
+qv_attempt *qv_requests_find_attempt(const qv_requests *requests, uint64_t number)
+{
+    uint64_t slot = number & SLOT_MASK;
+    qv_attempt *attempt = slot < requests->n_slots ? requests->attempts[slot] : NULL;
+    return attempt != NULL && number != 0 && attempt->number == number ? attempt : NULL;
+}
+
+void qv_attempt_orphan(qv_attempt *attempt, uint64_t now_us)
+{
+    qv_requests *requests = attempt->requests;
+    attempt->job->attempt = NULL;
+    attempt->job = NULL;
+    attempt->orphan_us = now_us;
+    qv_list_append(&requests->orphans, &attempt->orphan_link);
+    requests->n_orphans++;
+}
+
+void qv_attempt_free(qv_attempt *attempt)
+{
+    qv_requests *requests = attempt->requests;
+    if (attempt->job != NULL)
+        attempt->job->attempt = NULL;
+    else
+        requests->n_orphans--;
+    qv_list_remove(&attempt->orphan_link);
+    qv_list_remove(&attempt->member_link);
+    qv_member_add_attempt(attempt->member, -1);
+    *attempt = (qv_attempt){.requests = requests, .slot = attempt->slot};
+    requests->free_slots[requests->n_free++] = attempt->slot;
+}
+
+/* --- Views ------------------------------------------------------------------------------------*/
+
+int64_t qv_requests_retry_ms(const qv_requests *requests)
+{
+    if (requests->per_second <= 0)
+        return 1000;
+    double ms = 1000.0 * (double)(requests->n_queued + 1) / requests->per_second;
+    return ms < 100 ? 100 : ms > 30000 ? 30000 : (int64_t)ms;
+}
+
+void qv_requests_tick(qv_requests *requests, uint64_t now_us)
+{
+    uint64_t elapsed_us = now_us - requests->window_us;
+    if (requests->window_us != 0 && elapsed_us < 1000000)
+        return;
+    if (requests->window_us != 0) {
+        double rate = (double)requests->n_window * 1e6 / (double)elapsed_us;
+        requests->per_second += 0.3 * (rate - requests->per_second);
+    }
+    requests->window_us = now_us;
+    requests->n_window = 0;
+}

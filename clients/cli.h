@@ -1,0 +1,54 @@
+/* The commands of `quiver` and what they share. Each command parses its own options and returns the
+ * exit code of the process.
+ */
+#ifndef QV_CLIENTS_CLI_H
+#define QV_CLIENTS_CLI_H
+
+#include "clients/quiver_client.h"
+#include "common/options.h"
+
+#include <signal.h>
+
+enum {
+    CLI_OK = 0,
+    CLI_FAILED = 1,       /* at least one request failed, or the broker does not answer */
+    CLI_USAGE = 2,        /* the command line makes no sense */
+    CLI_INTERRUPTED = 130 /* Ctrl-C */
+};
+
+int cli_submit(int argc, char **argv);
+int cli_cancel(int argc, char **argv);
+int cli_status(int argc, char **argv);
+int cli_adapters(int argc, char **argv);
+
+/* Print "quiver: <the thread's error sentence>" and return `code`. */
+int cli_fail(int code);
+
+/* Counts SIGINT and SIGTERM since cli_catch_signals(). */
+extern volatile sig_atomic_t cli_interrupts;
+void cli_catch_signals(void);
+
+/* Ask the broker for its status. *out is borrowed from the client. */
+qv_status cli_get_status(qv_client *client, int64_t timeout_ms, const qv_msg_status **out);
+
+/* The adapters of a status as a table. */
+void cli_print_adapters(const qv_msg_status *status);
+
+/* Option rows that every command has; the settings struct starts with cli_common. */
+typedef struct {
+    const char *broker;
+    int64_t timeout_ms;
+    bool json;
+} cli_common;
+
+#define CLI_COMMON_OPTIONS(settings)                                                               \
+    QV_OPTION(settings, common.broker, STRING, "broker", "ENDPOINT", "tcp://127.0.0.1:5555",       \
+              "The broker's client endpoint.", .section = "Connection"),                           \
+        QV_OPTION(settings, common.timeout_ms, DURATION, "timeout", "TIME", "60s",                 \
+                  "Give up after this long without any message from the broker.",                  \
+                  .section = "Connection", .min = 1, .max = 86400000),                             \
+        QV_OPTION(settings, common.json, FLAG, "json", NULL, NULL,                                 \
+                  "Print JSON, one object a line, instead of text for people.",                    \
+                  .section = "Output")
+
+#endif

@@ -1,0 +1,98 @@
+/* quiver: publish jobs, follow the answers, look at the pool, place adapters. */
+#include "clients/cli.h"
+
+#include "common/clock.h"
+#include "common/log.h"
+
+#include <czmq.h>
+#include <locale.h>
+#include <stdio.h>
+#include <string.h>
+
+static const struct {
+    const char *name;
+    int (*run)(int argc, char **argv);
+    const char *summary;
+} commands[] = {
+    {"submit", cli_submit, "publish one or many jobs and print the answers as they arrive"},
+    {"cancel", cli_cancel, "stop a request by its id"},
+    {"status", cli_status, "show workers, adapters and queues"},
+    {"adapters", cli_adapters, "list, add and remove adapters"},
+};
+#define N_COMMANDS (sizeof commands / sizeof commands[0])
+
+volatile sig_atomic_t cli_interrupts;
+
+static void on_signal(int signal_number)
+{
+    (void)signal_number;
+    cli_interrupts++;
+}
+
+void cli_catch_signals(void)
+{
+    struct sigaction action = {.sa_handler = on_signal}; /* no SA_RESTART: waiting calls return */
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
+int cli_fail(int code)
+{
+    fprintf(stderr, "quiver: %s\n", qv_error());
+    return code;
+}
+
+qv_status cli_get_status(qv_client *client, int64_t timeout_ms, const qv_msg_status **out)
+{
+    QV_TRY(qv_client_request_status(client));
+    uint64_t deadline = qv_now_ms() + (uint64_t)timeout_ms;
+    for (;;) {
+        uint64_t now = qv_now_ms();
+        const qv_message *message;
+        QV_TRY(qv_client_poll(client, now < deadline ? (int64_t)(deadline - now) : 0, &message));
+        if (message->type == QV_MSG_ERROR)
+            return qv_fail(QV_ERR_STATE, "%.*s: %.*s", (int)message->error.code.size,
+                           message->error.code.data, (int)message->error.message.size,
+                           message->error.message.data);
+        if (message->type == QV_MSG_STATUS) {
+            *out = &message->status;
+            return QV_OK;
+        }
+    }
+}
+
+static void print_usage(FILE *out)
+{
+    fprintf(out, "Usage: quiver COMMAND [OPTIONS] [ARGUMENTS]\n\n"
+                 "The command line client of a Quiver pool.\n\nCommands:\n");
+    for (size_t i = 0; i < N_COMMANDS; i++)
+        fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].summary);
+    fprintf(out, "\n`quiver COMMAND --help` describes the options of a command.\n");
+}
+
+int main(int argc, char **argv)
+{
+    setlocale(LC_CTYPE, "");
+    setenv("ZSYS_SIGHANDLER", "false", 1); /* signals are ours: a first Ctrl-C cancels politely */
+    qv_log_init(&(qv_log_options){.level = QV_LOG_WARN, .program = "quiver"});
+    if (argc < 2) {
+        print_usage(stderr);
+        return CLI_USAGE;
+    }
+    const char *name = argv[1];
+    if (strcmp(name, "--help") == 0 || strcmp(name, "-h") == 0 || strcmp(name, "help") == 0) {
+        print_usage(stdout);
+        return CLI_OK;
+    }
+    if (strcmp(name, "--version") == 0) {
+        printf("quiver %s\n", QV_VERSION);
+        return CLI_OK;
+    }
+    for (size_t i = 0; i < N_COMMANDS; i++)
+        if (strcmp(name, commands[i].name) == 0)
+            return commands[i].run(argc - 1, argv + 1);
+    fprintf(stderr, "quiver: '%s' is no command\n\n", name);
+    print_usage(stderr);
+    return CLI_USAGE;
+}

@@ -1,0 +1,16 @@
+"""Runs one test file; says so and exits with 77 when this machine lacks what the system tests need."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import unittest
+
+here = os.path.dirname(os.path.abspath(__file__))
+missing = [m for m in ("zmq", "msgpack") if importlib.util.find_spec(m) is None]
+missing += [p for p in ("redis-server", "redis-cli") if shutil.which(p) is None]
+if missing:
+    print("skipped: this machine lacks", ", ".join(missing))
+    sys.exit(77)
+sys.path.insert(0, here)
+unittest.main(module=sys.argv[1], argv=sys.argv[1:], verbosity=2)

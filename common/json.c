@@ -68,12 +68,15 @@ static bool is_large_integer(const char *digits, size_t n, bool negative)
     return n > strlen(limit) || (n == strlen(limit) && memcmp(digits, limit, n) > 0);
 }
 
-/* Copy a text with ".0" put behind each integer that an int64_t cannot hold, so that it is read as
- * a real: some writers say "no limit" by 10^30, written out. The caller frees; NULL without memory.
- */
-static char *widen_large_integers(const char *text, size_t size, size_t *out_size)
+/* Copy a text with what JSON has no number for made readable: ".0" is put behind each integer that
+ * an int64_t cannot hold, so that it is read as a real (some writers say "no limit" by 10^30,
+ * written out), and a bare Infinity, as Python writes it, becomes the largest double. The caller
+ * frees; NULL without memory. */
+static char *widen_numbers(const char *text, size_t size, size_t *out_size)
 {
-    char *copy = malloc(size + size / 19 * 2 + 2); /* such integers have at least 19 digits */
+    static const char infinity[] = "Infinity", largest[] = "1.7976931348623157e308";
+    /* Such integers have at least 19 digits and get 2 characters, 8 become 22. */
+    char *copy = malloc(size * 3 + 2);
     size_t used = 0;
     bool in_string = false;
     for (size_t i = 0, n; copy != NULL && i < size; i += n) {
@@ -91,6 +94,12 @@ static char *widen_large_integers(const char *text, size_t size, size_t *out_siz
             bool is_integer = after != '.' && tolower(after) != 'e';
             bool is_fraction = before == '.' || before == '+' || tolower(before) == 'e';
             large = is_integer && !is_fraction && is_large_integer(text + i, n, before == '-');
+        } else if (!in_string && size - i >= strlen(infinity) &&
+                   memcmp(text + i, infinity, strlen(infinity)) == 0) {
+            memcpy(copy + used, largest, strlen(largest));
+            used += strlen(largest);
+            n = strlen(infinity);
+            continue;
         }
         memcpy(copy + used, text + i, n);
         used += n;
@@ -108,9 +117,10 @@ qv_status qv_json_load(const char *text, size_t size, const char *where, json_t 
     const size_t flags = JSON_REJECT_DUPLICATES | JSON_DECODE_ANY;
     json_error_t error;
     json_t *value = json_loadb(text, size, flags, &error);
-    if (value == NULL && json_error_code(&error) == json_error_numeric_overflow) {
+    if (value == NULL && (json_error_code(&error) == json_error_numeric_overflow ||
+                          memmem(text, size, "Infinity", strlen("Infinity")) != NULL)) {
         size_t wide_size;
-        char *wide = widen_large_integers(text, size, &wide_size);
+        char *wide = widen_numbers(text, size, &wide_size);
         if (wide == NULL)
             return qv_fail(QV_ERR_NOMEM, "%s: no memory for %zu bytes", where, size);
         value = json_loadb(wide, wide_size, flags, &error);

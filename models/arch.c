@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static const qv_arch *const archs[] = {&qv_arch_qwen3_5};
+static const qv_arch *const archs[] = {&qv_arch_qwen3_5, &qv_arch_nemotron3};
 
 const qv_arch *const *qv_arch_list(size_t *n)
 {

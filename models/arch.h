@@ -16,6 +16,8 @@ struct qv_arch {
     const char *const *model_types; /* of config.json; NULL ends the list */
     const char *const *prefixes;    /* of tensor names, tried in this order; NULL ends the list */
     const char *const *skip;        /* beginnings of tensor names that are not loaded; NULL ends */
+    bool norm_plus_one;             /* norms scale by 1 + w, not by w (gated norms: by w) */
+    bool fused_experts;             /* released checkpoints hold all experts in one tensor */
 
     /* Fill the dimensions, layer_parts and rope fields from the text part of config.json (`text`);
      * `root` is the whole of it. `where` goes into errors. */
@@ -40,5 +42,6 @@ qv_status qv_arch_find(const char *model_type, const char *where, const qv_arch 
 const qv_arch *const *qv_arch_list(size_t *n);
 
 extern const qv_arch qv_arch_qwen3_5;
+extern const qv_arch qv_arch_nemotron3;
 
 #endif

@@ -1,6 +1,4 @@
-#include "models/blocks.h"
-
-#include <math.h>
+#include "models/blocks_internal.h"
 
 /* --- Buffers ---------------------------------------------------------------------------------- */
 
@@ -13,16 +11,22 @@ static int64_t max64(int64_t a, int64_t b)
 static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_dtype activation,
                     int64_t bytes[QV_BUF_COUNT])
 {
-    int64_t wide = 0, inner = 0, slices = 1;
+    int64_t wide = 0, inner = 0, slices = 1, expert_slices = 0;
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
         const qv_proj_shape *shape = &layout->proj[p];
+        if (shape->experts) {
+            expert_slices = max64(expert_slices, shape->n_slices);
+            continue;
+        }
         slices = max64(slices, shape->n_slices);
         if (shape->n_slices > 0 && shape->part != QV_PART_GLOBAL) {
             wide = max64(wide, shape->n_out);
             inner = max64(inner, shape->n_in);
         }
     }
-    int64_t t = limits->max_tokens, l = limits->max_logits, hidden = layout->config->hidden;
+    const qv_model_config *c = layout->config;
+    int64_t t = limits->max_tokens, l = limits->max_logits, hidden = c->hidden;
+    int64_t pairs = t * c->moe_top_k; /* 0 without experts */
     int64_t rank = limits->n_adapter_slots > 0 ? limits->max_lora_rank : 0;
     int64_t act = (int64_t)qv_dtype_size(activation), f32 = sizeof(float);
     bytes[QV_BUF_RESIDUAL] = t * hidden * act;
@@ -31,9 +35,20 @@ static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_d
     bytes[QV_BUF_WIDE] = t * wide * act;
     bytes[QV_BUF_CONV] = t * layout->vec[QV_VEC_CONV].n_rows * act;
     bytes[QV_BUF_INNER] = t * inner * act;
+    bytes[QV_BUF_SHARED] = c->shared_ffn > 0 ? t * hidden * act : 0;
+    bytes[QV_BUF_LATENT] = 2 * t * c->moe_latent * act;
+    bytes[QV_BUF_ROUTER] = t * c->n_experts * f32;
+    bytes[QV_BUF_EXPERT] = pairs * (int64_t)sizeof(int32_t);
+    bytes[QV_BUF_EXPERT_WEIGHT] = pairs * f32;
+    bytes[QV_BUF_MOE_LIST] =
+        pairs > 0 ? (int64_t)qv_moe_list_bytes((int32_t)c->n_experts, (int32_t)c->moe_top_k,
+                                               limits->max_tokens)
+                  : 0;
+    bytes[QV_BUF_EXPERT_WIDE] = pairs * layout->proj[QV_PROJ_EXPERT_IN].n_out * act;
+    bytes[QV_BUF_EXPERT_OUT] = pairs * layout->proj[QV_PROJ_EXPERT_OUT].n_out * act;
     bytes[QV_BUF_HEAD_IN] = l * hidden * act;
-    bytes[QV_BUF_LOGITS] = l * layout->config->vocab * f32;
-    bytes[QV_BUF_LORA] = max64(t, l) * slices * rank * f32;
+    bytes[QV_BUF_LOGITS] = l * c->vocab * f32;
+    bytes[QV_BUF_LORA] = max64(max64(t, l) * slices, pairs * expert_slices) * rank * f32;
 }
 
 uint64_t qv_buffers_bytes(const qv_layout *layout, const qv_model_limits *limits,
@@ -56,7 +71,11 @@ qv_status qv_buffers_init(qv_buffers *buffers, qv_backend *be, const qv_layout *
         if (bytes[i] > 0)
             QV_TRY(qv_backend_alloc(be, (size_t)bytes[i], &buffers->data[i]));
     }
-    return QV_OK;
+    if (bytes[QV_BUF_MOE_LIST] == 0)
+        return QV_OK;
+    const qv_model_config *c = layout->config;
+    return qv_moe_list_init(&buffers->list, (int32_t)c->n_experts, (int32_t)c->moe_top_k,
+                            limits->max_tokens, buffers->data[QV_BUF_MOE_LIST]);
 }
 
 void qv_buffers_deinit(qv_buffers *buffers)
@@ -64,13 +83,6 @@ void qv_buffers_deinit(qv_buffers *buffers)
     for (int i = 0; i < QV_BUF_COUNT && buffers->be != NULL; i++)
         qv_backend_free(buffers->be, buffers->data[i]);
     *buffers = (qv_buffers){.be = NULL};
-}
-
-/* A buffer seen as this step's [T, n]. */
-static qv_tensor view(const qv_pass *pass, qv_buffer buffer, int64_t n)
-{
-    return qv_tensor_2d(pass->buffers->data[buffer], qv_backend_activation_dtype(pass->be),
-                        pass->batch->n_tokens, n);
 }
 
 qv_tensor qv_pass_residual(const qv_pass *pass)
@@ -88,41 +100,51 @@ qv_tensor qv_pass_delta(const qv_pass *pass)
     return view(pass, QV_BUF_DELTA, pass->config->hidden);
 }
 
-static void probe(const qv_pass *pass, int64_t layer, const char *name, qv_tensor value)
+qv_tensor qv_pass_shared(const qv_pass *pass)
 {
-    if (pass->probe != NULL)
-        pass->probe(layer, name, &value, pass->probe_user);
+    return view(pass, QV_BUF_SHARED, pass->config->hidden);
 }
 
-static qv_tensor vec(const qv_pass *pass, int64_t layer, qv_vec id)
+qv_tensor qv_pass_latent(const qv_pass *pass, int which)
 {
-    return qv_weights_layer(pass->weights, layer)->vec[id];
+    qv_tensor both =
+        qv_tensor_2d(pass->buffers->data[QV_BUF_LATENT], qv_backend_activation_dtype(pass->be),
+                     2 * (int64_t)pass->batch->n_tokens, pass->config->moe_latent);
+    return qv_tensor_rows(both, which * (int64_t)pass->batch->n_tokens, pass->batch->n_tokens);
+}
+
+qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec)
+{
+    return qv_weights_layer(pass->weights, layer)->vec[vec];
 }
 
 /* --- Linear, embedding, norms ----------------------------------------------------------------- */
 
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
-    QV_TRY(qv_op_linear(pass->be, qv_weights_layer(pass->weights, layer)->proj[proj], x, y));
+    const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
+    bool is_logits = proj == QV_PROJ_LM_HEAD || proj == QV_PROJ_ROUTER;
+    QV_TRY(is_logits ? qv_op_linear_f32(pass->be, weight, x, y)
+                     : qv_op_linear(pass->be, weight, x, y));
     const qv_lora_site *site =
         pass->lora != NULL ? qv_lora_pool_site(pass->lora, layer, proj) : NULL;
     if (site == NULL)
         return QV_OK;
 
-    /* The head runs on the rows of logits, which have segments of their own. */
     const qv_batch *batch = pass->batch;
     qv_tensor scratch = qv_tensor_3d(pass->buffers->data[QV_BUF_LORA], QV_F32, x.shape[0],
                                      site->n_slices, site->max_rank);
-    if (layer == QV_GLOBAL)
-        return qv_op_lora(pass->be, site, batch->n_logit_segs, batch->logit_seg_start,
-                          batch->logit_seg_slot, x, scratch, y);
-    return qv_op_lora(pass->be, site, batch->n_segs, batch->seg_start, batch->seg_slot, x, scratch,
-                      y);
+    if (layer == QV_GLOBAL) /* the rows of logits have segments of their own */
+        return qv_op_lora_f32(pass->be, site, batch->n_logit_segs, batch->logit_seg_start,
+                              batch->logit_seg_slot, x, scratch, y);
+    return (is_logits ? qv_op_lora_f32 : qv_op_lora)(
+        pass->be, site, batch->n_segs, batch->seg_start, batch->seg_slot, x, scratch, y);
 }
 
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y)
 {
-    QV_TRY(qv_op_embed(pass->be, vec(pass, QV_GLOBAL, QV_VEC_EMBED), pass->batch->token, y));
+    QV_TRY(
+        qv_op_embed(pass->be, qv_pass_vec(pass, QV_GLOBAL, QV_VEC_EMBED), pass->batch->token, y));
     probe(pass, QV_GLOBAL, "embed", y);
     return QV_OK;
 }
@@ -137,7 +159,8 @@ static const char *norm_name(qv_vec norm)
 qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor x, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
-    QV_TRY(qv_op_rms_norm(pass->be, x, vec(pass, layer, norm), eps, true, y));
+    QV_TRY(qv_op_rms_norm(pass->be, x, qv_pass_vec(pass, layer, norm), eps,
+                          pass->config->arch->norm_plus_one, y));
     probe(pass, layer, norm_name(norm), y);
     return QV_OK;
 }
@@ -146,106 +169,13 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
                             qv_tensor delta, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
-    QV_TRY(qv_op_add_rms_norm(pass->be, residual, delta, vec(pass, layer, norm), eps, true, y));
+    QV_TRY(qv_op_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
+                              pass->config->arch->norm_plus_one, y));
     probe(pass, layer, norm_name(norm), y);
     return QV_OK;
 }
 
-/* --- Gated attention -------------------------------------------------------------------------- */
-
-qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
-{
-    const qv_model_config *c = pass->config;
-    const qv_kv_layer *kv = &pass->state->layers[layer].kv;
-    float eps = (float)c->norm_eps, scale = (float)(1 / sqrt((double)c->head_dim));
-    int64_t n_q = 2 * c->n_heads * c->head_dim, n_kv = c->n_kv_heads * c->head_dim;
-
-    qv_tensor qkv = view(pass, QV_BUF_WIDE, n_q + 2 * n_kv);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_IN, x, qkv));
-
-    /* Each query head stands before its gate. */
-    qv_tensor q_gate = qv_tensor_split(qv_tensor_cols(qkv, 0, n_q), c->n_heads, 2 * c->head_dim);
-    qv_tensor q = qv_tensor_last(q_gate, 0, c->head_dim);
-    qv_tensor gate = qv_tensor_last(q_gate, c->head_dim, c->head_dim);
-    qv_tensor k = qv_tensor_split(qv_tensor_cols(qkv, n_q, n_kv), c->n_kv_heads, c->head_dim);
-    qv_tensor v =
-        qv_tensor_split(qv_tensor_cols(qkv, n_q + n_kv, n_kv), c->n_kv_heads, c->head_dim);
-    QV_TRY(qv_op_rms_norm(pass->be, q, vec(pass, layer, QV_VEC_Q_NORM), eps, true, q));
-    QV_TRY(qv_op_rms_norm(pass->be, k, vec(pass, layer, QV_VEC_K_NORM), eps, true, k));
-    probe(pass, layer, "attn_q_normed", q);
-    probe(pass, layer, "attn_k_normed", k);
-    probe(pass, layer, "attn_v", v);
-
-    QV_TRY(
-        qv_op_rope_kv_write(pass->be, pass->batch, (int)c->rotary_dim, c->rope_theta, q, k, v, kv));
-    qv_tensor attn = view(pass, QV_BUF_INNER, c->n_heads * c->head_dim);
-    qv_tensor heads = qv_tensor_split(attn, c->n_heads, c->head_dim);
-    QV_TRY(qv_op_attention(pass->be, pass->batch, kv, scale, q, heads));
-    probe(pass, layer, "attn_heads", heads);
-    QV_TRY(qv_op_sigmoid_gate(pass->be, heads, gate));
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
-    probe(pass, layer, "attn_out", y);
-    return QV_OK;
-}
-
-/* --- Gated DeltaNet --------------------------------------------------------------------------- */
-
-qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
-{
-    const qv_model_config *c = pass->config;
-    const qv_layer_state *state = &pass->state->layers[layer];
-    int64_t n_key = c->gdn_k_heads * c->gdn_k_dim, n_value = c->gdn_v_heads * c->gdn_v_dim;
-    int64_t n_conv = 2 * n_key + n_value, n_heads = c->gdn_v_heads;
-
-    qv_tensor in = view(pass, QV_BUF_WIDE, n_conv + n_value + 2 * n_heads);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_IN, x, in));
-    qv_tensor qkv = qv_tensor_cols(in, 0, n_conv);
-    qv_tensor z = qv_tensor_split(qv_tensor_cols(in, n_conv, n_value), n_heads, c->gdn_v_dim);
-    qv_tensor b = qv_tensor_cols(in, n_conv + n_value, n_heads);
-    qv_tensor a = qv_tensor_cols(in, n_conv + n_value + n_heads, n_heads);
-
-    qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
-    QV_TRY(qv_op_conv1d(pass->be, pass->batch, qkv, vec(pass, layer, QV_VEC_CONV), (qv_tensor){0},
-                        state->conv, mixed));
-    probe(pass, layer, "gdn_conv", mixed);
-
-    qv_tensor q = qv_tensor_cols(mixed, 0, n_key), k = qv_tensor_cols(mixed, n_key, n_key);
-    qv_tensor v = qv_tensor_cols(mixed, 2 * n_key, n_value);
-    qv_tensor out = view(pass, QV_BUF_INNER, n_value);
-    qv_tensor heads = qv_tensor_split(out, n_heads, c->gdn_v_dim);
-    QV_TRY(qv_op_gdn(pass->be, pass->batch,
-                     &(qv_gdn_args){.q = qv_tensor_split(q, c->gdn_k_heads, c->gdn_k_dim),
-                                    .k = qv_tensor_split(k, c->gdn_k_heads, c->gdn_k_dim),
-                                    .v = qv_tensor_split(v, n_heads, c->gdn_v_dim),
-                                    .a = a,
-                                    .b = b,
-                                    .a_log = vec(pass, layer, QV_VEC_A_LOG),
-                                    .dt_bias = vec(pass, layer, QV_VEC_DT_BIAS),
-                                    .state = state->recurrent,
-                                    .o = heads}));
-    probe(pass, layer, "gdn_heads", heads);
-    QV_TRY(qv_op_gated_rms_norm(pass->be, heads, z, vec(pass, layer, QV_VEC_GATE_NORM),
-                                (float)c->norm_eps, false, heads));
-    probe(pass, layer, "gdn_gated", heads);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_OUT, out, y));
-    probe(pass, layer, "gdn_out", y);
-    return QV_OK;
-}
-
-/* --- Feed-forward and head -------------------------------------------------------------------- */
-
-qv_status qv_block_swiglu_mlp(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
-{
-    int64_t ffn = pass->config->ffn;
-    qv_tensor gate_up = view(pass, QV_BUF_WIDE, 2 * ffn);
-    qv_tensor hidden = view(pass, QV_BUF_INNER, ffn);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_MLP_IN, x, gate_up));
-    QV_TRY(qv_op_swiglu(pass->be, qv_tensor_cols(gate_up, 0, ffn),
-                        qv_tensor_cols(gate_up, ffn, ffn), hidden));
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_MLP_OUT, hidden, y));
-    probe(pass, layer, "mlp_out", y);
-    return QV_OK;
-}
+/* --- Head ------------------------------------------------------------------------------------- */
 
 qv_status qv_block_head(qv_pass *pass, qv_tensor x)
 {

@@ -20,15 +20,24 @@ typedef enum {
     QV_BUF_WIDE,     /* [T, widest output of an in-projection] */
     QV_BUF_CONV,     /* [T, convolution channels] */
     QV_BUF_INNER,    /* [T, widest input of an out-projection] */
-    QV_BUF_HEAD_IN,  /* [L, hidden] */
-    QV_BUF_LOGITS,   /* [L, vocab] F32 */
-    QV_BUF_LORA,     /* [max(T, L), most slices, max rank] F32 */
+    QV_BUF_SHARED,   /* [T, hidden] what shared experts add */
+    QV_BUF_LATENT,   /* [2, T, latent] what routed experts read and write, where that is narrower */
+    QV_BUF_ROUTER,   /* [T, experts] F32 */
+    QV_BUF_EXPERT,   /* [T, k] I32 experts of each token */
+    QV_BUF_EXPERT_WEIGHT, /* [T, k] F32 */
+    QV_BUF_MOE_LIST,      /* memory of the list of pairs */
+    QV_BUF_EXPERT_WIDE,   /* [T k, expert's wide output], then what its activation leaves */
+    QV_BUF_EXPERT_OUT,    /* [T k, expert's output] */
+    QV_BUF_HEAD_IN,       /* [L, hidden] */
+    QV_BUF_LOGITS,        /* [L, vocab] F32 */
+    QV_BUF_LORA,          /* F32 [max(T, L), most slices, max rank], of experts [T k, ...] */
     QV_BUF_COUNT
 } qv_buffer;
 
 typedef struct {
     qv_backend *be; /* borrowed */
     void *data[QV_BUF_COUNT];
+    qv_moe_list list; /* pairs of (token, expert) of the layer that runs; in its buffer */
 } qv_buffers;
 
 /* Bytes of all buffers for these limits. */
@@ -47,6 +56,7 @@ struct qv_pass {
     const qv_lora_pool *lora; /* NULL: no adapters */
     const qv_state *state;
     const qv_buffers *buffers;
+    qv_moe_list *list; /* the buffers' */
     const qv_batch *batch;
     qv_probe_fn *probe; /* may be NULL */
     void *probe_user;
@@ -57,15 +67,22 @@ struct qv_pass {
 qv_tensor qv_pass_residual(const qv_pass *pass);
 qv_tensor qv_pass_normed(const qv_pass *pass);
 qv_tensor qv_pass_delta(const qv_pass *pass);
+qv_tensor qv_pass_shared(const qv_pass *pass);
+/* [T, latent]: 0, what routed experts read; 1, what they write. */
+qv_tensor qv_pass_latent(const qv_pass *pass, int which);
+
+/* A tensor of the second table; empty where the layer has none. */
+qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec);
 
 /* y = x W^T of a layer's projection (QV_GLOBAL for the head), plus the adapters of the batch.
- * x [T, n_in], y [T, n_out]; for the head, L rows. */
+ * x [T, n_in], y [T, n_out]; for the head, L rows. Logits, the head's and a router's, are F32 and
+ * never rounded. */
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
 
 /* y[t] = embedding of token t. */
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y);
 
-/* One-plus RMS norm by a layer's norm weight. x, y [T, hidden]. */
+/* RMS norm by a layer's norm weight. x, y [T, hidden]. */
 qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor x, qv_tensor y);
 
 /* residual += delta; y = norm(residual). */
@@ -74,8 +91,31 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
 
 /* Mixers and feed-forward: x, y [T, hidden]. */
 qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
+qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
-qv_status qv_block_swiglu_mlp(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
+qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
+
+typedef enum {
+    QV_MLP_SWIGLU, /* down(silu(gate) * up) */
+    QV_MLP_RELU2,  /* down(max(up, 0)^2) */
+} qv_mlp_kind;
+
+qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y);
+
+/* The parts of a mixture of experts, in this order. */
+
+/* Choose experts for each token: x [T, hidden], into the pass's list. */
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x);
+/* y[t] = weighted sum of the chosen experts of x[t]. x, y [T, expert_in], not the same. */
+qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                           qv_tensor y);
+/* Experts that every token goes through: x, y [T, hidden]. */
+qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                                 qv_tensor y);
+/* shared[t] *= sigmoid(x[t] . gate) */
+qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor shared);
+/* y += shared, [T, hidden]: what the whole mixture adds to the residual stream. */
+qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y);
 
 /* Logits of the rows that need them: x [T, hidden] after the final norm, into pass->logits. */
 qv_status qv_block_head(qv_pass *pass, qv_tensor x);

@@ -94,3 +94,11 @@ qv_status qv_config_expect_multiple(int64_t a, const char *a_name, int64_t b, co
                        a_name, a, b_name, b);
     return QV_OK;
 }
+
+qv_status qv_config_dims(const json_t *obj, const qv_config_dim *dims, size_t n, const char *where)
+{
+    for (size_t i = 0; i < n; i++)
+        QV_TRY(qv_config_int(obj, dims[i].key, where, dims[i].fallback, dims[i].min, dims[i].max,
+                             dims[i].out));
+    return QV_OK;
+}

@@ -18,6 +18,15 @@
 qv_status qv_config_int(const json_t *obj, const char *key, const char *where, int64_t fallback,
                         int64_t min, int64_t max, int64_t *out);
 
+/* Integers in a row. */
+typedef struct {
+    const char *key;
+    int64_t fallback, min, max;
+    int64_t *out;
+} qv_config_dim;
+
+qv_status qv_config_dims(const json_t *obj, const qv_config_dim *dims, size_t n, const char *where);
+
 /* A finite number in [min, max]; *out keeps its value when absent. */
 qv_status qv_config_double(const json_t *obj, const char *key, const char *where, double min,
                            double max, double *out);

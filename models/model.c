@@ -187,6 +187,7 @@ qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *lo
                     .lora = model->lora,
                     .state = &model->state,
                     .buffers = &model->buffers,
+                    .list = &model->buffers.list,
                     .batch = batch,
                     .probe = model->probe,
                     .probe_user = model->probe_user};

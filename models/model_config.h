@@ -20,14 +20,19 @@
 
 typedef struct qv_arch qv_arch;
 
-/* What a layer is made of, as a set of bits. A Qwen3.5 layer has a mixer and an MLP. Rows of the
- * tables in models/proj.h belong to one part. */
+/* What a layer is made of, as a set of bits. A Qwen3.5 layer has a mixer and a feed-forward part, a
+ * Nemotron-3 layer one of them. Rows of the tables in models/proj.h belong to one part. */
 typedef enum {
     QV_PART_GLOBAL = 1 << 0,    /* not a layer: embedding, final norm, head */
     QV_PART_LAYER = 1 << 1,     /* what every layer has: its norms */
     QV_PART_ATTENTION = 1 << 2, /* full attention, with KV pages */
     QV_PART_GDN = 1 << 3,       /* Gated DeltaNet, with a convolution tail and a recurrent state */
-    QV_PART_MLP = 1 << 4,       /* dense SwiGLU */
+    QV_PART_MLP = 1 << 4,       /* dense feed-forward */
+    QV_PART_SSM = 1 << 5,       /* Mamba-2, with a convolution tail and a recurrent state */
+    QV_PART_CONV_BIAS = 1 << 6, /* its convolution has a bias */
+    QV_PART_MOE = 1 << 7,       /* a router and its experts */
+    QV_PART_SHARED = 1 << 8,    /* experts that every token goes through */
+    QV_PART_LATENT = 1 << 9,    /* projections around the routed experts, which are narrower */
 } qv_part;
 
 /* Sampling settings of generation_config.json; where the file is silent, the neutral value. */
@@ -62,10 +67,24 @@ typedef struct {
     /* Gated DeltaNet */
     int64_t gdn_k_heads, gdn_v_heads; /* v heads are a multiple of k heads */
     int64_t gdn_k_dim, gdn_v_dim;     /* of one head */
-    int64_t conv_kernel;              /* taps of the causal convolution */
+    int64_t conv_kernel;              /* taps of the causal convolution; Mamba-2's too */
+
+    /* Mamba-2 */
+    int64_t ssm_heads, ssm_head_dim;
+    int64_t ssm_groups, ssm_state; /* heads of a group share B and C, [ssm_state] each */
+    double dt_min, dt_max;         /* limits of the time step; 0 and INFINITY: none */
 
     /* Dense MLP */
     int64_t ffn;
+
+    /* Mixture of experts */
+    int64_t n_experts, moe_top_k;
+    int64_t moe_ffn;    /* of one routed expert */
+    int64_t shared_ffn; /* of all shared experts together */
+    int64_t moe_latent; /* width that routed experts read and write; 0 = hidden */
+    int64_t router_groups, router_topk_groups;
+    bool router_normalize; /* weights of a token are divided by their sum */
+    double router_scale;   /* and multiplied by this */
 
     /* Tokens that end an answer: the union of config.json and generation_config.json, in the order
      * found, each once. */

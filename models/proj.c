@@ -62,6 +62,18 @@ const char *qv_tensor_name(char *buf, size_t size, const char *prefix, int64_t l
     return buf;
 }
 
+const char *qv_expert_name(char *buf, size_t size, const char *prefix, int64_t layer,
+                           const qv_proj_row *row, int64_t expert)
+{
+    char name[128];
+    if (expert < 0) {
+        snprintf(name, sizeof name, "%s.%s", row->experts, row->fused);
+        return qv_tensor_name(buf, size, prefix, layer, name, "");
+    }
+    snprintf(name, sizeof name, "%s.%" PRId64 ".%s", row->experts, expert, row->module);
+    return qv_tensor_name(buf, size, prefix, layer, name, ".weight");
+}
+
 /* --- This rank's piece ------------------------------------------------------------------------ */
 
 /* The range of [0, total) that belongs to the layout's rank, in whole units. */
@@ -116,12 +128,25 @@ static qv_status add_proj_row(qv_layout *layout, const qv_proj_row *row)
     for (int32_t i = slice->plane; i <= index; i++)
         shape->slices[i].module_rows = module_rows;
 
+    /* In a fused tensor of experts, modules stand one after the other. */
+    int64_t fused_rows = slice->module_rows;
+    if (index > 0 && row->fused != NULL &&
+        strcmp(row->fused, shape->slices[index - 1].row->fused) == 0) {
+        slice->fused_row = shape->slices[index - 1].fused_rows;
+        fused_rows += slice->fused_row;
+    }
+    for (int32_t i = 0; i <= index && row->fused != NULL; i++) {
+        if (strcmp(row->fused, shape->slices[i].row->fused) == 0)
+            shape->slices[i].fused_rows = fused_rows;
+    }
+
     QV_ASSERT(index == 0 || (shape->n_in == slice->n_cols && shape->part == row->part));
     slice->dst_row = shape->n_out;
     shape->n_out += slice->n_rows;
     shape->n_in = slice->n_cols;
     shape->part = row->part;
     shape->lora |= row->lora;
+    shape->experts = row->experts != NULL;
     return QV_OK;
 }
 
@@ -138,6 +163,7 @@ static qv_status add_vec_row(qv_layout *layout, const qv_vec_row *row)
 
     shape->part = row->part;
     shape->tensor = row->tensor;
+    shape->other = row->other;
     shape->as_stored = row->as_stored;
     shape->n_rows += slice->n_rows;
     shape->shape[0] += rows;
@@ -204,6 +230,7 @@ int64_t qv_layout_params(const qv_layout *layout)
             const qv_proj_slice *slice = &shape->slices[i];
             if (is_stored(layout, (qv_proj)p, i))
                 total += slice->module_rows * slice->module_cols *
+                         (shape->experts ? layout->config->n_experts : 1) *
                          qv_layout_part_count(layout, shape->part);
         }
     }
@@ -215,14 +242,19 @@ int64_t qv_layout_params(const qv_layout *layout)
     return total;
 }
 
-int64_t qv_layout_tensors(const qv_layout *layout)
+int64_t qv_layout_tensors(const qv_layout *layout, bool fused_experts)
 {
     int64_t total = 0;
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
-        for (int32_t i = 0; i < layout->proj[p].n_slices; i++)
-            total += is_stored(layout, (qv_proj)p, i)
-                         ? qv_layout_part_count(layout, layout->proj[p].part)
-                         : 0;
+        const qv_proj_shape *shape = &layout->proj[p];
+        for (int32_t i = 0; i < shape->n_slices; i++) {
+            int64_t n = is_stored(layout, (qv_proj)p, i) ? 1 : 0;
+            if (shape->experts && fused_experts)
+                n = shape->slices[i].fused_row == 0 ? n : 0;
+            else if (shape->experts)
+                n *= layout->config->n_experts;
+            total += n * qv_layout_part_count(layout, shape->part);
+        }
     }
     for (int v = 0; v < QV_VEC_COUNT; v++)
         total +=
@@ -254,7 +286,7 @@ bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t s
 {
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
         const qv_proj_shape *shape = &layout->proj[p];
-        for (int32_t i = 0; i < shape->n_slices; i++) {
+        for (int32_t i = 0; i < shape->n_slices && !shape->experts; i++) {
             if (!same_name(shape->slices[i].row->module, module, size))
                 continue;
             int32_t n = 1;

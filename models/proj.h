@@ -33,7 +33,17 @@
     X(GDN_GROUP, "value heads of a key head", c->gdn_v_heads / c->gdn_k_heads)                     \
     X(GDN_GROUP_VALUE, "value rows of a key head", c->gdn_v_heads / c->gdn_k_heads * c->gdn_v_dim) \
     X(CONV_KERNEL, "conv_kernel", c->conv_kernel)                                                  \
-    X(FFN, "ffn", c->ffn)
+    X(SSM_INNER, "mamba_heads x head_dim", c->ssm_heads * c->ssm_head_dim)                         \
+    X(SSM_BC, "groups x state", c->ssm_groups * c->ssm_state)                                      \
+    X(SSM_HEADS, "mamba_heads", c->ssm_heads)                                                      \
+    X(SSM_STATE, "state", c->ssm_state)                                                            \
+    X(SSM_GROUP_HEADS, "heads of a group", c->ssm_heads / c->ssm_groups)                           \
+    X(SSM_GROUP_INNER, "rows of a group", c->ssm_heads / c->ssm_groups * c->ssm_head_dim)          \
+    X(FFN, "ffn", c->ffn)                                                                          \
+    X(EXPERTS, "experts", c->n_experts)                                                            \
+    X(MOE_FFN, "expert_ffn", c->moe_ffn)                                                           \
+    X(MOE_IN, "expert_in", c->moe_latent > 0 ? c->moe_latent : c->hidden)                          \
+    X(SHARED_FFN, "shared_ffn", c->shared_ffn)
 
 typedef enum {
     QV_DIM_NONE, /* no such dimension */
@@ -52,8 +62,18 @@ const char *qv_dim_text(qv_dim dim);
     X(ATTN_OUT)                                                                                    \
     X(GDN_IN)                                                                                      \
     X(GDN_OUT)                                                                                     \
+    X(SSM_IN)                                                                                      \
+    X(SSM_OUT)                                                                                     \
     X(MLP_IN)                                                                                      \
     X(MLP_OUT)                                                                                     \
+    X(ROUTER)                                                                                      \
+    X(LATENT_IN)                                                                                   \
+    X(LATENT_OUT)                                                                                  \
+    X(EXPERT_IN)                                                                                   \
+    X(EXPERT_OUT)                                                                                  \
+    X(SHARED_IN)                                                                                   \
+    X(SHARED_OUT)                                                                                  \
+    X(SHARED_GATE)                                                                                 \
     X(LM_HEAD)
 
 typedef enum {
@@ -75,8 +95,11 @@ const char *qv_proj_name(qv_proj proj);
     X(Q_NORM)                                                                                      \
     X(K_NORM)                                                                                      \
     X(CONV)                                                                                        \
+    X(CONV_BIAS)                                                                                   \
     X(A_LOG)                                                                                       \
     X(DT_BIAS)                                                                                     \
+    X(D_SKIP)                                                                                      \
+    X(ROUTER_BIAS)                                                                                 \
     X(GATE_NORM)
 
 typedef enum {
@@ -106,6 +129,11 @@ typedef struct {
     bool replicate; /* with fewer units than ranks, ranks share a unit */
     bool lora;      /* adapters may target it */
     bool root;      /* its name has no model prefix (lm_head) */
+    /* A matrix of each expert: the path that `module` stands below, an expert's number between
+     * them. Some checkpoints hold all experts in one tensor [experts, rows, in] instead, named
+     * `fused` below that path; slices with the same name stand in it one after the other. */
+    const char *experts; /* NULL: no expert */
+    const char *fused;
 } qv_proj_row;
 
 /* (A slice of) a tensor that is no GEMM operand: [rows] or [rows, tail[0]] or [rows, tail[0],
@@ -114,6 +142,7 @@ typedef struct {
     qv_vec vec;
     qv_part part;
     const char *tensor; /* checkpoint name below the layer */
+    const char *other;  /* another name that checkpoints use for it; NULL: none */
     qv_dim rows;
     qv_split split; /* NONE or COLUMN */
     qv_dim unit;
@@ -151,11 +180,13 @@ typedef struct {
     int64_t n_rows, n_cols;           /* size of this rank's piece */
     int64_t dst_row;                  /* where it begins in the fused weight */
     int32_t plane; /* first slice of the same module: the LoRA plane that they share */
+    int64_t fused_row, fused_rows; /* experts: where its module begins in `fused`, rows of that */
 } qv_proj_slice;
 
 typedef struct {
     qv_part part;
     bool lora;
+    bool experts;        /* one matrix an expert: sizes are those of one */
     int64_t n_in, n_out; /* of the fused weight on this rank */
     int32_t n_slices;    /* 0: the architecture has no such projection */
     qv_proj_slice slices[QV_MAX_SLICES];
@@ -168,7 +199,7 @@ typedef struct {
 
 typedef struct {
     qv_part part;
-    const char *tensor;
+    const char *tensor, *other;
     bool as_stored;
     int32_t n_dims;
     int64_t shape[3];  /* of the whole checkpoint tensor */
@@ -194,8 +225,8 @@ qv_status qv_layout_init(qv_layout *layout, const qv_model_config *config, int32
 /* Parameters of the text model as the checkpoint stores them (a tied head counts once). */
 int64_t qv_layout_params(const qv_layout *layout);
 
-/* Number of tensors of the text model in a checkpoint. */
-int64_t qv_layout_tensors(const qv_layout *layout);
+/* Number of tensors of the text model in a checkpoint, experts in fused tensors or one by one. */
+int64_t qv_layout_tensors(const qv_layout *layout, bool fused_experts);
 
 /* How often a part occurs: the number of layers with it, 1 for GLOBAL. */
 int64_t qv_layout_part_count(const qv_layout *layout, qv_part part);
@@ -216,6 +247,11 @@ typedef struct {
  * the rows and aliases of the architecture, whatever the layer. False: no such matrix. */
 bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t size,
                            qv_lora_target *out);
+
+/* Write the checkpoint name of slice `i` of an expert projection into `buf`: of one expert's
+ * matrix, or of the tensor that holds all experts when `expert` is -1. Returns buf. */
+const char *qv_expert_name(char *buf, size_t size, const char *prefix, int64_t layer,
+                           const qv_proj_row *row, int64_t expert);
 
 /* Write the checkpoint name of a tensor into `buf`: `prefix` "model." and so on, `layer` -1 for
  * global tensors, `suffix` ".weight" or "". Returns buf. */

@@ -1,5 +1,6 @@
-/* Qwen3.5, dense. Layers of gated full attention and of Gated DeltaNet in turn, each followed by a
- * SwiGLU MLP; formulas and traps in docs/models.md. */
+/* Qwen3.5, dense and mixture of experts. Layers of gated full attention and of Gated DeltaNet in
+ * turn, each followed by a SwiGLU MLP or by routed experts beside a shared one; formulas and traps
+ * in docs/models.md. */
 #include "models/arch.h"
 
 #include "common/json.h"
@@ -14,12 +15,12 @@
 
 static const struct {
     const char *name;
-    uint16_t parts;
+    uint16_t mixer;
 } layer_types[] = {
-    {"full_attention", QV_PART_LAYER | QV_PART_ATTENTION | QV_PART_MLP},
-    {"attention", QV_PART_LAYER | QV_PART_ATTENTION | QV_PART_MLP}, /* older spelling */
-    {"linear_attention", QV_PART_LAYER | QV_PART_GDN | QV_PART_MLP},
-    {"mamba", QV_PART_LAYER | QV_PART_GDN | QV_PART_MLP}, /* older spelling */
+    {"full_attention", QV_PART_ATTENTION},
+    {"attention", QV_PART_ATTENTION}, /* older spelling */
+    {"linear_attention", QV_PART_GDN},
+    {"mamba", QV_PART_GDN}, /* older spelling */
 };
 
 static qv_status read_layer_type(const json_t *item, int64_t layer, const char *where,
@@ -28,7 +29,7 @@ static qv_status read_layer_type(const json_t *item, int64_t layer, const char *
     const char *name = json_string_value(item);
     for (size_t i = 0; name != NULL && i < sizeof layer_types / sizeof *layer_types; i++) {
         if (strcmp(name, layer_types[i].name) == 0) {
-            *parts = layer_types[i].parts;
+            *parts |= layer_types[i].mixer;
             return QV_OK;
         }
     }
@@ -38,11 +39,20 @@ static qv_status read_layer_type(const json_t *item, int64_t layer, const char *
                    where, layer, name ? name : "(not a string)");
 }
 
+/* Dense configs may carry numbers of experts too: the type of the model decides. */
+static bool is_moe(const qv_model_config *config)
+{
+    return strstr(config->model_type, "_moe") != NULL;
+}
+
 /* The list wins over the interval: layer i is full attention when (i + 1) % interval is 0. */
 static qv_status read_layers(const json_t *text, const char *where, qv_model_config *out)
 {
     QV_TRY(qv_config_int(text, "num_hidden_layers", where, QV_CONFIG_REQUIRED, 1, QV_MAX_LAYERS,
                          &out->n_layers));
+    for (int64_t i = 0; i < out->n_layers; i++)
+        out->layer_parts[i] =
+            QV_PART_LAYER | (is_moe(out) ? QV_PART_MOE | QV_PART_SHARED : QV_PART_MLP);
     const json_t *list = json_object_get(text, "layer_types");
     if (list != NULL && !json_is_null(list)) {
         if (!json_is_array(list) || (int64_t)json_array_size(list) != out->n_layers)
@@ -58,7 +68,7 @@ static qv_status read_layers(const json_t *text, const char *where, qv_model_con
     int64_t interval;
     QV_TRY(qv_config_int(text, "full_attention_interval", where, 4, 1, QV_MAX_LAYERS, &interval));
     for (int64_t i = 0; i < out->n_layers; i++)
-        out->layer_parts[i] = layer_types[(i + 1) % interval == 0 ? 0 : 2].parts;
+        out->layer_parts[i] |= (i + 1) % interval == 0 ? QV_PART_ATTENTION : QV_PART_GDN;
     return QV_OK;
 }
 
@@ -125,6 +135,28 @@ static qv_status refuse_variants(const json_t *text, const char *where)
     return sliding ? qv_config_expect_unset(text, "sliding_window", where) : QV_OK;
 }
 
+/* The router's weights are always divided by their sum, and every layer has experts. */
+static qv_status read_moe(const json_t *text, const char *where, qv_model_config *out)
+{
+    const qv_config_dim dims[] = {
+        {"num_experts", QV_CONFIG_REQUIRED, 1, 4096, &out->n_experts},
+        {"num_experts_per_tok", QV_CONFIG_REQUIRED, 1, 1024, &out->moe_top_k},
+        {"moe_intermediate_size", QV_CONFIG_REQUIRED, 1, 1 << 20, &out->moe_ffn},
+        {"shared_expert_intermediate_size", QV_CONFIG_REQUIRED, 1, 1 << 20, &out->shared_ffn},
+        {"decoder_sparse_step", 1, 1, 1, &(int64_t){0}},
+    };
+    QV_TRY(qv_config_expect_bool(text, "norm_topk_prob", where, true));
+    QV_TRY(qv_config_dims(text, dims, sizeof dims / sizeof *dims, where));
+    if (out->moe_top_k > out->n_experts)
+        return qv_fail(QV_ERR_FORMAT,
+                       "%s: num_experts_per_tok %" PRId64 " is more than num_experts %" PRId64,
+                       where, out->moe_top_k, out->n_experts);
+    out->router_groups = out->router_topk_groups = 1;
+    out->router_normalize = true;
+    out->router_scale = 1;
+    return QV_OK;
+}
+
 static qv_status read_config(const json_t *text, const json_t *root, const char *where,
                              qv_model_config *out)
 {
@@ -132,24 +164,20 @@ static qv_status read_config(const json_t *text, const json_t *root, const char 
     QV_TRY(refuse_variants(text, where));
     QV_TRY(read_layers(text, where, out));
 
-    const struct {
-        const char *key;
-        int64_t fallback, min, max;
-        int64_t *out;
-    } dims[] = {
+    const qv_config_dim dims[] = {
         {"num_attention_heads", QV_CONFIG_REQUIRED, 1, 1024, &out->n_heads},
         {"num_key_value_heads", QV_CONFIG_REQUIRED, 1, 1024, &out->n_kv_heads},
         {"head_dim", 256, 2, 1024, &out->head_dim},
-        {"intermediate_size", QV_CONFIG_REQUIRED, 1, 1 << 20, &out->ffn},
         {"linear_num_key_heads", 16, 1, 1024, &out->gdn_k_heads},
         {"linear_num_value_heads", 32, 1, 1024, &out->gdn_v_heads},
         {"linear_key_head_dim", 128, 1, 1024, &out->gdn_k_dim},
         {"linear_value_head_dim", 128, 1, 1024, &out->gdn_v_dim},
         {"linear_conv_kernel_dim", 4, 2, 16, &out->conv_kernel},
     };
-    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
-        QV_TRY(qv_config_int(text, dims[i].key, where, dims[i].fallback, dims[i].min, dims[i].max,
-                             dims[i].out));
+    QV_TRY(qv_config_dims(text, dims, sizeof dims / sizeof *dims, where));
+    QV_TRY(is_moe(out) ? read_moe(text, where, out)
+                       : qv_config_int(text, "intermediate_size", where, QV_CONFIG_REQUIRED, 1,
+                                       1 << 20, &out->ffn));
     out->norm_eps = 1e-6;
     QV_TRY(qv_config_double(text, "rms_norm_eps", where, 1e-12, 0.1, &out->norm_eps));
     QV_TRY(read_rope(text, where, out));
@@ -162,10 +190,11 @@ static qv_status read_config(const json_t *text, const json_t *root, const char 
 
 /* --- Tables ----------------------------------------------------------------------------------- */
 
-#define PROJ      QV_PROJ_ROW
-#define VEC       QV_VEC_ROW
-#define LORA      .lora = true
-#define REPLICATE .replicate = true
+#define PROJ          QV_PROJ_ROW
+#define VEC           QV_VEC_ROW
+#define LORA          .lora = true
+#define REPLICATE     .replicate = true
+#define EXPERTS(name) .experts = "mlp.experts", .fused = name
 
 /* clang-format off */
 static const qv_proj_row projs[] = {
@@ -186,6 +215,14 @@ static const qv_proj_row projs[] = {
     PROJ(MLP_IN,   MLP,       "mlp.gate_proj",           HIDDEN,    FFN,         COLUMN, ONE,             LORA),
     PROJ(MLP_IN,   MLP,       "mlp.up_proj",             HIDDEN,    FFN,         COLUMN, ONE,             LORA),
     PROJ(MLP_OUT,  MLP,       "mlp.down_proj",           FFN,       HIDDEN,      ROW,    ONE,             LORA),
+    PROJ(ROUTER,     MOE,     "mlp.gate",                HIDDEN,    EXPERTS,     NONE,   NONE,            LORA),
+    PROJ(EXPERT_IN,  MOE,     "gate_proj",               HIDDEN,    MOE_FFN,     COLUMN, ONE,             LORA, EXPERTS("gate_up_proj")),
+    PROJ(EXPERT_IN,  MOE,     "up_proj",                 HIDDEN,    MOE_FFN,     COLUMN, ONE,             LORA, EXPERTS("gate_up_proj")),
+    PROJ(EXPERT_OUT, MOE,     "down_proj",               MOE_FFN,   HIDDEN,      ROW,    ONE,             LORA, EXPERTS("down_proj")),
+    PROJ(SHARED_IN,  SHARED,  "mlp.shared_expert.gate_proj", HIDDEN, SHARED_FFN, COLUMN, ONE,             LORA),
+    PROJ(SHARED_IN,  SHARED,  "mlp.shared_expert.up_proj", HIDDEN,  SHARED_FFN,  COLUMN, ONE,             LORA),
+    PROJ(SHARED_OUT, SHARED,  "mlp.shared_expert.down_proj", SHARED_FFN, HIDDEN, ROW,    ONE,             LORA),
+    PROJ(SHARED_GATE, SHARED, "mlp.shared_expert_gate",  HIDDEN,    ONE,         NONE,   NONE,            LORA),
     PROJ(LM_HEAD,  GLOBAL,    "lm_head",                 HIDDEN,    VOCAB,       COLUMN, ONE,             LORA, .root = true),
 };
 
@@ -216,10 +253,28 @@ static const qv_lora_alias aliases[] = {
     {"linear_attn.in_proj_v", QV_PROJ_GDN_IN, 2, 1},
     {"linear_attn.in_proj_ba", QV_PROJ_GDN_IN, 4, 2},
     {"mlp.gate_up_proj", QV_PROJ_MLP_IN, 0, 2},
+    {"mlp.shared_expert.gate_up_proj", QV_PROJ_SHARED_IN, 0, 2},
 };
 /* clang-format on */
 
 /* --- Forward ---------------------------------------------------------------------------------- */
+
+/* Routed experts, and a shared one whose output a gate scales for each token. */
+static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
+{
+    qv_router router = {.kind = QV_ROUTER_SOFTMAX,
+                        .top_k = (int32_t)pass->config->moe_top_k,
+                        .normalize = true,
+                        .scale = 1,
+                        .n_groups = 1,
+                        .topk_groups = 1};
+    qv_tensor shared = qv_pass_shared(pass); /* [T, hidden] */
+    QV_TRY(qv_block_route(pass, layer, &router, x));
+    QV_TRY(qv_block_experts(pass, layer, QV_MLP_SWIGLU, x, y));
+    QV_TRY(qv_block_shared_expert(pass, layer, QV_MLP_SWIGLU, x, shared));
+    QV_TRY(qv_block_shared_gate(pass, layer, x, shared));
+    return qv_block_moe_sum(pass, layer, shared, y);
+}
 
 static qv_status forward(qv_pass *pass)
 {
@@ -237,7 +292,10 @@ static qv_status forward(qv_pass *pass)
             QV_TRY(qv_block_gdn(pass, layer, normed, delta));
         QV_TRY(qv_block_add_norm(pass, layer, QV_VEC_MLP_NORM, residual, delta, normed));
 
-        QV_TRY(qv_block_swiglu_mlp(pass, layer, normed, delta));
+        if (config->layer_parts[layer] & QV_PART_MOE)
+            QV_TRY(moe(pass, layer, normed, delta));
+        else
+            QV_TRY(qv_block_mlp(pass, layer, QV_MLP_SWIGLU, normed, delta));
         if (layer + 1 < config->n_layers)
             QV_TRY(qv_block_add_norm(pass, layer + 1, QV_VEC_MIXER_NORM, residual, delta, normed));
         else
@@ -248,7 +306,8 @@ static qv_status forward(qv_pass *pass)
 
 /* --- Registration ----------------------------------------------------------------------------- */
 
-static const char *const model_types[] = {"qwen3_5", "qwen3_5_text", NULL};
+static const char *const model_types[] = {"qwen3_5", "qwen3_5_text", "qwen3_5_moe",
+                                          "qwen3_5_moe_text", NULL};
 static const char *const prefixes[] = {"model.language_model.", "model.", NULL};
 static const char *const skip[] = {"model.visual.", "visual.", "mtp.", NULL};
 
@@ -257,6 +316,8 @@ const qv_arch qv_arch_qwen3_5 = {
     .model_types = model_types,
     .prefixes = prefixes,
     .skip = skip,
+    .norm_plus_one = true,
+    .fused_experts = true,
     .read_config = read_config,
     .projs = projs,
     .n_projs = sizeof projs / sizeof *projs,

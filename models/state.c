@@ -12,21 +12,39 @@ uint64_t qv_state_page_bytes(const qv_layout *layout, int32_t page_tokens, qv_dt
            (uint64_t)qv_model_config_count(config, QV_PART_ATTENTION);
 }
 
-/* Channels of the convolution: queries, keys and values. */
-static int64_t conv_channels(const qv_model_config *config)
+/* A layer's convolution tails and recurrent states without memory; both empty where it has none. */
+static void recurrent_shapes(const qv_layout *layout, uint32_t parts, int32_t n_slots,
+                             qv_dtype conv_dtype, qv_tensor *conv, qv_tensor *recurrent)
 {
-    return qv_dim_size(config, QV_DIM_GDN_KEY) * 2 + qv_dim_size(config, QV_DIM_GDN_VALUE);
+    const qv_model_config *c = layout->config;
+    *conv = *recurrent = (qv_tensor){.data = NULL};
+    if ((parts & (QV_PART_GDN | QV_PART_SSM)) == 0)
+        return;
+    *conv = qv_tensor_3d(NULL, conv_dtype, n_slots, layout->vec[QV_VEC_CONV].n_rows,
+                         c->conv_kernel - 1);
+    if (parts & QV_PART_GDN)
+        *recurrent =
+            qv_tensor_4d(NULL, QV_F32, n_slots, c->gdn_v_heads, c->gdn_k_dim, c->gdn_v_dim);
+    else
+        *recurrent =
+            qv_tensor_4d(NULL, QV_F32, n_slots, c->ssm_heads, c->ssm_head_dim, c->ssm_state);
+}
+
+static uint64_t tensor_bytes(const qv_tensor *t)
+{
+    return t->n_dims > 0 ? (uint64_t)qv_tensor_count(t) * qv_dtype_size(t->dtype) : 0;
 }
 
 uint64_t qv_state_slot_bytes(const qv_layout *layout, qv_dtype conv_dtype)
 {
-    const qv_model_config *config = layout->config;
-    if (qv_model_config_count(config, QV_PART_GDN) == 0)
-        return 0;
-    uint64_t conv = (uint64_t)(conv_channels(config) * (config->conv_kernel - 1));
-    uint64_t recurrent = (uint64_t)(config->gdn_v_heads * config->gdn_k_dim * config->gdn_v_dim);
-    return (conv * qv_dtype_size(conv_dtype) + recurrent * sizeof(float)) *
-           (uint64_t)qv_model_config_count(config, QV_PART_GDN);
+    uint64_t total = 0;
+    for (int64_t layer = 0; layer < layout->config->n_layers; layer++) {
+        qv_tensor conv, recurrent;
+        recurrent_shapes(layout, layout->config->layer_parts[layer], 1, conv_dtype, &conv,
+                         &recurrent);
+        total += tensor_bytes(&conv) + tensor_bytes(&recurrent);
+    }
+    return total;
 }
 
 /* --- Life ------------------------------------------------------------------------------------- */
@@ -34,15 +52,16 @@ uint64_t qv_state_slot_bytes(const qv_layout *layout, qv_dtype conv_dtype)
 static qv_status new_tensor(qv_backend *be, qv_tensor shape, qv_tensor *out)
 {
     *out = shape;
-    return qv_backend_alloc(be, (size_t)qv_tensor_count(&shape) * qv_dtype_size(shape.dtype),
-                            &out->data);
+    return shape.n_dims > 0 ? qv_backend_alloc(be, tensor_bytes(&shape), &out->data) : QV_OK;
 }
 
-static qv_status init_layer(qv_state *state, const qv_model_config *config,
-                            const qv_model_limits *limits, int64_t layer)
+static qv_status init_layer(qv_state *state, const qv_layout *layout, const qv_model_limits *limits,
+                            int64_t layer)
 {
+    const qv_model_config *config = layout->config;
     qv_layer_state *out = &state->layers[layer];
     qv_backend *be = state->be;
+    qv_tensor conv, recurrent;
     if (config->layer_parts[layer] & QV_PART_ATTENTION) {
         qv_tensor pages = qv_tensor_4d(NULL, qv_backend_kv_dtype(be), limits->n_pages,
                                        limits->page_tokens, config->n_kv_heads, config->head_dim);
@@ -50,17 +69,10 @@ static qv_status init_layer(qv_state *state, const qv_model_config *config,
         QV_TRY(new_tensor(be, pages, &out->kv.k));
         QV_TRY(new_tensor(be, pages, &out->kv.v));
     }
-    if (config->layer_parts[layer] & QV_PART_GDN) {
-        QV_TRY(new_tensor(be,
-                          qv_tensor_3d(NULL, qv_backend_activation_dtype(be), limits->n_state_slots,
-                                       conv_channels(config), config->conv_kernel - 1),
-                          &out->conv));
-        QV_TRY(new_tensor(be,
-                          qv_tensor_4d(NULL, QV_F32, limits->n_state_slots, config->gdn_v_heads,
-                                       config->gdn_k_dim, config->gdn_v_dim),
-                          &out->recurrent));
-    }
-    return QV_OK;
+    recurrent_shapes(layout, config->layer_parts[layer], limits->n_state_slots,
+                     qv_backend_activation_dtype(be), &conv, &recurrent);
+    QV_TRY(new_tensor(be, conv, &out->conv));
+    return new_tensor(be, recurrent, &out->recurrent);
 }
 
 qv_status qv_state_init(qv_state *state, qv_backend *be, const qv_layout *layout,
@@ -71,7 +83,7 @@ qv_status qv_state_init(qv_state *state, qv_backend *be, const qv_layout *layout
     if (state->layers == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for the states of layers");
     for (int64_t layer = 0; layer < state->n_layers; layer++)
-        QV_TRY(init_layer(state, layout->config, limits, layer));
+        QV_TRY(init_layer(state, layout, limits, layer));
     return QV_OK;
 }
 

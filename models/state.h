@@ -13,7 +13,8 @@
 typedef struct {
     qv_kv_layer kv;      /* k, v [n_pages, page_tokens, kv_heads, head_dim]; attention layers */
     qv_tensor conv;      /* [n_slots, channels, conv_kernel - 1], activation dtype */
-    qv_tensor recurrent; /* [n_slots, value_heads, key_dim, value_dim] F32 */
+    qv_tensor recurrent; /* F32: Gated DeltaNet [n_slots, value_heads, key_dim, value_dim], Mamba-2
+                          * [n_slots, heads, head_dim, state] */
 } qv_layer_state;
 
 typedef struct {

@@ -28,6 +28,7 @@ uint64_t qv_weights_bytes(const qv_layout *layout)
         const qv_proj_shape *shape = &layout->proj[p];
         if (shape->n_slices > 0)
             total += qv_weight_bytes(shape->n_out, shape->n_in, dtype) *
+                     (uint64_t)(shape->experts ? layout->config->n_experts : 1) *
                      (uint64_t)qv_layout_part_count(layout, shape->part);
     }
     for (int v = 0; v < QV_VEC_COUNT; v++) {
@@ -48,6 +49,18 @@ typedef struct {
     const char *prefix; /* the one that this checkpoint uses */
 } checkpoint;
 
+/* A tensor of the second table under the name that this checkpoint uses. */
+static const char *vec_name(const checkpoint *ckpt, int64_t layer, qv_vec vec, char *buf)
+{
+    const qv_vec_shape *shape = &ckpt->layout->vec[vec];
+    if (shape->other != NULL) {
+        qv_tensor_name(buf, NAME_MAX_SIZE, ckpt->prefix, layer, shape->other, "");
+        if (qv_safetensors_find(ckpt->st, buf) != NULL)
+            return buf;
+    }
+    return qv_tensor_name(buf, NAME_MAX_SIZE, ckpt->prefix, layer, shape->tensor, "");
+}
+
 /* The checkpoint's prefix is the first under which its embedding is found. */
 static qv_status open_checkpoint(checkpoint *ckpt, const qv_layout *layout,
                                  const qv_safetensors *st)
@@ -55,17 +68,23 @@ static qv_status open_checkpoint(checkpoint *ckpt, const qv_layout *layout,
     *ckpt = (checkpoint){.layout = layout, .st = st};
     char name[NAME_MAX_SIZE], tried[NAME_MAX_SIZE] = "";
     size_t used = 0;
-    const char *embed = layout->vec[QV_VEC_EMBED].tensor;
     for (const char *const *prefix = layout->config->arch->prefixes; *prefix != NULL; prefix++) {
-        qv_tensor_name(name, sizeof name, *prefix, QV_GLOBAL, embed, "");
-        if (qv_safetensors_find(st, name) != NULL) {
-            ckpt->prefix = *prefix;
+        ckpt->prefix = *prefix;
+        if (qv_safetensors_find(st, vec_name(ckpt, QV_GLOBAL, QV_VEC_EMBED, name)) != NULL)
             return QV_OK;
-        }
         used +=
             (size_t)snprintf(tried + used, sizeof tried - used, "%s%s", used ? " or " : "", name);
     }
     return qv_fail(QV_ERR_FORMAT, "the checkpoint has no %s", tried);
+}
+
+/* Whether a checkpoint holds the experts of slice `i` in one tensor; otherwise one by one. */
+static bool is_fused(const checkpoint *ckpt, int64_t layer, qv_proj proj, int32_t i)
+{
+    const qv_proj_row *row = ckpt->layout->proj[proj].slices[i].row;
+    char name[NAME_MAX_SIZE];
+    return qv_safetensors_find(
+               ckpt->st, qv_expert_name(name, sizeof name, ckpt->prefix, layer, row, -1)) != NULL;
 }
 
 /* The checkpoint tensor of slice `i` of a projection. A tied head is the embedding. */
@@ -74,16 +93,9 @@ static const char *matrix_name(const checkpoint *ckpt, int64_t layer, qv_proj pr
 {
     const qv_proj_row *row = ckpt->layout->proj[proj].slices[i].row;
     if (proj == QV_PROJ_LM_HEAD && ckpt->layout->config->tied_head)
-        return qv_tensor_name(buf, NAME_MAX_SIZE, ckpt->prefix, QV_GLOBAL,
-                              ckpt->layout->vec[QV_VEC_EMBED].tensor, "");
+        return vec_name(ckpt, QV_GLOBAL, QV_VEC_EMBED, buf);
     return qv_tensor_name(buf, NAME_MAX_SIZE, row->root ? "" : ckpt->prefix, layer, row->module,
                           ".weight");
-}
-
-static const char *vec_name(const checkpoint *ckpt, int64_t layer, qv_vec vec, char *buf)
-{
-    return qv_tensor_name(buf, NAME_MAX_SIZE, ckpt->prefix, layer, ckpt->layout->vec[vec].tensor,
-                          "");
 }
 
 static bool has_vec(const qv_layout *layout, int64_t layer, qv_vec vec)
@@ -125,18 +137,44 @@ static qv_status check_tensor(check *c, const char *name, int32_t n_dims, const 
                    qv_stored_tensor_describe(&expected, wanted, sizeof wanted));
 }
 
+/* The matrices of all experts for one slice: in one tensor, or one tensor each. */
+static qv_status check_experts(check *c, int64_t layer, qv_proj proj, int32_t i)
+{
+    const qv_proj_slice *slice = &c->ckpt.layout->proj[proj].slices[i];
+    int64_t n_experts = c->ckpt.layout->config->n_experts;
+    const char *prefix = c->ckpt.prefix;
+    char name[NAME_MAX_SIZE];
+    if (is_fused(&c->ckpt, layer, proj, i))
+        return check_tensor(c, qv_expert_name(name, sizeof name, prefix, layer, slice->row, -1), 3,
+                            (int64_t[]){n_experts, slice->fused_rows, slice->module_cols});
+    for (int64_t e = 0; e < n_experts; e++)
+        QV_TRY(check_tensor(c, qv_expert_name(name, sizeof name, prefix, layer, slice->row, e), 2,
+                            (int64_t[]){slice->module_rows, slice->module_cols}));
+    return QV_OK;
+}
+
+static qv_status check_proj(check *c, int64_t layer, qv_proj proj)
+{
+    const qv_proj_shape *shape = &c->ckpt.layout->proj[proj];
+    char name[NAME_MAX_SIZE];
+    for (int32_t i = 0; i < shape->n_slices; i++) {
+        const qv_proj_slice *slice = &shape->slices[i];
+        if (shape->experts)
+            QV_TRY(check_experts(c, layer, proj, i));
+        else if (slice->plane == i)
+            QV_TRY(check_tensor(c, matrix_name(&c->ckpt, layer, proj, i, name), 2,
+                                (int64_t[]){slice->module_rows, slice->module_cols}));
+    }
+    return QV_OK;
+}
+
 static qv_status check_layer(check *c, int64_t layer)
 {
     const qv_layout *layout = c->ckpt.layout;
     char name[NAME_MAX_SIZE];
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
-        const qv_proj_shape *shape = &layout->proj[p];
-        for (int32_t i = 0; i < shape->n_slices && qv_layout_has(layout, layer, (qv_proj)p); i++) {
-            const qv_proj_slice *slice = &shape->slices[i];
-            if (slice->plane == i)
-                QV_TRY(check_tensor(c, matrix_name(&c->ckpt, layer, (qv_proj)p, i, name), 2,
-                                    (int64_t[]){slice->module_rows, slice->module_cols}));
-        }
+        if (qv_layout_has(layout, layer, (qv_proj)p))
+            QV_TRY(check_proj(c, layer, (qv_proj)p));
     }
     for (int v = 0; v < QV_VEC_COUNT; v++) {
         if (has_vec(layout, layer, (qv_vec)v))
@@ -200,8 +238,9 @@ qv_status qv_weights_check(const qv_layout *layout, const qv_safetensors *st)
 /* A piece of work: some rows of one checkpoint tensor, to a matrix or to plain memory. */
 typedef struct {
     const qv_stored_tensor *tensor;
-    qv_weight *weight; /* rows go here from `dst_row` on, or, when NULL, */
-    uint8_t *dst;      /* here, as `dtype` */
+    qv_weight *weight; /* rows go here from `dst_row` on (of `expert`, when >= 0), or, when NULL, */
+    int64_t expert;
+    uint8_t *dst; /* here, as `dtype` */
     qv_dtype dtype;
     int64_t src_row, n_rows, row_elems; /* in the tensor, as [rows, row_elems] */
     int64_t src_col, n_cols, dst_row;
@@ -246,12 +285,62 @@ static qv_status add_pieces(plan *pl, piece whole)
     return QV_OK;
 }
 
+/* The tensor that holds slice `i` of expert `e`, and the row at which the slice begins there. */
+static const qv_stored_tensor *expert_tensor(const checkpoint *ckpt, int64_t layer, qv_proj proj,
+                                             int32_t i, int64_t e, int64_t *first_row)
+{
+    const qv_proj_slice *slice = &ckpt->layout->proj[proj].slices[i];
+    bool fused = is_fused(ckpt, layer, proj, i);
+    char name[NAME_MAX_SIZE];
+    qv_expert_name(name, sizeof name, ckpt->prefix, layer, slice->row, fused ? -1 : e);
+    const qv_stored_tensor *tensor = qv_safetensors_find(ckpt->st, name);
+    QV_ASSERT(tensor != NULL);
+    *first_row = fused ? e * slice->fused_rows + slice->fused_row : 0;
+    return tensor;
+}
+
+/* One matrix in the backend for all experts, filled from one tensor or from many. */
+static qv_status plan_experts(plan *pl, int64_t layer, qv_proj proj, qv_weight **out)
+{
+    const qv_proj_shape *shape = &pl->ckpt.layout->proj[proj];
+    int64_t n_experts = pl->ckpt.layout->config->n_experts, first_row;
+    qv_dtype dtype = QV_BF16;
+    for (int64_t j = 0; j < n_experts * shape->n_slices; j++) {
+        const qv_stored_tensor *tensor =
+            expert_tensor(&pl->ckpt, layer, proj, (int32_t)(j % shape->n_slices),
+                          j / shape->n_slices, &first_row);
+        if (storage_dtype(tensor->dtype) != QV_BF16)
+            dtype = QV_F32;
+    }
+    QV_TRY(
+        qv_weight_new_experts(pl->weights->be, n_experts, shape->n_out, shape->n_in, dtype, out));
+    for (int64_t j = 0; j < n_experts * shape->n_slices; j++) {
+        int32_t i = (int32_t)(j % shape->n_slices);
+        int64_t expert = j / shape->n_slices;
+        const qv_proj_slice *slice = &shape->slices[i];
+        const qv_stored_tensor *tensor =
+            expert_tensor(&pl->ckpt, layer, proj, i, expert, &first_row);
+        QV_TRY(add_pieces(pl, (piece){.tensor = tensor,
+                                      .weight = *out,
+                                      .expert = expert,
+                                      .src_row = first_row + slice->src_row,
+                                      .n_rows = slice->n_rows,
+                                      .row_elems = slice->module_cols,
+                                      .src_col = slice->src_col,
+                                      .n_cols = slice->n_cols,
+                                      .dst_row = slice->dst_row}));
+    }
+    return QV_OK;
+}
+
 static qv_status plan_proj(plan *pl, int64_t layer, qv_proj proj, qv_weight **out)
 {
     const qv_proj_shape *shape = &pl->ckpt.layout->proj[proj];
     const qv_stored_tensor *tensors[QV_MAX_SLICES];
     qv_dtype dtype = QV_BF16;
     char name[NAME_MAX_SIZE];
+    if (shape->experts)
+        return plan_experts(pl, layer, proj, out);
     for (int32_t i = 0; i < shape->n_slices; i++) {
         tensors[i] = qv_safetensors_find(pl->ckpt.st, matrix_name(&pl->ckpt, layer, proj, i, name));
         QV_ASSERT(tensors[i] != NULL);
@@ -263,6 +352,7 @@ static qv_status plan_proj(plan *pl, int64_t layer, qv_proj proj, qv_weight **ou
         const qv_proj_slice *slice = &shape->slices[i];
         QV_TRY(add_pieces(pl, (piece){.tensor = tensors[i],
                                       .weight = *out,
+                                      .expert = -1,
                                       .src_row = slice->src_row,
                                       .n_rows = slice->n_rows,
                                       .row_elems = slice->module_cols,
@@ -338,8 +428,11 @@ static qv_status load_matrix_piece(const load *l, const piece *p, void *staging)
     const uint8_t *src = (const uint8_t *)t->data + (size_t)(p->src_row * p->row_elems) * elem;
     if ((uintptr_t)src % elem != 0)
         src = memcpy(staging, src, (size_t)(p->n_rows * p->row_elems) * elem);
-    return qv_weight_load(l->be, p->weight, p->dst_row, p->n_rows, src + (size_t)p->src_col * elem,
-                          t->dtype, p->row_elems);
+    src += (size_t)p->src_col * elem;
+    if (p->expert >= 0)
+        return qv_weight_load_expert(l->be, p->weight, p->expert, p->dst_row, p->n_rows, src,
+                                     t->dtype, p->row_elems);
+    return qv_weight_load(l->be, p->weight, p->dst_row, p->n_rows, src, t->dtype, p->row_elems);
 }
 
 static qv_status load_plain_piece(const load *l, const piece *p, void *staging)

@@ -100,7 +100,7 @@ static void print_config(const char *dir, const qv_layout *layout)
     const qv_model_config *c = layout->config;
     printf("%s: %s (%s), %s\n", dir, c->arch->name, c->model_type, qv_dtype_name(c->dtype));
     printf("  %" PRId64 " parameters in %" PRId64 " tensors\n", qv_layout_params(layout),
-           qv_layout_tensors(layout));
+           qv_layout_tensors(layout, layout->config->arch->fused_experts));
     printf("  vocabulary %" PRId64 ", hidden %" PRId64 ", up to %" PRId64 " positions, %s head\n",
            c->vocab, c->hidden, c->max_positions, c->tied_head ? "tied" : "separate");
     if (qv_model_config_count(c, QV_PART_ATTENTION) > 0)

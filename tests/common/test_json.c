@@ -2,6 +2,7 @@
 #include "tests/support.h"
 
 #include <criterion/criterion.h>
+#include <float.h>
 #include <string.h>
 
 static json_t *parse(const char *text)
@@ -27,6 +28,23 @@ Test(json, reads_fields_of_the_right_type)
     cr_assert_eq(qv_json_get_str(obj, "s", "t", &s), QV_OK);
     cr_assert_str_eq(s, "hi");
     json_decref(obj);
+}
+
+Test(json, reads_a_bare_infinity_as_the_largest_number_and_leaves_strings_alone)
+{
+    json_t *obj =
+        parse("{\"limit\": [0.0, Infinity, -Infinity], \"s\": \"to Infinity \\\" Infinity\"}");
+    const json_t *limit = json_object_get(obj, "limit");
+    const char *s;
+    cr_expect_eq(json_real_value(json_array_get(limit, 1)), DBL_MAX);
+    cr_expect_eq(json_real_value(json_array_get(limit, 2)), -DBL_MAX);
+    cr_assert_eq(qv_json_get_str(obj, "s", "t", &s), QV_OK);
+    cr_expect_str_eq(s, "to Infinity \" Infinity");
+    json_decref(obj);
+
+    json_t *none = NULL;
+    const char *wrong = "{\"a\": Infinit, \"b\": Infinity}";
+    cr_expect_eq(qv_json_load(wrong, strlen(wrong), "t", &none), QV_ERR_FORMAT);
 }
 
 Test(json, says_which_field_of_which_file_is_wrong)
@@ -82,7 +100,7 @@ Test(json, refuses_what_is_not_one_value)
         "",           "{",   "{\"a\": 1,}", "{\"a\": 1} {}", "[1 2]",
         "{'a': 1}",   "nul", "\"\xff\"",    "\"\\ud800\"",   "{\"a\": 1, \"a\": 2}",
         "[1e999]",    "01",  "+1",          "\"tab\t\"",     "{\"a\\u0000\": 1}",
-        "[1, // c\n", "NaN", "[Infinity]",  "\"\\u0000\"",   "{\"a\": 1, \"\\u0061\": 2}",
+        "[1, // c\n", "NaN", "[Infinite]",  "\"\\u0000\"",   "{\"a\": 1, \"\\u0061\": 2}",
     };
     for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
         json_t *value = NULL;

@@ -4,6 +4,7 @@
 #include "tests/support.h"
 
 #include "common/json.h"
+#include "models/arch.h"
 #include "models/model_config.h"
 
 #include <criterion/criterion.h>
@@ -71,8 +72,9 @@ Test(config, counts_the_parameters_of_every_released_dense_size)
         cr_assert_eq(qv_layout_init(&layout, &config, 0, 1), QV_OK, "%s", qv_error());
         cr_expect_eq(qv_layout_params(&layout), released[i].params, "%s: %ld parameters",
                      released[i].name, (long)qv_layout_params(&layout));
-        cr_expect_eq(qv_layout_tensors(&layout), released[i].tensors, "%s: %ld tensors",
-                     released[i].name, (long)qv_layout_tensors(&layout));
+        cr_expect_eq(qv_layout_tensors(&layout, layout.config->arch->fused_experts),
+                     released[i].tensors, "%s: %ld tensors", released[i].name,
+                     (long)qv_layout_tensors(&layout, layout.config->arch->fused_experts));
         cr_expect_eq(qv_model_config_count(&config, QV_PART_GDN), released[i].n_linear);
         cr_expect_eq(config.rotary_dim, 64);
         cr_expect_eq(config.tied_head, released[i].tied);

@@ -1,0 +1,20 @@
+/* Shared by the files of blocks: views of buffers and probes. */
+#ifndef QV_MODELS_BLOCKS_INTERNAL_H
+#define QV_MODELS_BLOCKS_INTERNAL_H
+
+#include "models/blocks.h"
+
+/* A buffer seen as this step's [T, n]. */
+static inline qv_tensor view(const qv_pass *pass, qv_buffer buffer, int64_t n)
+{
+    return qv_tensor_2d(pass->buffers->data[buffer], qv_backend_activation_dtype(pass->be),
+                        pass->batch->n_tokens, n);
+}
+
+static inline void probe(const qv_pass *pass, int64_t layer, const char *name, qv_tensor value)
+{
+    if (pass->probe != NULL)
+        pass->probe(layer, name, &value, pass->probe_user);
+}
+
+#endif

@@ -1,0 +1,161 @@
+#include "models/blocks_internal.h"
+
+#include <math.h>
+
+/* --- Gated attention -------------------------------------------------------------------------- */
+
+qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
+{
+    const qv_model_config *c = pass->config;
+    const qv_kv_layer *kv = &pass->state->layers[layer].kv;
+    float eps = (float)c->norm_eps, scale = (float)(1 / sqrt((double)c->head_dim));
+    int64_t n_q = 2 * c->n_heads * c->head_dim, n_kv = c->n_kv_heads * c->head_dim;
+
+    qv_tensor qkv = view(pass, QV_BUF_WIDE, n_q + 2 * n_kv);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_IN, x, qkv));
+
+    /* Each query head stands before its gate. */
+    qv_tensor q_gate = qv_tensor_split(qv_tensor_cols(qkv, 0, n_q), c->n_heads, 2 * c->head_dim);
+    qv_tensor q = qv_tensor_last(q_gate, 0, c->head_dim);
+    qv_tensor gate = qv_tensor_last(q_gate, c->head_dim, c->head_dim);
+    qv_tensor k = qv_tensor_split(qv_tensor_cols(qkv, n_q, n_kv), c->n_kv_heads, c->head_dim);
+    qv_tensor v =
+        qv_tensor_split(qv_tensor_cols(qkv, n_q + n_kv, n_kv), c->n_kv_heads, c->head_dim);
+    QV_TRY(qv_op_rms_norm(pass->be, q, qv_pass_vec(pass, layer, QV_VEC_Q_NORM), eps, true, q));
+    QV_TRY(qv_op_rms_norm(pass->be, k, qv_pass_vec(pass, layer, QV_VEC_K_NORM), eps, true, k));
+    probe(pass, layer, "attn_q_normed", q);
+    probe(pass, layer, "attn_k_normed", k);
+    probe(pass, layer, "attn_v", v);
+
+    QV_TRY(
+        qv_op_rope_kv_write(pass->be, pass->batch, (int)c->rotary_dim, c->rope_theta, q, k, v, kv));
+    qv_tensor attn = view(pass, QV_BUF_INNER, c->n_heads * c->head_dim);
+    qv_tensor heads = qv_tensor_split(attn, c->n_heads, c->head_dim);
+    QV_TRY(qv_op_attention(pass->be, pass->batch, kv, scale, q, heads));
+    probe(pass, layer, "attn_heads", heads);
+    QV_TRY(qv_op_sigmoid_gate(pass->be, heads, gate));
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
+    probe(pass, layer, "attn_out", y);
+    return QV_OK;
+}
+
+/* --- Attention without positions -------------------------------------------------------------- */
+
+qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
+{
+    const qv_model_config *c = pass->config;
+    const qv_kv_layer *kv = &pass->state->layers[layer].kv;
+    float scale = (float)(1 / sqrt((double)c->head_dim));
+    int64_t n_q = c->n_heads * c->head_dim, n_kv = c->n_kv_heads * c->head_dim;
+
+    qv_tensor qkv = view(pass, QV_BUF_WIDE, n_q + 2 * n_kv);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_IN, x, qkv));
+    qv_tensor q = qv_tensor_split(qv_tensor_cols(qkv, 0, n_q), c->n_heads, c->head_dim);
+    qv_tensor k = qv_tensor_split(qv_tensor_cols(qkv, n_q, n_kv), c->n_kv_heads, c->head_dim);
+    qv_tensor v =
+        qv_tensor_split(qv_tensor_cols(qkv, n_q + n_kv, n_kv), c->n_kv_heads, c->head_dim);
+
+    QV_TRY(qv_op_rope_kv_write(pass->be, pass->batch, 0, 1, q, k, v, kv));
+    qv_tensor attn = view(pass, QV_BUF_INNER, n_q);
+    qv_tensor heads = qv_tensor_split(attn, c->n_heads, c->head_dim);
+    QV_TRY(qv_op_attention(pass->be, pass->batch, kv, scale, q, heads));
+    probe(pass, layer, "attn_heads", heads);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
+    probe(pass, layer, "attn_out", y);
+    return QV_OK;
+}
+
+/* --- Gated DeltaNet --------------------------------------------------------------------------- */
+
+qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
+{
+    const qv_model_config *c = pass->config;
+    const qv_layer_state *state = &pass->state->layers[layer];
+    int64_t n_key = c->gdn_k_heads * c->gdn_k_dim, n_value = c->gdn_v_heads * c->gdn_v_dim;
+    int64_t n_conv = 2 * n_key + n_value, n_heads = c->gdn_v_heads;
+
+    qv_tensor in = view(pass, QV_BUF_WIDE, n_conv + n_value + 2 * n_heads);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_IN, x, in));
+    qv_tensor qkv = qv_tensor_cols(in, 0, n_conv);
+    qv_tensor z = qv_tensor_split(qv_tensor_cols(in, n_conv, n_value), n_heads, c->gdn_v_dim);
+    qv_tensor b = qv_tensor_cols(in, n_conv + n_value, n_heads);
+    qv_tensor a = qv_tensor_cols(in, n_conv + n_value + n_heads, n_heads);
+
+    qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
+    QV_TRY(qv_op_conv1d(pass->be, pass->batch, qkv, qv_pass_vec(pass, layer, QV_VEC_CONV),
+                        (qv_tensor){0}, state->conv, mixed));
+    probe(pass, layer, "gdn_conv", mixed);
+
+    qv_tensor q = qv_tensor_cols(mixed, 0, n_key), k = qv_tensor_cols(mixed, n_key, n_key);
+    qv_tensor v = qv_tensor_cols(mixed, 2 * n_key, n_value);
+    qv_tensor out = view(pass, QV_BUF_INNER, n_value);
+    qv_tensor heads = qv_tensor_split(out, n_heads, c->gdn_v_dim);
+    QV_TRY(qv_op_gdn(pass->be, pass->batch,
+                     &(qv_gdn_args){.q = qv_tensor_split(q, c->gdn_k_heads, c->gdn_k_dim),
+                                    .k = qv_tensor_split(k, c->gdn_k_heads, c->gdn_k_dim),
+                                    .v = qv_tensor_split(v, n_heads, c->gdn_v_dim),
+                                    .a = a,
+                                    .b = b,
+                                    .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
+                                    .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
+                                    .state = state->recurrent,
+                                    .o = heads}));
+    probe(pass, layer, "gdn_heads", heads);
+    QV_TRY(qv_op_gated_rms_norm(pass->be, heads, z, qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
+                                (float)c->norm_eps, false, heads));
+    probe(pass, layer, "gdn_gated", heads);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_OUT, out, y));
+    probe(pass, layer, "gdn_out", y);
+    return QV_OK;
+}
+
+/* --- Mamba-2 ---------------------------------------------------------------------------------- */
+
+qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
+{
+    const qv_model_config *c = pass->config;
+    const qv_layer_state *state = &pass->state->layers[layer];
+    int64_t n_inner = c->ssm_heads * c->ssm_head_dim, n_bc = c->ssm_groups * c->ssm_state;
+    int64_t n_conv = n_inner + 2 * n_bc;
+
+    qv_tensor in = view(pass, QV_BUF_WIDE, n_inner + n_conv + c->ssm_heads);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_SSM_IN, x, in));
+    qv_tensor z = qv_tensor_cols(in, 0, n_inner);
+    qv_tensor xbc = qv_tensor_cols(in, n_inner, n_conv);
+    qv_tensor dt = qv_tensor_cols(in, n_inner + n_conv, c->ssm_heads);
+
+    qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
+    QV_TRY(qv_op_conv1d(pass->be, pass->batch, xbc, qv_pass_vec(pass, layer, QV_VEC_CONV),
+                        qv_pass_vec(pass, layer, QV_VEC_CONV_BIAS), state->conv, mixed));
+    probe(pass, layer, "ssm_conv", mixed);
+
+    qv_tensor b = qv_tensor_cols(mixed, n_inner, n_bc);
+    qv_tensor inner = qv_tensor_cols(mixed, 0, n_inner);
+    qv_tensor out = view(pass, QV_BUF_INNER, n_inner);
+    qv_tensor heads = qv_tensor_split(out, c->ssm_heads, c->ssm_head_dim);
+    QV_TRY(
+        qv_op_ssd(pass->be, pass->batch,
+                  &(qv_ssd_args){.x = qv_tensor_split(inner, c->ssm_heads, c->ssm_head_dim),
+                                 .b = qv_tensor_split(b, c->ssm_groups, c->ssm_state),
+                                 .c = qv_tensor_split(qv_tensor_cols(mixed, n_inner + n_bc, n_bc),
+                                                      c->ssm_groups, c->ssm_state),
+                                 .dt = dt,
+                                 .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
+                                 .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
+                                 .d_skip = qv_pass_vec(pass, layer, QV_VEC_D_SKIP),
+                                 .dt_min = (float)c->dt_min,
+                                 .dt_max = (float)c->dt_max,
+                                 .state = state->recurrent,
+                                 .y = heads}));
+    probe(pass, layer, "ssm_heads", heads);
+
+    /* The gate first, then a norm over each group of heads. */
+    qv_tensor groups = qv_tensor_split(out, c->ssm_groups, n_inner / c->ssm_groups);
+    QV_TRY(qv_op_gated_rms_norm(
+        pass->be, groups, qv_tensor_split(z, c->ssm_groups, n_inner / c->ssm_groups),
+        qv_pass_vec(pass, layer, QV_VEC_GATE_NORM), (float)c->norm_eps, true, groups));
+    probe(pass, layer, "ssm_gated", groups);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_SSM_OUT, out, y));
+    probe(pass, layer, "ssm_out", y);
+    return QV_OK;
+}

@@ -1,0 +1,103 @@
+#include "models/blocks_internal.h"
+
+/* --- Dense ------------------------------------------------------------------------------------ */
+
+/* The activation of a feed-forward part: wide [n, 2 f] (gate, up) or [n, f]; the result is a view
+ * of wide or of `into`, [n, f]. */
+static qv_status activate(qv_pass *pass, qv_mlp_kind kind, qv_tensor wide, qv_tensor into)
+{
+    int64_t n = into.shape[1];
+    if (kind == QV_MLP_RELU2)
+        return qv_op_relu2(pass->be, wide, into);
+    return qv_op_swiglu(pass->be, qv_tensor_cols(wide, 0, n), qv_tensor_cols(wide, n, n), into);
+}
+
+static qv_status feed_forward(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_proj in,
+                              qv_proj out, qv_tensor x, qv_tensor y)
+{
+    qv_tensor wide = view(pass, QV_BUF_WIDE, pass->layout->proj[in].n_out);
+    qv_tensor hidden = view(pass, QV_BUF_INNER, pass->layout->proj[out].n_in);
+    QV_TRY(qv_linear(pass, layer, in, x, wide));
+    QV_TRY(activate(pass, kind, wide, hidden));
+    return qv_linear(pass, layer, out, hidden, y);
+}
+
+qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y)
+{
+    QV_TRY(feed_forward(pass, layer, kind, QV_PROJ_MLP_IN, QV_PROJ_MLP_OUT, x, y));
+    probe(pass, layer, "mlp_out", y);
+    return QV_OK;
+}
+
+/* --- Mixture of experts ----------------------------------------------------------------------- */
+
+/* [T, k] of the router's choice. */
+static qv_tensor chosen(const qv_pass *pass, qv_buffer buffer, qv_dtype dtype)
+{
+    return qv_tensor_2d(pass->buffers->data[buffer], dtype, pass->batch->n_tokens,
+                        pass->config->moe_top_k);
+}
+
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x)
+{
+    const qv_batch *batch = pass->batch;
+    qv_tensor logits = qv_tensor_2d(pass->buffers->data[QV_BUF_ROUTER], QV_F32, batch->n_tokens,
+                                    pass->config->n_experts);
+    qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
+    qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_ROUTER, x, logits));
+    probe(pass, layer, "router_logits", logits);
+    QV_TRY(qv_op_router(pass->be, router, logits, ids, weights));
+    probe(pass, layer, "expert_weights", weights);
+    return qv_op_moe_route(pass->be, ids, batch->n_segs, batch->seg_start, batch->seg_slot,
+                           pass->list);
+}
+
+/* y = x W_e^T for every pair of the list. */
+static qv_status expert_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x,
+                               qv_moe_rows rows, qv_tensor y)
+{
+    return qv_op_moe_linear(pass->be, qv_weights_layer(pass->weights, layer)->proj[proj],
+                            pass->list, x, rows, y);
+}
+
+qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y)
+{
+    int64_t n_pairs = (int64_t)pass->batch->n_tokens * pass->config->moe_top_k;
+    qv_dtype dtype = qv_backend_activation_dtype(pass->be);
+    int64_t n_wide = pass->layout->proj[QV_PROJ_EXPERT_IN].n_out;
+    int64_t n_inner = pass->layout->proj[QV_PROJ_EXPERT_OUT].n_in;
+    qv_tensor wide = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_WIDE], dtype, n_pairs, n_wide);
+    qv_tensor inner = qv_tensor_cols(wide, 0, n_inner); /* the activation works in place */
+    qv_tensor out =
+        qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, y.shape[1]);
+    QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
+    QV_TRY(activate(pass, kind, wide, inner));
+    QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, out));
+    QV_TRY(qv_op_moe_combine(pass->be, pass->list, chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), out,
+                             NULL, (qv_tensor){.data = NULL}, y));
+    probe(pass, layer, "experts_out", y);
+    return QV_OK;
+}
+
+qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                                 qv_tensor y)
+{
+    QV_TRY(feed_forward(pass, layer, kind, QV_PROJ_SHARED_IN, QV_PROJ_SHARED_OUT, x, y));
+    probe(pass, layer, "shared_out", y);
+    return QV_OK;
+}
+
+qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor shared)
+{
+    qv_tensor gate = view(pass, QV_BUF_WIDE, 1);
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_GATE, x, gate));
+    return qv_op_sigmoid_scale(pass->be, shared, gate);
+}
+
+qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y)
+{
+    QV_TRY(qv_op_add(pass->be, y, shared));
+    probe(pass, layer, "moe_out", y);
+    return QV_OK;
+}

@@ -21,7 +21,7 @@ static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_d
         slices = max64(slices, shape->n_slices);
         if (shape->n_slices > 0 && shape->part != QV_PART_GLOBAL) {
             wide = max64(wide, shape->n_out);
-            inner = max64(inner, shape->n_in);
+            inner = max64(inner, shape->x_cols);
         }
     }
     const qv_model_config *c = layout->config;
@@ -41,13 +41,15 @@ static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_d
     bytes[QV_BUF_EXPERT] = pairs * (int64_t)sizeof(int32_t);
     bytes[QV_BUF_EXPERT_WEIGHT] = pairs * f32;
     bytes[QV_BUF_MOE_LIST] =
-        pairs > 0 ? (int64_t)qv_moe_list_bytes((int32_t)c->n_experts, (int32_t)c->moe_top_k,
+        pairs > 0 ? (int64_t)qv_moe_list_bytes((int32_t)layout->n_experts, (int32_t)c->moe_top_k,
                                                limits->max_tokens)
                   : 0;
     bytes[QV_BUF_EXPERT_WIDE] = pairs * layout->proj[QV_PROJ_EXPERT_IN].n_out * act;
     bytes[QV_BUF_EXPERT_OUT] = pairs * layout->proj[QV_PROJ_EXPERT_OUT].n_out * act;
     bytes[QV_BUF_HEAD_IN] = l * hidden * act;
-    bytes[QV_BUF_LOGITS] = l * c->vocab * f32;
+    bytes[QV_BUF_LOGITS] = layout->shard.rank == 0 ? l * c->vocab * f32 : 0;
+    bytes[QV_BUF_LOGITS_PART] =
+        layout->shard.n_ranks > 1 ? l * layout->proj[QV_PROJ_LM_HEAD].n_out * f32 : 0;
     bytes[QV_BUF_LORA] = max64(max64(t, l) * slices, pairs * expert_slices) * rank * f32;
 }
 
@@ -73,9 +75,11 @@ qv_status qv_buffers_init(qv_buffers *buffers, qv_backend *be, const qv_layout *
     }
     if (bytes[QV_BUF_MOE_LIST] == 0)
         return QV_OK;
-    const qv_model_config *c = layout->config;
-    return qv_moe_list_init(&buffers->list, (int32_t)c->n_experts, (int32_t)c->moe_top_k,
-                            limits->max_tokens, buffers->data[QV_BUF_MOE_LIST]);
+    QV_TRY(qv_moe_list_init(&buffers->list, (int32_t)layout->n_experts,
+                            (int32_t)layout->config->moe_top_k, limits->max_tokens,
+                            buffers->data[QV_BUF_MOE_LIST]));
+    buffers->list.first_expert = (int32_t)layout->first_expert;
+    return QV_OK;
 }
 
 void qv_buffers_deinit(qv_buffers *buffers)
@@ -123,7 +127,10 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec)
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
     const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
+    const qv_proj_shape *shape = &pass->layout->proj[proj];
     bool is_logits = proj == QV_PROJ_LM_HEAD || proj == QV_PROJ_ROUTER;
+    if (shape->x_cols != shape->n_in)
+        x = qv_tensor_cols(x, shape->x_col, shape->n_in);
     QV_TRY(is_logits ? qv_op_linear_f32(pass->be, weight, x, y)
                      : qv_op_linear(pass->be, weight, x, y));
     const qv_lora_site *site =
@@ -143,8 +150,10 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
 
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y)
 {
-    QV_TRY(
-        qv_op_embed(pass->be, qv_pass_vec(pass, QV_GLOBAL, QV_VEC_EMBED), pass->batch->token, y));
+    int64_t first = pass->layout->vec[QV_VEC_EMBED].slices[0].src_row;
+    QV_TRY(qv_op_embed(pass->be, qv_pass_vec(pass, QV_GLOBAL, QV_VEC_EMBED), first,
+                       pass->batch->token, y));
+    QV_TRY(qv_op_all_reduce(pass->be, y)); /* one rank has the row, the others have zeros */
     probe(pass, QV_GLOBAL, "embed", y);
     return QV_OK;
 }
@@ -169,6 +178,7 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
                             qv_tensor delta, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
+    QV_TRY(qv_op_all_reduce(pass->be, delta)); /* every block ends in a split of its input */
     QV_TRY(qv_op_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
                               pass->config->arch->norm_plus_one, y));
     probe(pass, layer, norm_name(norm), y);
@@ -179,14 +189,19 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
 
 qv_status qv_block_head(qv_pass *pass, qv_tensor x)
 {
-    int64_t n = pass->batch->n_logits;
+    int64_t n = pass->batch->n_logits, n_part = pass->layout->proj[QV_PROJ_LM_HEAD].n_out;
+    bool alone = pass->layout->shard.n_ranks == 1;
     pass->logits = qv_tensor_2d(pass->buffers->data[QV_BUF_LOGITS], QV_F32, n, pass->config->vocab);
     if (n == 0)
         return QV_OK;
+    qv_tensor part = alone
+                         ? pass->logits
+                         : qv_tensor_2d(pass->buffers->data[QV_BUF_LOGITS_PART], QV_F32, n, n_part);
     qv_tensor rows =
         qv_tensor_2d(pass->buffers->data[QV_BUF_HEAD_IN], x.dtype, n, pass->config->hidden);
     QV_TRY(qv_op_gather_rows(pass->be, x, pass->batch->logit_row, rows));
-    QV_TRY(qv_linear(pass, QV_GLOBAL, QV_PROJ_LM_HEAD, rows, pass->logits));
+    QV_TRY(qv_linear(pass, QV_GLOBAL, QV_PROJ_LM_HEAD, rows, part));
+    QV_TRY(qv_op_gather_cols(pass->be, part, pass->logits));
     probe(pass, QV_GLOBAL, "logits", pass->logits);
     return QV_OK;
 }

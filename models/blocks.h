@@ -29,7 +29,8 @@ typedef enum {
     QV_BUF_EXPERT_WIDE,   /* [T k, expert's wide output], then what its activation leaves */
     QV_BUF_EXPERT_OUT,    /* [T k, expert's output] */
     QV_BUF_HEAD_IN,       /* [L, hidden] */
-    QV_BUF_LOGITS,        /* [L, vocab] F32 */
+    QV_BUF_LOGITS,        /* [L, vocab] F32; rank 0's */
+    QV_BUF_LOGITS_PART,   /* [L, this rank's part of the vocabulary] F32, with several ranks */
     QV_BUF_LORA,          /* F32 [max(T, L), most slices, max rank], of experts [T k, ...] */
     QV_BUF_COUNT
 } qv_buffer;
@@ -50,7 +51,7 @@ void qv_buffers_deinit(qv_buffers *buffers);
 
 struct qv_pass {
     qv_backend *be;
-    const qv_model_config *config;
+    const qv_model_config *config; /* as this rank sees it: qv_layout_rank_config */
     const qv_layout *layout;
     const qv_weights *weights;
     const qv_lora_pool *lora; /* NULL: no adapters */
@@ -60,7 +61,7 @@ struct qv_pass {
     const qv_batch *batch;
     qv_probe_fn *probe; /* may be NULL */
     void *probe_user;
-    qv_tensor logits; /* out: [L, vocab] F32 */
+    qv_tensor logits; /* out: [L, vocab] F32, on rank 0 */
 };
 
 /* Views of the buffers for this step's T tokens: [T, hidden]. */
@@ -85,7 +86,7 @@ qv_status qv_block_embed(qv_pass *pass, qv_tensor y);
 /* RMS norm by a layer's norm weight. x, y [T, hidden]. */
 qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor x, qv_tensor y);
 
-/* residual += delta; y = norm(residual). */
+/* residual += delta, summed over ranks; y = norm(residual). */
 qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                             qv_tensor delta, qv_tensor y);
 

@@ -4,22 +4,33 @@
 #include "models/blocks.h"
 #include "models/lora.h"
 #include "models/lora_pool.h"
+#include "models/ranks.h"
 #include "models/state.h"
 #include "models/weights.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-struct qv_model {
-    qv_model_config config;
-    qv_model_limits limits;
-    qv_layout layout;
+/* A rank's part of the model. */
+typedef struct {
     qv_backend *be; /* borrowed */
-    char *dir;
+    qv_layout layout;
+    qv_model_config config; /* as its forward pass sees it */
     qv_weights weights;
     qv_state state;
     qv_buffers buffers;
     qv_lora_pool *lora; /* NULL: no adapters */
+} model_rank;
+
+struct qv_model {
+    qv_model_config config;
+    qv_model_limits limits;
+    qv_layout layout; /* of the whole model: what adapters are read against */
+    char *dir;
+    int32_t n_ranks;
+    model_rank *ranks; /* [n_ranks] */
+    qv_comm *comm;     /* NULL: one rank */
+    qv_ranks *threads;
     qv_probe_fn *probe;
     void *probe_user;
 };
@@ -68,57 +79,112 @@ static void plan_memory(const qv_layout *layout, const qv_backend *be,
     out->total = out->weights + out->kv + out->state + out->adapters + out->activations;
 }
 
-qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
-                        const qv_model_limits *limits, qv_memory_plan *out)
+static qv_status plan_shard(const qv_model_config *config, const qv_shard *shard,
+                            const qv_backend *be, const qv_model_limits *limits,
+                            qv_memory_plan *out)
 {
     QV_TRY(check_limits(limits));
     qv_layout layout;
-    QV_TRY(qv_layout_init(&layout, config, 0, 1));
+    QV_TRY(qv_layout_init_shard(&layout, config, shard));
     plan_memory(&layout, be, limits, out);
     return QV_OK;
 }
 
+qv_status qv_model_plan_rank(const qv_model_config *config, const qv_model_ranks *ranks,
+                             int32_t rank, const qv_model_limits *limits, qv_memory_plan *out)
+{
+    qv_shard shard = {
+        .rank = rank, .n_ranks = ranks->n_ranks, .expert_groups = ranks->expert_groups};
+    return plan_shard(config, &shard, ranks->backends[rank], limits, out);
+}
+
+qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
+                        const qv_model_limits *limits, qv_memory_plan *out)
+{
+    return plan_shard(config, &(qv_shard){.n_ranks = 1, .expert_groups = 1}, be, limits, out);
+}
+
 /* --- Life ------------------------------------------------------------------------------------- */
 
-static qv_status load_weights(qv_model *model, qv_progress_fn *progress, void *user)
+/* What the ranks share while a model opens. */
+typedef struct {
+    qv_model *model;
+    const qv_safetensors *st;
+    qv_progress_fn *progress;
+    void *user;
+} opening;
+
+/* Load and allocate one rank's part. Only rank 0 tells progress: the others load as much beside it.
+ */
+static qv_status open_rank(int32_t rank, void *ctx)
 {
+    opening *o = ctx;
+    const qv_model_limits *limits = &o->model->limits;
+    model_rank *r = &o->model->ranks[rank];
+    QV_TRY(qv_weights_load(&r->weights, r->be, &r->layout, o->st, rank == 0 ? o->progress : NULL,
+                           o->user));
+    QV_TRY(qv_state_init(&r->state, r->be, &r->layout, limits));
+    QV_TRY(qv_buffers_init(&r->buffers, r->be, &r->layout, limits));
+    if (limits->n_adapter_slots > 0)
+        QV_TRY(qv_lora_pool_new(r->be, &r->layout, limits->n_adapter_slots, limits->max_lora_rank,
+                                &r->lora));
+    return qv_backend_reserve(r->be,
+                              &(qv_backend_limits){.max_tokens = limits->max_tokens,
+                                                   .max_logits = limits->max_logits,
+                                                   .n_vocab = (int32_t)o->model->config.vocab});
+}
+
+/* Who the ranks are and what each has, before anything is loaded. */
+static qv_status init_ranks(qv_model *model, const qv_model_ranks *ranks)
+{
+    model->n_ranks = ranks->n_ranks;
+    model->ranks = calloc((size_t)ranks->n_ranks, sizeof *model->ranks);
+    if (model->ranks == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for a model");
+    if (ranks->n_ranks > 1)
+        QV_TRY(qv_comm_new(ranks->n_ranks, &model->comm));
+    for (int32_t i = 0; i < ranks->n_ranks; i++) {
+        model_rank *r = &model->ranks[i];
+        r->be = ranks->backends[i];
+        qv_shard shard = {
+            .rank = i, .n_ranks = ranks->n_ranks, .expert_groups = ranks->expert_groups};
+        QV_TRY(qv_layout_init_shard(&r->layout, &model->config, &shard));
+        r->config = qv_layout_rank_config(&r->layout);
+        if (model->comm != NULL)
+            qv_backend_join(r->be, model->comm, i);
+    }
+    return qv_ranks_new(model->comm, &model->threads);
+}
+
+static qv_status open_parts(qv_model *model, const qv_model_ranks *ranks, qv_progress_fn *progress,
+                            void *user)
+{
+    QV_TRY(qv_model_config_load(model->dir, &model->config));
+    QV_TRY(qv_layout_init(&model->layout, &model->config, 0, 1));
+    QV_TRY(init_ranks(model, ranks));
     qv_safetensors *st;
     QV_TRY(qv_safetensors_open_dir(model->dir, &st));
-    qv_status status =
-        qv_weights_load(&model->weights, model->be, &model->layout, st, progress, user);
+    opening o = {.model = model, .st = st, .progress = progress, .user = user};
+    qv_status status = qv_ranks_run(model->threads, open_rank, &o);
     qv_safetensors_close(st);
     return status == QV_OK ? QV_OK : qv_fail_prefix(status, "%s", model->dir);
 }
 
-static qv_status open_parts(qv_model *model, qv_progress_fn *progress, void *user)
-{
-    const qv_model_limits *limits = &model->limits;
-    QV_TRY(qv_model_config_load(model->dir, &model->config));
-    QV_TRY(qv_layout_init(&model->layout, &model->config, 0, 1));
-    QV_TRY(load_weights(model, progress, user));
-    QV_TRY(qv_state_init(&model->state, model->be, &model->layout, limits));
-    QV_TRY(qv_buffers_init(&model->buffers, model->be, &model->layout, limits));
-    if (limits->n_adapter_slots > 0)
-        QV_TRY(qv_lora_pool_new(model->be, &model->layout, limits->n_adapter_slots,
-                                limits->max_lora_rank, &model->lora));
-    return qv_backend_reserve(model->be,
-                              &(qv_backend_limits){.max_tokens = limits->max_tokens,
-                                                   .max_logits = limits->max_logits,
-                                                   .n_vocab = (int32_t)model->config.vocab});
-}
-
-qv_status qv_model_open(const char *dir, qv_backend *be, const qv_model_limits *limits,
-                        qv_progress_fn *progress, void *user, qv_model **out)
+qv_status qv_model_open_ranks(const char *dir, const qv_model_ranks *ranks,
+                              const qv_model_limits *limits, qv_progress_fn *progress, void *user,
+                              qv_model **out)
 {
     QV_TRY(check_limits(limits));
+    if (ranks->n_ranks < 1 || ranks->n_ranks > QV_MAX_RANKS)
+        return qv_fail(QV_ERR_ARG, "%d ranks: between 1 and %d are possible", ranks->n_ranks,
+                       QV_MAX_RANKS);
     qv_model *model = calloc(1, sizeof *model);
     if (model == NULL || (model->dir = strdup(dir)) == NULL) {
         free(model);
         return qv_fail(QV_ERR_NOMEM, "no memory for a model");
     }
-    model->be = be;
     model->limits = *limits;
-    qv_status status = open_parts(model, progress, user);
+    qv_status status = open_parts(model, ranks, progress, user);
     if (status != QV_OK) {
         qv_model_close(model);
         return status;
@@ -127,14 +193,29 @@ qv_status qv_model_open(const char *dir, qv_backend *be, const qv_model_limits *
     return QV_OK;
 }
 
+qv_status qv_model_open(const char *dir, qv_backend *be, const qv_model_limits *limits,
+                        qv_progress_fn *progress, void *user, qv_model **out)
+{
+    qv_model_ranks alone = {.backends = &be, .n_ranks = 1, .expert_groups = 1};
+    return qv_model_open_ranks(dir, &alone, limits, progress, user, out);
+}
+
 void qv_model_close(qv_model *model)
 {
     if (model == NULL)
         return;
-    qv_lora_pool_free(model->lora);
-    qv_buffers_deinit(&model->buffers);
-    qv_state_deinit(&model->state);
-    qv_weights_deinit(&model->weights);
+    qv_ranks_free(model->threads);
+    for (int32_t i = 0; i < model->n_ranks && model->ranks != NULL; i++) {
+        model_rank *r = &model->ranks[i];
+        qv_lora_pool_free(r->lora);
+        qv_buffers_deinit(&r->buffers);
+        qv_state_deinit(&r->state);
+        qv_weights_deinit(&r->weights);
+        if (r->be != NULL)
+            qv_backend_leave(r->be);
+    }
+    qv_comm_free(model->comm);
+    free(model->ranks);
     free(model->dir);
     free(model);
 }
@@ -177,44 +258,80 @@ static qv_status check_batch(const qv_model_limits *limits, const qv_batch *batc
     return QV_OK;
 }
 
+typedef struct {
+    qv_model *model;
+    const qv_batch *batch;
+    qv_tensor *logits;
+} step;
+
+static qv_status run_step(int32_t rank, void *ctx)
+{
+    step *s = ctx;
+    qv_model *model = s->model;
+    model_rank *r = &model->ranks[rank];
+    qv_pass pass = {.be = r->be,
+                    .config = &r->config,
+                    .layout = &r->layout,
+                    .weights = &r->weights,
+                    .lora = r->lora,
+                    .state = &r->state,
+                    .buffers = &r->buffers,
+                    .list = &r->buffers.list,
+                    .batch = s->batch,
+                    .probe = rank == 0 ? model->probe : NULL,
+                    .probe_user = model->probe_user};
+    QV_TRY(model->config.arch->forward(&pass));
+    if (rank == 0)
+        *s->logits = pass.logits;
+    return QV_OK;
+}
+
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits)
 {
     QV_TRY(check_batch(&model->limits, batch));
-    qv_pass pass = {.be = model->be,
-                    .config = &model->config,
-                    .layout = &model->layout,
-                    .weights = &model->weights,
-                    .lora = model->lora,
-                    .state = &model->state,
-                    .buffers = &model->buffers,
-                    .list = &model->buffers.list,
-                    .batch = batch,
-                    .probe = model->probe,
-                    .probe_user = model->probe_user};
-    QV_TRY(model->config.arch->forward(&pass));
-    *logits = pass.logits;
-    return QV_OK;
+    step s = {.model = model, .batch = batch, .logits = logits};
+    return qv_ranks_run(model->threads, run_step, &s);
 }
 
 /* --- Sequence state --------------------------------------------------------------------------- */
 
+/* A sequence's bytes are those of the ranks, one after the other. */
+static size_t rank_state_bytes(const qv_model *model, int32_t rank, int32_t n_pages)
+{
+    const model_rank *r = &model->ranks[rank];
+    return qv_state_slot_bytes(&r->layout, qv_backend_activation_dtype(r->be)) +
+           (size_t)n_pages * qv_state_page_bytes(&r->layout, model->limits.page_tokens,
+                                                 qv_backend_kv_dtype(r->be));
+}
+
 size_t qv_model_state_bytes(const qv_model *model, int32_t n_pages)
 {
-    return qv_state_slot_bytes(&model->layout, qv_backend_activation_dtype(model->be)) +
-           (size_t)n_pages * qv_state_page_bytes(&model->layout, model->limits.page_tokens,
-                                                 qv_backend_kv_dtype(model->be));
+    size_t total = 0;
+    for (int32_t i = 0; i < model->n_ranks; i++)
+        total += rank_state_bytes(model, i, n_pages);
+    return total;
 }
 
 qv_status qv_model_state_save(qv_model *model, const int32_t *pages, int32_t n_pages, int32_t slot,
                               void *out)
 {
-    return qv_state_save(&model->state, pages, n_pages, slot, out);
+    uint8_t *to = out;
+    for (int32_t i = 0; i < model->n_ranks; i++) {
+        QV_TRY(qv_state_save(&model->ranks[i].state, pages, n_pages, slot, to));
+        to += rank_state_bytes(model, i, n_pages);
+    }
+    return QV_OK;
 }
 
 qv_status qv_model_state_restore(qv_model *model, const int32_t *pages, int32_t n_pages,
                                  int32_t slot, const void *in)
 {
-    return qv_state_restore(&model->state, pages, n_pages, slot, in);
+    const uint8_t *from = in;
+    for (int32_t i = 0; i < model->n_ranks; i++) {
+        QV_TRY(qv_state_restore(&model->ranks[i].state, pages, n_pages, slot, from));
+        from += rank_state_bytes(model, i, n_pages);
+    }
+    return QV_OK;
 }
 
 /* --- Adapters --------------------------------------------------------------------------------- */
@@ -223,11 +340,14 @@ qv_status qv_adapter_open(const qv_model *model, const char *dir, qv_adapter **o
 {
     qv_adapter_spec spec = {.layout = &model->layout,
                             .max_rank = model->limits.max_lora_rank,
-                            .dtype = qv_backend_lora_dtype(model->be),
+                            .dtype = qv_backend_lora_dtype(model->ranks[0].be),
                             .max_bytes = model->limits.max_adapter_bytes,
                             .model_dir = model->dir};
-    if (model->lora == NULL)
+    if (model->limits.n_adapter_slots == 0)
         return qv_fail(QV_ERR_LIMIT, "%s: the model was opened without adapter slots", dir);
+    if (model->n_ranks > 1)
+        return qv_fail(QV_ERR_UNSUPPORTED, "%s: adapters need a model on one rank, this has %d",
+                       dir, model->n_ranks);
     return qv_adapter_read(&spec, dir, out);
 }
 
@@ -241,11 +361,15 @@ static qv_status check_slot(const qv_model *model, int32_t slot)
 qv_status qv_model_adapter_install(qv_model *model, int32_t slot, const qv_adapter *adapter)
 {
     QV_TRY(check_slot(model, slot));
-    return qv_lora_pool_install(model->lora, slot, adapter);
+    for (int32_t i = 0; i < model->n_ranks; i++)
+        QV_TRY(qv_lora_pool_install(model->ranks[i].lora, slot, adapter));
+    return QV_OK;
 }
 
 qv_status qv_model_adapter_clear(qv_model *model, int32_t slot)
 {
     QV_TRY(check_slot(model, slot));
-    return qv_lora_pool_clear(model->lora, slot);
+    for (int32_t i = 0; i < model->n_ranks; i++)
+        QV_TRY(qv_lora_pool_clear(model->ranks[i].lora, slot));
+    return QV_OK;
 }

@@ -35,7 +35,19 @@ typedef struct {
     uint64_t kv_page, state_slot, adapter_slot; /* one of each */
 } qv_memory_plan;
 
-/* Any thread. Errors: UNSUPPORTED, LIMIT. */
+/* Several ranks share a model: a backend and a thread each. `backends[0]` belongs to the caller's
+ * thread. Backends stay the caller's and outlive the model. */
+typedef struct {
+    qv_backend *const *backends; /* [n_ranks] of one kind */
+    int32_t n_ranks;             /* 1: no splitting */
+    int32_t expert_groups;       /* as in qv_shard of models/proj.h; 1: inside every expert */
+} qv_model_ranks;
+
+/* The plan of one rank (they differ little: rank 0 has the logits). Any thread. Errors: UNSUPPORTED
+ * (names what cannot be shared out), LIMIT. */
+qv_status qv_model_plan_rank(const qv_model_config *config, const qv_model_ranks *ranks,
+                             int32_t rank, const qv_model_limits *limits, qv_memory_plan *out);
+/* The same for a model on one backend. */
 qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
                         const qv_model_limits *limits, qv_memory_plan *out);
 
@@ -47,17 +59,23 @@ typedef void qv_progress_fn(uint64_t done, uint64_t total, void *user);
  * NOMEM. */
 qv_status qv_model_open(const char *dir, qv_backend *be, const qv_model_limits *limits,
                         qv_progress_fn *progress, void *user, qv_model **out);
+/* The same over several ranks, each of which loads its part. */
+qv_status qv_model_open_ranks(const char *dir, const qv_model_ranks *ranks,
+                              const qv_model_limits *limits, qv_progress_fn *progress, void *user,
+                              qv_model **out);
 void qv_model_close(qv_model *model);
 
 const qv_model_config *qv_model_get_config(const qv_model *model);
 const qv_model_limits *qv_model_get_limits(const qv_model *model);
 
-/* Run one step. *logits becomes [batch->n_logits, vocab] F32 in memory of the model, valid until
- * the next step. Errors: SHAPE, LIMIT, DEVICE. */
+/* Run one step. *logits becomes [batch->n_logits, vocab] F32 in memory of the model on the first
+ * backend, valid until the next step. When a rank fails, all end, and the model is of no further
+ * use. Errors: SHAPE, LIMIT, DEVICE. */
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits);
 
-/* Called with every named intermediate of a step, in order, before the next op runs: to compare a
- * pass with a reference. `layer` is -1 outside of layers; the tensor is valid during the call. */
+/* Called with every named intermediate of a step (of rank 0), in order, before the next op runs: to
+ * compare a pass with a reference. `layer` is -1 outside of layers; the tensor is valid during the
+ * call. */
 typedef void qv_probe_fn(int64_t layer, const char *name, const qv_tensor *value, void *user);
 
 /* NULL: none, the default, which costs nothing. */

@@ -76,25 +76,59 @@ const char *qv_expert_name(char *buf, size_t size, const char *prefix, int64_t l
 
 /* --- This rank's piece ------------------------------------------------------------------------ */
 
-/* The range of [0, total) that belongs to the layout's rank, in whole units. */
-static qv_status cut(const qv_layout *layout, const char *name, int64_t total, qv_dim unit_dim,
-                     bool replicate, int64_t *start, int64_t *n)
+/* One rank of those that share something out. */
+typedef struct {
+    int64_t rank, n_ranks;
+} share;
+
+static share all_ranks(const qv_layout *layout)
 {
-    int64_t unit = qv_dim_size(layout->config, unit_dim), rank = layout->rank;
-    int64_t n_ranks = layout->n_ranks;
+    return (share){layout->shard.rank, layout->shard.n_ranks};
+}
+
+/* The ranks that split the inside of an expert. */
+static share expert_ranks(const qv_layout *layout)
+{
+    int32_t n = layout->shard.n_ranks / layout->shard.expert_groups;
+    return (share){layout->shard.rank % n, n};
+}
+
+/* The range of [0, total) that belongs to a rank, in whole units. */
+static qv_status cut(const qv_layout *layout, share s, const char *name, int64_t total,
+                     qv_dim unit_dim, bool replicate, int64_t *start, int64_t *n)
+{
+    int64_t unit = qv_dim_size(layout->config, unit_dim);
     QV_ASSERT(unit > 0 && total % unit == 0);
     int64_t units = total / unit;
-    if (units % n_ranks == 0) {
-        *n = total / n_ranks;
-        *start = rank * *n;
-    } else if (replicate && n_ranks % units == 0) {
+    if (units % s.n_ranks == 0) {
+        *n = total / s.n_ranks;
+        *start = s.rank * *n;
+    } else if (replicate && s.n_ranks % units == 0) {
         *n = unit;
-        *start = rank / (n_ranks / units) * unit;
+        *start = s.rank / (s.n_ranks / units) * unit;
     } else {
         return qv_fail(QV_ERR_UNSUPPORTED,
                        "%s: %" PRId64 " units (%s) cannot be shared out among %" PRId64 " ranks",
-                       name, units, qv_dim_text(unit_dim), n_ranks);
+                       name, units, qv_dim_text(unit_dim), s.n_ranks);
     }
+    return QV_OK;
+}
+
+/* Columns of a ROW slice. Ranks that share a unit take equal parts of it. */
+static qv_status cut_columns(const qv_layout *layout, share s, const qv_proj_row *row,
+                             qv_proj_slice *slice, qv_proj_shape *shape)
+{
+    int64_t start, n, in = slice->module_cols;
+    QV_TRY(cut(layout, s, row->module, in, row->unit, row->replicate, &start, &n));
+    int64_t own = in / s.n_ranks; /* less than a unit when it is shared */
+    if (in % s.n_ranks != 0)
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "%s: %" PRId64 " columns cannot be shared out among %" PRId64 " ranks",
+                       row->module, in, s.n_ranks);
+    slice->n_cols = own;
+    slice->src_col = s.rank * own;
+    shape->x_col = slice->src_col - start;
+    shape->x_cols = n;
     return QV_OK;
 }
 
@@ -110,13 +144,15 @@ static qv_status add_proj_row(qv_layout *layout, const qv_proj_row *row)
     int64_t out = qv_dim_size(layout->config, row->out), in = qv_dim_size(layout->config, row->in);
     *slice =
         (qv_proj_slice){.row = row, .n_rows = out, .n_cols = in, .module_cols = in, .plane = index};
+    shape->x_cols = in;
 
+    share s = row->experts != NULL ? expert_ranks(layout) : all_ranks(layout);
     if (row->split == QV_SPLIT_COLUMN)
-        QV_TRY(cut(layout, row->module, out, row->unit, row->replicate, &slice->src_row,
+        QV_TRY(cut(layout, s, row->module, out, row->unit, row->replicate, &slice->src_row,
                    &slice->n_rows));
     else if (row->split == QV_SPLIT_ROW)
-        QV_TRY(cut(layout, row->module, in, row->unit, row->replicate, &slice->src_col,
-                   &slice->n_cols));
+        QV_TRY(cut_columns(layout, s, row, slice, shape));
+    slice->part_row = slice->src_row;
 
     /* A module's slices stand next to each other, in the order of the checkpoint's rows. */
     int64_t module_rows = out;
@@ -158,7 +194,8 @@ static qv_status add_vec_row(qv_layout *layout, const qv_vec_row *row)
     int64_t rows = qv_dim_size(layout->config, row->rows);
     *slice = (qv_vec_slice){.row = row, .n_rows = rows, .dst_row = shape->n_rows};
     if (row->split == QV_SPLIT_COLUMN)
-        QV_TRY(cut(layout, row->tensor, rows, row->unit, false, &slice->src_row, &slice->n_rows));
+        QV_TRY(cut(layout, all_ranks(layout), row->tensor, rows, row->unit, row->replicate,
+                   &slice->src_row, &slice->n_rows));
     slice->src_row += shape->shape[0];
 
     shape->part = row->part;
@@ -182,11 +219,32 @@ static bool in_use(const qv_layout *layout, qv_part part)
     return qv_layout_part_count(layout, part) > 0;
 }
 
-qv_status qv_layout_init(qv_layout *layout, const qv_model_config *config, int32_t rank,
-                         int32_t n_ranks)
+/* The experts of a rank. */
+static qv_status share_out_experts(qv_layout *layout)
 {
-    QV_ASSERT(n_ranks >= 1 && rank >= 0 && rank < n_ranks);
-    *layout = (qv_layout){.config = config, .rank = rank, .n_ranks = n_ranks};
+    const qv_shard *s = &layout->shard;
+    int64_t n = layout->config->n_experts;
+    if (s->expert_groups < 1 || s->n_ranks % s->expert_groups != 0)
+        return qv_fail(QV_ERR_UNSUPPORTED, "%d groups of experts do not divide %d ranks",
+                       s->expert_groups, s->n_ranks);
+    if (s->expert_groups > 1 && n == 0)
+        return qv_fail(QV_ERR_UNSUPPORTED, "%d groups of experts: the model has no experts",
+                       s->expert_groups);
+    if (n % s->expert_groups != 0)
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "%" PRId64 " experts cannot be shared out among %d groups of ranks", n,
+                       s->expert_groups);
+    layout->n_experts = n / s->expert_groups;
+    layout->first_expert = s->rank / (s->n_ranks / s->expert_groups) * layout->n_experts;
+    return QV_OK;
+}
+
+qv_status qv_layout_init_shard(qv_layout *layout, const qv_model_config *config,
+                               const qv_shard *shard)
+{
+    QV_ASSERT(shard->n_ranks >= 1 && shard->rank >= 0 && shard->rank < shard->n_ranks);
+    *layout = (qv_layout){.config = config, .shard = *shard};
+    QV_TRY(share_out_experts(layout));
     const qv_arch *arch = config->arch;
     for (size_t i = 0; i < arch->n_projs; i++) {
         if (in_use(layout, arch->projs[i].part))
@@ -197,6 +255,45 @@ qv_status qv_layout_init(qv_layout *layout, const qv_model_config *config, int32
             QV_TRY(add_vec_row(layout, &arch->vecs[i]));
     }
     return QV_OK;
+}
+
+qv_status qv_layout_init(qv_layout *layout, const qv_model_config *config, int32_t rank,
+                         int32_t n_ranks)
+{
+    return qv_layout_init_shard(layout, config,
+                                &(qv_shard){.rank = rank, .n_ranks = n_ranks, .expert_groups = 1});
+}
+
+/* Units of a COLUMN slice that a rank has. */
+static int64_t units_of(const qv_layout *layout, qv_proj proj, int32_t slice)
+{
+    const qv_proj_slice *s = &layout->proj[proj].slices[slice];
+    return s->n_rows / qv_dim_size(layout->config, s->row->unit);
+}
+
+qv_model_config qv_layout_rank_config(const qv_layout *layout)
+{
+    qv_model_config c = *layout->config;
+    if (layout->proj[QV_PROJ_ATTN_IN].n_slices > 0) { /* q, k, v in units of a head */
+        c.n_heads = units_of(layout, QV_PROJ_ATTN_IN, 0);
+        c.n_kv_heads = units_of(layout, QV_PROJ_ATTN_IN, 1);
+    }
+    if (layout->proj[QV_PROJ_GDN_IN].n_slices > 0) { /* q in key heads, v in groups of them */
+        c.gdn_k_heads = units_of(layout, QV_PROJ_GDN_IN, 0);
+        c.gdn_v_heads =
+            units_of(layout, QV_PROJ_GDN_IN, 2) * qv_dim_size(layout->config, QV_DIM_GDN_GROUP);
+    }
+    if (layout->proj[QV_PROJ_SSM_IN].n_slices > 0) { /* z, x, B, C, dt in groups */
+        c.ssm_groups = units_of(layout, QV_PROJ_SSM_IN, 2);
+        c.ssm_heads = layout->proj[QV_PROJ_SSM_IN].slices[4].n_rows;
+    }
+    if (layout->proj[QV_PROJ_MLP_OUT].n_slices > 0)
+        c.ffn = layout->proj[QV_PROJ_MLP_OUT].n_in;
+    if (layout->proj[QV_PROJ_EXPERT_OUT].n_slices > 0)
+        c.moe_ffn = layout->proj[QV_PROJ_EXPERT_OUT].n_in;
+    if (layout->proj[QV_PROJ_SHARED_OUT].n_slices > 0)
+        c.shared_ffn = layout->proj[QV_PROJ_SHARED_OUT].n_in;
+    return c;
 }
 
 /* --- Counts ----------------------------------------------------------------------------------- */

@@ -126,7 +126,8 @@ typedef struct {
     qv_dim in, out;
     qv_split split;
     qv_dim unit;    /* smallest piece of out (COLUMN) or in (ROW) that one rank may have */
-    bool replicate; /* with fewer units than ranks, ranks share a unit */
+    bool replicate; /* with fewer units than ranks, ranks share a unit: COLUMN, all have all of it;
+                     * ROW, each has a part of it */
     bool lora;      /* adapters may target it */
     bool root;      /* its name has no model prefix (lm_head) */
     /* A matrix of each expert: the path that `module` stands below, an expert's number between
@@ -146,6 +147,7 @@ typedef struct {
     qv_dim rows;
     qv_split split; /* NONE or COLUMN */
     qv_dim unit;
+    bool replicate; /* with fewer units than ranks, ranks share a unit */
     qv_dim tail[2];
     bool as_stored; /* keeps BF16 or F32 as the checkpoint has it; otherwise widened to F32 */
 } qv_vec_row;
@@ -177,6 +179,7 @@ typedef struct {
     const qv_proj_row *row;
     int64_t module_rows, module_cols; /* shape of the whole checkpoint tensor */
     int64_t src_row, src_col;         /* where this rank's piece begins in it */
+    int64_t part_row;                 /* where it begins in the slice's own rows */
     int64_t n_rows, n_cols;           /* size of this rank's piece */
     int64_t dst_row;                  /* where it begins in the fused weight */
     int32_t plane; /* first slice of the same module: the LoRA plane that they share */
@@ -188,7 +191,10 @@ typedef struct {
     bool lora;
     bool experts;        /* one matrix an expert: sizes are those of one */
     int64_t n_in, n_out; /* of the fused weight on this rank */
-    int32_t n_slices;    /* 0: the architecture has no such projection */
+    /* What reads the input may have more of it than this rank's weight takes: ranks that share a
+     * unit compute all of it and then use their parts, columns [x_col, x_col + n_in) of x_cols. */
+    int64_t x_col, x_cols;
+    int32_t n_slices; /* 0: the architecture has no such projection */
     qv_proj_slice slices[QV_MAX_SLICES];
 } qv_proj_shape;
 
@@ -209,9 +215,18 @@ typedef struct {
     qv_vec_slice slices[QV_MAX_SLICES];
 } qv_vec_shape;
 
+/* One rank of a run. Experts go to groups of ranks: each group has n_experts / expert_groups whole
+ * experts, whose insides are split over the ranks of the group. 1: every rank has a part of every
+ * expert; n_ranks: every expert is whole on one rank. */
 typedef struct {
-    const qv_model_config *config; /* borrowed */
     int32_t rank, n_ranks;
+    int32_t expert_groups; /* divides n_ranks */
+} qv_shard;
+
+typedef struct {
+    const qv_model_config *config; /* borrowed; of the whole model */
+    qv_shard shard;
+    int64_t first_expert, n_experts; /* that this rank has (a part of) */
     qv_proj_shape proj[QV_PROJ_COUNT];
     qv_vec_shape vec[QV_VEC_COUNT];
 } qv_layout;
@@ -219,8 +234,15 @@ typedef struct {
 /* Resolve the tables of config->arch for one rank. `config` must outlive the layout.
  * Errors: UNSUPPORTED when a split does not come out in whole units (names row, units and ranks).
  */
+qv_status qv_layout_init_shard(qv_layout *layout, const qv_model_config *config,
+                               const qv_shard *shard);
+/* The same with the inside of every expert split over all ranks. */
 qv_status qv_layout_init(qv_layout *layout, const qv_model_config *config, int32_t rank,
                          int32_t n_ranks);
+
+/* The config that a rank's forward pass sees: heads, groups and widths are this rank's, the hidden
+ * size, the vocabulary and the number of experts stay the whole model's. */
+qv_model_config qv_layout_rank_config(const qv_layout *layout);
 
 /* Parameters of the text model as the checkpoint stores them (a tied head counts once). */
 int64_t qv_layout_params(const qv_layout *layout);

@@ -6,17 +6,17 @@
 
 uint64_t qv_state_page_bytes(const qv_layout *layout, int32_t page_tokens, qv_dtype kv_dtype)
 {
-    const qv_model_config *config = layout->config;
-    uint64_t row = (uint64_t)(config->n_kv_heads * config->head_dim) * qv_dtype_size(kv_dtype);
+    qv_model_config config = qv_layout_rank_config(layout);
+    uint64_t row = (uint64_t)(config.n_kv_heads * config.head_dim) * qv_dtype_size(kv_dtype);
     return 2 * row * (uint64_t)page_tokens *
-           (uint64_t)qv_model_config_count(config, QV_PART_ATTENTION);
+           (uint64_t)qv_model_config_count(&config, QV_PART_ATTENTION);
 }
 
 /* A layer's convolution tails and recurrent states without memory; both empty where it has none. */
-static void recurrent_shapes(const qv_layout *layout, uint32_t parts, int32_t n_slots,
-                             qv_dtype conv_dtype, qv_tensor *conv, qv_tensor *recurrent)
+static void recurrent_shapes(const qv_layout *layout, const qv_model_config *c, uint32_t parts,
+                             int32_t n_slots, qv_dtype conv_dtype, qv_tensor *conv,
+                             qv_tensor *recurrent)
 {
-    const qv_model_config *c = layout->config;
     *conv = *recurrent = (qv_tensor){.data = NULL};
     if ((parts & (QV_PART_GDN | QV_PART_SSM)) == 0)
         return;
@@ -37,10 +37,11 @@ static uint64_t tensor_bytes(const qv_tensor *t)
 
 uint64_t qv_state_slot_bytes(const qv_layout *layout, qv_dtype conv_dtype)
 {
+    qv_model_config config = qv_layout_rank_config(layout);
     uint64_t total = 0;
-    for (int64_t layer = 0; layer < layout->config->n_layers; layer++) {
+    for (int64_t layer = 0; layer < config.n_layers; layer++) {
         qv_tensor conv, recurrent;
-        recurrent_shapes(layout, layout->config->layer_parts[layer], 1, conv_dtype, &conv,
+        recurrent_shapes(layout, &config, config.layer_parts[layer], 1, conv_dtype, &conv,
                          &recurrent);
         total += tensor_bytes(&conv) + tensor_bytes(&recurrent);
     }
@@ -55,10 +56,9 @@ static qv_status new_tensor(qv_backend *be, qv_tensor shape, qv_tensor *out)
     return shape.n_dims > 0 ? qv_backend_alloc(be, tensor_bytes(&shape), &out->data) : QV_OK;
 }
 
-static qv_status init_layer(qv_state *state, const qv_layout *layout, const qv_model_limits *limits,
-                            int64_t layer)
+static qv_status init_layer(qv_state *state, const qv_layout *layout, const qv_model_config *config,
+                            const qv_model_limits *limits, int64_t layer)
 {
-    const qv_model_config *config = layout->config;
     qv_layer_state *out = &state->layers[layer];
     qv_backend *be = state->be;
     qv_tensor conv, recurrent;
@@ -69,7 +69,7 @@ static qv_status init_layer(qv_state *state, const qv_layout *layout, const qv_m
         QV_TRY(new_tensor(be, pages, &out->kv.k));
         QV_TRY(new_tensor(be, pages, &out->kv.v));
     }
-    recurrent_shapes(layout, config->layer_parts[layer], limits->n_state_slots,
+    recurrent_shapes(layout, config, config->layer_parts[layer], limits->n_state_slots,
                      qv_backend_activation_dtype(be), &conv, &recurrent);
     QV_TRY(new_tensor(be, conv, &out->conv));
     return new_tensor(be, recurrent, &out->recurrent);
@@ -82,8 +82,9 @@ qv_status qv_state_init(qv_state *state, qv_backend *be, const qv_layout *layout
     state->layers = calloc((size_t)state->n_layers, sizeof *state->layers);
     if (state->layers == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for the states of layers");
+    qv_model_config config = qv_layout_rank_config(layout);
     for (int64_t layer = 0; layer < state->n_layers; layer++)
-        QV_TRY(init_layer(state, layout, limits, layer));
+        QV_TRY(init_layer(state, layout, &config, limits, layer));
     return QV_OK;
 }
 

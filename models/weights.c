@@ -28,7 +28,7 @@ uint64_t qv_weights_bytes(const qv_layout *layout)
         const qv_proj_shape *shape = &layout->proj[p];
         if (shape->n_slices > 0)
             total += qv_weight_bytes(shape->n_out, shape->n_in, dtype) *
-                     (uint64_t)(shape->experts ? layout->config->n_experts : 1) *
+                     (uint64_t)(shape->experts ? layout->n_experts : 1) *
                      (uint64_t)qv_layout_part_count(layout, shape->part);
     }
     for (int v = 0; v < QV_VEC_COUNT; v++) {
@@ -303,12 +303,13 @@ static const qv_stored_tensor *expert_tensor(const checkpoint *ckpt, int64_t lay
 static qv_status plan_experts(plan *pl, int64_t layer, qv_proj proj, qv_weight **out)
 {
     const qv_proj_shape *shape = &pl->ckpt.layout->proj[proj];
-    int64_t n_experts = pl->ckpt.layout->config->n_experts, first_row;
+    const qv_layout *layout = pl->ckpt.layout;
+    int64_t n_experts = layout->n_experts, first_row;
     qv_dtype dtype = QV_BF16;
     for (int64_t j = 0; j < n_experts * shape->n_slices; j++) {
         const qv_stored_tensor *tensor =
             expert_tensor(&pl->ckpt, layer, proj, (int32_t)(j % shape->n_slices),
-                          j / shape->n_slices, &first_row);
+                          layout->first_expert + j / shape->n_slices, &first_row);
         if (storage_dtype(tensor->dtype) != QV_BF16)
             dtype = QV_F32;
     }
@@ -319,7 +320,7 @@ static qv_status plan_experts(plan *pl, int64_t layer, qv_proj proj, qv_weight *
         int64_t expert = j / shape->n_slices;
         const qv_proj_slice *slice = &shape->slices[i];
         const qv_stored_tensor *tensor =
-            expert_tensor(&pl->ckpt, layer, proj, i, expert, &first_row);
+            expert_tensor(&pl->ckpt, layer, proj, i, layout->first_expert + expert, &first_row);
         QV_TRY(add_pieces(pl, (piece){.tensor = tensor,
                                       .weight = *out,
                                       .expert = expert,

@@ -19,7 +19,7 @@
     X(embed_lora,                                                                                  \
       (qv_backend * be, const qv_embed_lora_site *site, int32_t n_segs, const int32_t *seg_start,  \
        const int32_t *seg_slot, const int32_t *ids, qv_tensor y))                                  \
-    X(embed, (qv_backend * be, qv_tensor table, const int32_t *ids, qv_tensor y))                  \
+    X(embed, (qv_backend * be, qv_tensor table, int64_t first, const int32_t *ids, qv_tensor y))   \
     X(linear, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor y))                     \
     X(linear_f32, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor y))                 \
     X(rms_norm,                                                                                    \
@@ -73,6 +73,9 @@ typedef struct {
     qv_status (*download)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*zero)(qv_backend *be, void *dst, size_t bytes);
     qv_status (*sync)(qv_backend *be);
+    /* Only called on a backend that has joined a group of more than one. */
+    qv_status (*all_reduce)(qv_backend *be, qv_tensor x);
+    qv_status (*gather_cols)(qv_backend *be, qv_tensor part, qv_tensor whole);
     /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */
     qv_status (*weight_new)(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
                             qv_dtype dtype, qv_weight **out);
@@ -85,6 +88,8 @@ typedef struct {
 struct qv_backend {
     const qv_backend_table *table;
     const qv_op_table *ops;
+    qv_comm *comm; /* borrowed; NULL: alone */
+    int32_t rank;  /* in it */
     char description[128];
 };
 

@@ -273,11 +273,12 @@ size_t qv_weight_bytes(int64_t n_out, int64_t n_in, qv_dtype dtype)
 
 /* --- Dense ops ---------------------------------------------------------------------------- */
 
-qv_status qv_op_embed(qv_backend *be, qv_tensor table, const int32_t *ids, qv_tensor y)
+qv_status qv_op_embed(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
+                      qv_tensor y)
 {
     EXPECT("embed", table, table.dtype == QV_BF16 ? QV_BF16 : QV_F32, ANY, ANY);
     EXPECT("embed", y, be->table->activation_dtype, ANY, table.shape[1]);
-    return y.shape[0] ? be->ops->embed(be, table, ids, y) : QV_OK;
+    return y.shape[0] ? be->ops->embed(be, table, first, ids, y) : QV_OK;
 }
 
 static qv_status check_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y,
@@ -378,6 +379,30 @@ qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
     EXPECT("add", residual, act, ANY, ANY);
     EXPECT("add", delta, act, residual.shape[0], residual.shape[1]);
     return qv_tensor_count(&delta) ? be->ops->add(be, residual, delta) : QV_OK;
+}
+
+/* Whether a collective has anybody to meet. */
+static bool has_peers(const qv_backend *be)
+{
+    return be->comm != NULL && qv_comm_n_ranks(be->comm) > 1;
+}
+
+qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x)
+{
+    EXPECT("all_reduce", x, be->table->activation_dtype, ANY, ANY);
+    return has_peers(be) ? be->table->all_reduce(be, x) : QV_OK;
+}
+
+qv_status qv_op_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole)
+{
+    EXPECT("gather_cols", part, QV_F32, ANY, ANY);
+    if (!has_peers(be)) {
+        QV_ASSERT(part.data == whole.data);
+        return QV_OK;
+    }
+    if (be->rank == 0)
+        EXPECT("gather_cols", whole, QV_F32, part.shape[0], ANY);
+    return be->table->gather_cols(be, part, whole);
 }
 
 qv_status qv_op_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y)

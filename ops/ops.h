@@ -22,9 +22,8 @@
 #define QV_OPS_OPS_H
 
 #include "ops/batch.h"
+#include "ops/comm.h"
 #include "ops/tensor.h"
-
-typedef struct qv_backend qv_backend;
 
 typedef struct {
     const char *name;       /* "cpu" (or "cuda" when built in) */
@@ -166,8 +165,10 @@ qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32
 
 /* --- Dense ops: T tokens, activation dtype unless said ------------------------------------ */
 
-/* y[t, :] = table[ids[t], :]. table [n_vocab, d] BF16 or F32; the caller has checked the ids. */
-qv_status qv_op_embed(qv_backend *be, qv_tensor table, const int32_t *ids, qv_tensor y);
+/* y[t, :] = table[ids[t] - first, :], or 0 where the table has no such row: it may be a rank's part
+ * of the vocabulary, from id `first` on. table [n, d] BF16 or F32. */
+qv_status qv_op_embed(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
+                      qv_tensor y);
 
 /* y [T, n_out] = x [T, n_in] W^T. Sums in float32. x and y may have any row stride. */
 qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
@@ -322,12 +323,14 @@ typedef struct {
 /* Where the pairs of a step go: what the grouped GEMM, the adapters and the combination of a layer
  * share. Pairs stand expert by expert and within an expert by token, and so, because tokens are
  * sorted by adapter, adapter by adapter. Runs are the pieces that have an adapter; tokens without
- * one are in none. Pairs whose id is not in [0, n_experts) (experts that live elsewhere) are left
- * out and add nothing. Valid until the next qv_op_moe_route; one list serves all layers. */
+ * one are in none. Pairs whose id is not in [first_expert, first_expert + n_experts) (experts that
+ * live elsewhere) are left out and add nothing; everywhere else experts count from 0. Valid until
+ * the next qv_op_moe_route; one list serves all layers. */
 typedef struct {
     int32_t n_experts, top_k, max_tokens; /* what it has room for */
-    int32_t n_tokens;                     /* of this routing */
-    int32_t n_segs;                       /* the batch's adapter segments, borrowed */
+    int32_t first_expert; /* ids count from it: experts of another rank have others */
+    int32_t n_tokens;     /* of this routing */
+    int32_t n_segs;       /* the batch's adapter segments, borrowed */
     const int32_t *seg_start, *seg_slot;
     /* Backend memory */
     int32_t *expert_start; /* [n_experts + 1] places of each expert; the last entry ends the list */
@@ -410,6 +413,19 @@ qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_
  * SHAPE, LIMIT. */
 qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
                             const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y);
+
+/* --- Ranks: all of them call, in the same order (ops/comm.h) ---------------------------------- */
+
+/* x becomes the sum over ranks of their x, everywhere. x [n, d] activation dtype, any row stride,
+ * the same n and d on all ranks. Sums in float32, in the order of ranks where ranks meet in memory;
+ * rounded once. Nothing to do without a group. Errors: DEVICE (a rank failed). */
+qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x);
+
+/* Rank 0's `whole` [n, sum of d] becomes the parts of all ranks side by side, in the order of
+ * ranks. part [n, d] F32, the same n; `whole` F32, ignored on other ranks; any row strides. Without
+ * a group, whole is part: nothing is copied, and the two must be the same memory. Errors: DEVICE.
+ */
+qv_status qv_op_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole);
 
 /* --- Sampling ----------------------------------------------------------------------------- */
 

@@ -24,6 +24,9 @@ typedef struct {
     const char *backend;   /* "cpu" */
     const char *gemm;      /* CPU: "exact" or "openblas" */
     int64_t threads;       /* 0 = all cores */
+    int64_t tp;            /* ranks that share the model, a device each */
+    int64_t ep;            /* groups of ranks that experts are shared out to; divides tp */
+    const char *devices;   /* "0,1": of the ranks; empty = the first tp */
     int64_t max_running;   /* sequences that hold pages and a state slot at once */
     int64_t max_waiting;   /* sequences queued in the engine; beyond it submit says BUSY */
     int64_t step_tokens;   /* token budget of a step (chunked prefill) */

@@ -10,6 +10,7 @@
 #include "common/map.h"
 #include "worker/adapter_cache.h"
 #include "worker/batch_build.h"
+#include "worker/engine_ranks.h"
 #include "worker/memory_plan.h"
 #include "worker/outbox.h"
 #include "worker/request.h"
@@ -30,7 +31,8 @@ typedef struct {
 struct qv_engine {
     qv_engine_options options; /* its strings are owned, defaults resolved */
     qv_engine_sizes sizes;
-    qv_backend *backend;
+    qv_engine_ranks ranks;
+    qv_backend *backend; /* rank 0's: where logits are */
     qv_model *model;
     qv_tokenizer *tokenizer;
     qv_chat_template *chat; /* NULL: the model has none */

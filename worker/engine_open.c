@@ -42,7 +42,7 @@ int64_t qv_engine_total_pages(const qv_engine *engine)
 
 const char *qv_engine_device(const qv_engine *engine)
 {
-    return qv_backend_describe(engine->backend);
+    return engine->ranks.device;
 }
 
 const qv_request_context *qv_engine_request_context(const qv_engine *engine)
@@ -116,21 +116,20 @@ static void log_progress(uint64_t done, uint64_t total, void *user)
 static qv_status open_model(qv_engine *engine)
 {
     qv_engine_options *o = &engine->options;
-    qv_backend_options backend = {
-        .name = o->backend, .n_threads = (int)o->threads, .gemm = o->gemm};
-    QV_TRY(qv_backend_open(&backend, &engine->backend));
+    QV_TRY(qv_engine_ranks_open(o, &engine->ranks));
+    const qv_model_ranks *ranks = &engine->ranks.ranks;
+    engine->backend = ranks->backends[0];
     qv_model_config config;
     QV_TRY(qv_model_config_load(o->model_dir, &config));
-    QV_TRY(
-        qv_engine_sizes_plan(o, &config, engine->backend, qv_available_memory(), &engine->sizes));
+    QV_TRY(qv_engine_sizes_plan(o, &config, ranks, qv_available_memory(), &engine->sizes));
     qv_engine_sizes_log(&engine->sizes);
     o->max_context = engine->sizes.max_context;
     o->kv_bytes = (int64_t)engine->sizes.plan.kv;
     uint64_t start_ms = qv_now_ms(), last_ms = start_ms;
-    QV_TRY(qv_model_open(o->model_dir, engine->backend, &engine->sizes.limits, log_progress,
-                         &last_ms, &engine->model));
+    QV_TRY(qv_model_open_ranks(o->model_dir, ranks, &engine->sizes.limits, log_progress, &last_ms,
+                               &engine->model));
     qv_info("model loaded: %s in %" PRIu64 " ms on %s", o->model_dir, qv_now_ms() - start_ms,
-            qv_backend_describe(engine->backend));
+            engine->ranks.device);
     return QV_OK;
 }
 
@@ -206,7 +205,7 @@ static qv_status open_caches(qv_engine *engine)
 /* Own the strings of the options. */
 static qv_status keep_strings(qv_engine_options *o)
 {
-    const char **strings[] = {&o->model_dir, &o->backend, &o->gemm};
+    const char **strings[] = {&o->model_dir, &o->backend, &o->gemm, &o->devices};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         if (*strings[i] != NULL)
@@ -270,9 +269,10 @@ void qv_engine_close(qv_engine *engine)
     qv_chat_template_free(engine->chat);
     qv_tokenizer_close(engine->tokenizer);
     qv_model_close(engine->model);
-    qv_backend_close(engine->backend);
+    qv_engine_ranks_close(&engine->ranks);
     free((char *)engine->options.model_dir);
     free((char *)engine->options.backend);
     free((char *)engine->options.gemm);
+    free((char *)engine->options.devices);
     free(engine);
 }

@@ -32,6 +32,17 @@
         QV_OPTION(st, m.threads, INT, "threads", "N", "0",                                         \
                   "Threads of the CPU backend. 0: one per core.", .min = 0, .max = 1024,           \
                   .section = "Device"),                                                            \
+        QV_OPTION(st, m.tp, INT, "tp", "N", "1",                                                   \
+                  "Ranks that share the model (tensor parallel): each has its part of every "      \
+                  "layer, on a device of its own (CPU: on threads of its own).",                   \
+                  .min = 1, .max = QV_MAX_RANKS, .section = "Device"),                             \
+        QV_OPTION(st, m.ep, INT, "ep", "N", "1",                                                   \
+                  "Groups of ranks that experts are shared out to, whole (expert parallel). 1: "   \
+                  "each rank has a part of every expert. Must divide tp.",                         \
+                  .min = 1, .max = QV_MAX_RANKS, .section = "Device"),                             \
+        QV_OPTION(st, m.devices, STRING, "devices", "LIST", "",                                    \
+                  "Devices of the ranks, for example 0,1. Default: the first tp.",                 \
+                  .section = "Device"),                                                            \
         QV_OPTION(st, m.max_running, INT, "max-running", "N", "64",                                \
                   "Most answers computed at once; each holds KV pages and one state slot.",        \
                   .min = 1, .max = 4096, .section = "Batching"),                                   \

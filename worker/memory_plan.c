@@ -100,8 +100,30 @@ static int64_t plan_pages(const qv_engine_options *o, int64_t max_context, uint6
     return min_i64(max_i64(pages, 1), INT32_MAX);
 }
 
+/* What all ranks take together, for they share the memory of the host. */
+static qv_status plan_ranks(const qv_model_config *config, const qv_model_ranks *ranks,
+                            const qv_model_limits *limits, qv_memory_plan *out)
+{
+    *out = (qv_memory_plan){.total = 0};
+    for (int32_t i = 0; i < ranks->n_ranks; i++) {
+        qv_memory_plan one;
+        QV_TRY(qv_model_plan_rank(config, ranks, i, limits, &one));
+        out->weights += one.weights;
+        out->kv += one.kv;
+        out->state += one.state;
+        out->adapters += one.adapters;
+        out->activations += one.activations;
+        out->total += one.total;
+        out->kv_page += one.kv_page;
+        out->state_slot += one.state_slot;
+        out->adapter_slot += one.adapter_slot;
+    }
+    return QV_OK;
+}
+
 qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config *config,
-                               const qv_backend *be, uint64_t available, qv_engine_sizes *out)
+                               const qv_model_ranks *ranks, uint64_t available,
+                               qv_engine_sizes *out)
 {
     int64_t context;
     QV_TRY(plan_context(o, config, &context));
@@ -118,10 +140,10 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
         .max_adapter_bytes = (uint64_t)o->max_adapter_bytes,
     };
     qv_memory_plan *plan = &out->plan;
-    QV_TRY(qv_model_plan(config, be, &out->limits, plan));
+    QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
     uint64_t fixed = plan->total - plan->kv;
     out->limits.n_pages = (int32_t)plan_pages(o, context, plan->kv_page, fixed, available);
-    QV_TRY(qv_model_plan(config, be, &out->limits, plan));
+    QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
 
     if (plan->total > available)
         return qv_fail(

@@ -16,11 +16,13 @@ typedef struct {
  * control group leaves, whichever is less. */
 uint64_t qv_available_memory(void);
 
-/* `available` bounds the whole plan and, with kv_bytes 0, twice the KV cache.
+/* The plan is that of all ranks together. `available` bounds it and, with kv_bytes 0, twice the KV
+ * cache.
  * Errors: ARG (a context longer than the model's), LIMIT (the plan does not fit; says what to
  * lower), those of qv_model_plan. */
 qv_status qv_engine_sizes_plan(const qv_engine_options *options, const qv_model_config *config,
-                               const qv_backend *be, uint64_t available, qv_engine_sizes *out);
+                               const qv_model_ranks *ranks, uint64_t available,
+                               qv_engine_sizes *out);
 
 /* One line at info level. */
 void qv_engine_sizes_log(const qv_engine_sizes *sizes);

@@ -97,9 +97,10 @@ static qv_status bf16_embed_lora(qv_backend *be, const qv_embed_lora_site *site,
             round_segments(be, site->slot_active, n_segs, seg_start, seg_slot, y));
 }
 
-static qv_status bf16_embed(qv_backend *be, qv_tensor table, const int32_t *ids, qv_tensor y)
+static qv_status bf16_embed(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
+                            qv_tensor y)
 {
-    ROUNDED(OPS(be)->embed(be, table, ids, y), round_tensor(be, y));
+    ROUNDED(OPS(be)->embed(be, table, first, ids, y), round_tensor(be, y));
 }
 
 static qv_status bf16_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)

@@ -125,6 +125,11 @@ qv_status qv_cpu_weight_load(qv_backend *be, qv_weight *w, int64_t expert, int64
 qv_status qv_cpu_linear_openblas(qv_cpu_backend *cpu, const qv_cpu_weight *w, qv_tensor x,
                                  qv_tensor y);
 
+/* --- Ranks (comm.c) ----------------------------------------------------------------------- */
+
+qv_status qv_cpu_all_reduce(qv_backend *be, qv_tensor x);
+qv_status qv_cpu_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole);
+
 /* --- Rows of tensors ---------------------------------------------------------------------- */
 
 /* Float32 row of a tensor by its leading indices. */

@@ -9,22 +9,27 @@
 
 /* --- Route -------------------------------------------------------------------------------- */
 
+static bool is_here(const qv_moe_list *list, int32_t id)
+{
+    return id >= list->first_expert && id - list->first_expert < list->n_experts;
+}
+
 /* expert_start, pair and place. */
 static void sort_pairs(const int32_t *ids, qv_moe_list *list)
 {
     int64_t n_pairs = (int64_t)list->n_tokens * list->top_k, *next = list->work;
     memset(list->expert_start, 0, (size_t)(list->n_experts + 1) * sizeof *list->expert_start);
     for (int64_t p = 0; p < n_pairs; p++)
-        if (ids[p] >= 0 && ids[p] < list->n_experts)
-            list->expert_start[ids[p] + 1]++;
+        if (is_here(list, ids[p]))
+            list->expert_start[ids[p] - list->first_expert + 1]++;
     for (int32_t e = 0; e < list->n_experts; e++) {
         next[e] = list->expert_start[e];
         list->expert_start[e + 1] += list->expert_start[e];
     }
     for (int64_t p = 0; p < n_pairs; p++) {
         list->place[p] = -1;
-        if (ids[p] >= 0 && ids[p] < list->n_experts) {
-            list->place[p] = (int32_t)next[ids[p]]++;
+        if (is_here(list, ids[p])) {
+            list->place[p] = (int32_t)next[ids[p] - list->first_expert]++;
             list->pair[list->place[p]] = (int32_t)p;
         }
     }

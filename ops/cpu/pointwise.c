@@ -6,6 +6,7 @@
 
 typedef struct {
     qv_tensor table, y;
+    int64_t first; /* the table's first row is row `first` */
     const int32_t *row;
 } rows_ctx;
 
@@ -15,9 +16,12 @@ static void copy_rows(void *ctx, int64_t begin, int64_t end, int thread)
     const rows_ctx *c = ctx;
     int64_t d = c->y.shape[1];
     for (int64_t i = begin; i < end; i++) {
-        int64_t row = c->row[i];
-        QV_ASSERT(row >= 0 && row < c->table.shape[0]);
+        int64_t row = c->row[i] - c->first;
         float *y = qv_row2(c->y, i);
+        if (row < 0 || row >= c->table.shape[0]) {
+            memset(y, 0, (size_t)d * sizeof *y);
+            continue;
+        }
         if (c->table.dtype == QV_F32) {
             memcpy(y, qv_row2(c->table, row), (size_t)d * sizeof *y);
             continue;
@@ -28,16 +32,17 @@ static void copy_rows(void *ctx, int64_t begin, int64_t end, int thread)
     }
 }
 
-qv_status QV_ISA(qv_cpu_embed)(qv_backend *be, qv_tensor table, const int32_t *ids, qv_tensor y)
+qv_status QV_ISA(qv_cpu_embed)(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
+                               qv_tensor y)
 {
-    rows_ctx c = {.table = table, .y = y, .row = ids};
+    rows_ctx c = {.table = table, .y = y, .row = ids, .first = first};
     qv_pool_run(qv_cpu(be)->pool, y.shape[0], 20 + y.shape[1] / 8, copy_rows, &c);
     return QV_OK;
 }
 
 qv_status QV_ISA(qv_cpu_gather_rows)(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y)
 {
-    return QV_ISA(qv_cpu_embed)(be, x, rows, y);
+    return QV_ISA(qv_cpu_embed)(be, x, 0, rows, y);
 }
 
 /* --- Elements: swiglu, sigmoid_gate, add -------------------------------------------------- */

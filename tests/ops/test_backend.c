@@ -177,7 +177,7 @@ static void run_dense(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor
 {
     float gain[D] = {0}, table[10 * D] = {0};
     qv_tensor g = qv_tensor_1d(gain, QV_F32, D);
-    PASS(qv_op_embed(be, qv_tensor_2d(table, QV_F32, 10, D), zeros, x));
+    PASS(qv_op_embed(be, qv_tensor_2d(table, QV_F32, 10, D), 0, zeros, x));
     PASS(qv_op_linear(be, w, x, y));
     PASS(qv_op_linear(be, w, qv_tensor_rows(x, 0, 1), qv_tensor_rows(y, 0, 1)));
     PASS(qv_op_rms_norm(be, x, g, 1e-6f, true, y));

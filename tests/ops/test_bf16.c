@@ -78,7 +78,7 @@ Test(bf16, rounds_to_nearest_even_and_keeps_what_is_no_number)
     FOR_BOTH(b)
     for (size_t i = 0; i < QV_ROWS(rows); i++) {
         float x = qv_f32_from_bits(rows[i].from), y;
-        PASS(qv_op_embed(b.bf16, qv_tensor_2d(&x, QV_F32, 1, 1), (int32_t[]){0},
+        PASS(qv_op_embed(b.bf16, qv_tensor_2d(&x, QV_F32, 1, 1), 0, (int32_t[]){0},
                          qv_tensor_2d(&y, QV_F32, 1, 1)));
         cr_assert_eq(qv_f32_bits(y), rows[i].to, "%08x became %08x, not %08x", rows[i].from,
                      qv_f32_bits(y), rows[i].to);
@@ -112,7 +112,7 @@ Test(bf16, linear_and_embedding_round_and_linear_f32_does_not)
         int32_t ids[T];
         for (int32_t i = 0; i < T; i++)
             ids[i] = i;
-        PASS(qv_op_embed(b.bf16, qv_tensor_2d(w, QV_F32, 37, D), ids,
+        PASS(qv_op_embed(b.bf16, qv_tensor_2d(w, QV_F32, 37, D), 0, ids,
                          qv_tensor_2d(rows, QV_F32, T, D)));
         check_rounded("embed", rows, want, T * D);
         free(w);

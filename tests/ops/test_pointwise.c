@@ -325,7 +325,7 @@ Test(rows, embed_widens_bf16_and_copies_f32)
             qv_tensor t = dtype ? qv_tensor_2d(table16, QV_BF16, VOCAB, D)
                                 : qv_tensor_2d(table, QV_F32, VOCAB, D);
             memset(y, 0xFF, sizeof y);
-            PASS(qv_op_embed(be, t, ids, qv_tensor_2d(y, QV_F32, N, D)));
+            PASS(qv_op_embed(be, t, 0, ids, qv_tensor_2d(y, QV_F32, N, D)));
             for (int i = 0; i < N; i++)
                 check_same("embed", y + i * D, table + ids[i] * D, D);
         }
@@ -381,6 +381,6 @@ Test(norm, refuses_what_does_not_fit)
     FAIL_WITH(QV_ERR_SHAPE, "y is f32[4, 5], but needs f32[4, 6]",
               qv_op_relu2(be, x, qv_tensor_2d(m, QV_F32, 4, 5)));
     FAIL_WITH(QV_ERR_SHAPE, "table is f16[4, 6]",
-              qv_op_embed(be, qv_tensor_2d(m, QV_F16, 4, 6), NULL, x));
+              qv_op_embed(be, qv_tensor_2d(m, QV_F16, 4, 6), 0, NULL, x));
     qv_backend_close(be);
 }

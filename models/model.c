@@ -8,6 +8,7 @@
 #include "models/state.h"
 #include "models/weights.h"
 
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -31,6 +32,7 @@ struct qv_model {
     model_rank *ranks; /* [n_ranks] */
     qv_comm *comm;     /* NULL: one rank */
     qv_ranks *threads;
+    int64_t n_steps, break_rank, break_step; /* step 0: none is to fail */
     qv_probe_fn *probe;
     void *probe_user;
 };
@@ -269,6 +271,8 @@ static qv_status run_step(int32_t rank, void *ctx)
     step *s = ctx;
     qv_model *model = s->model;
     model_rank *r = &model->ranks[rank];
+    if (model->n_steps == model->break_step && rank == model->break_rank)
+        return qv_fail(QV_ERR_DEVICE, "told to fail at step %" PRId64, model->n_steps);
     qv_pass pass = {.be = r->be,
                     .config = &r->config,
                     .layout = &r->layout,
@@ -290,7 +294,20 @@ qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *lo
 {
     QV_TRY(check_batch(&model->limits, batch));
     step s = {.model = model, .batch = batch, .logits = logits};
+    model->n_steps++;
     return qv_ranks_run(model->threads, run_step, &s);
+}
+
+qv_status qv_model_break_rank(qv_model *model, int64_t rank, int64_t at_step)
+{
+    if (rank < 0 || rank >= model->n_ranks || at_step < 1)
+        return qv_fail(QV_ERR_ARG,
+                       "rank %" PRId64 " cannot fail at step %" PRId64 ": there are %d ranks, and "
+                       "steps count from 1",
+                       rank, at_step, model->n_ranks);
+    model->break_rank = rank;
+    model->break_step = model->n_steps + at_step;
+    return QV_OK;
 }
 
 /* --- Sequence state --------------------------------------------------------------------------- */

@@ -81,6 +81,10 @@ typedef void qv_probe_fn(int64_t layer, const char *name, const qv_tensor *value
 /* NULL: none, the default, which costs nothing. */
 void qv_model_set_probe(qv_model *model, qv_probe_fn *probe, void *user);
 
+/* Let rank `rank` fail at the `at_step`-th step from now (1: the next), as if its device had: for
+ * tests of what happens then. Errors: ARG (no such rank, no such step). */
+qv_status qv_model_break_rank(qv_model *model, int64_t rank, int64_t at_step);
+
 /* --- Sequence state: pages and a state slot, as bytes on the host ----------------------------- */
 
 /* Bytes that save writes for a sequence of n_tokens in n_pages pages. */

@@ -119,15 +119,10 @@ qv_status qv_ranks_run(qv_ranks *ranks, qv_rank_fn *fn, void *ctx)
         pthread_cond_wait(&ranks->changed, &ranks->lock);
     pthread_mutex_unlock(&ranks->lock);
 
-    /* A rank that only heard of another's failure comes after the one that had it. */
-    const worker *first = NULL;
-    for (int32_t r = 0; r < ranks->n_ranks; r++) {
-        const worker *w = &ranks->workers[r];
-        if (w->status != QV_OK && (first == NULL || first->status == QV_ERR_DEVICE))
-            first = first == NULL || w->status != QV_ERR_DEVICE ? w : first;
-    }
-    if (first == NULL)
+    /* The rank that failed first; others may only have heard of it. */
+    int32_t first = qv_comm_first_failed(ranks->comm);
+    if (first < 0)
         return QV_OK;
-    return first->rank == 0 ? qv_fail(first->status, "%s", first->error)
-                            : qv_fail(first->status, "rank %d: %s", first->rank, first->error);
+    const worker *w = &ranks->workers[first];
+    return qv_fail(w->status, "rank %d: %s", first, w->error);
 }

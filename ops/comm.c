@@ -21,7 +21,8 @@ struct qv_comm {
     int32_t arrived;        /* under `lock` */
     _Atomic uint32_t round; /* release: what ranks wrote before the barrier is seen after it */
     atomic_bool failed;
-    char reason[QV_ERROR_MAX]; /* under `lock`; of the first failure */
+    int32_t loser;             /* of the first failure; written before `failed` is */
+    char reason[QV_ERROR_MAX]; /* likewise */
 };
 
 qv_status qv_comm_new(int32_t n_ranks, qv_comm **out)
@@ -72,16 +73,19 @@ void qv_backend_leave(qv_backend *be)
 void qv_comm_fail(qv_comm *comm, int32_t rank, const char *reason)
 {
     pthread_mutex_lock(&comm->lock);
-    if (!atomic_load_explicit(&comm->failed, memory_order_relaxed))
+    if (!atomic_load_explicit(&comm->failed, memory_order_relaxed)) {
+        comm->loser = rank;
         snprintf(comm->reason, sizeof comm->reason, "rank %d failed: %.400s", rank, reason);
+    }
     atomic_store_explicit(&comm->failed, true, memory_order_release);
     pthread_cond_broadcast(&comm->moved);
     pthread_mutex_unlock(&comm->lock);
 }
 
-bool qv_comm_has_failed(const qv_comm *comm)
+int32_t qv_comm_first_failed(const qv_comm *comm)
 {
-    return atomic_load_explicit(&((qv_comm *)comm)->failed, memory_order_acquire);
+    bool failed = atomic_load_explicit(&comm->failed, memory_order_acquire);
+    return failed ? comm->loser : -1;
 }
 
 /* Watch for a moment whether the round ends. */

@@ -35,7 +35,8 @@ void qv_backend_leave(qv_backend *be);
 /* Any rank, any thread: nobody shall wait for this rank any more. `reason` is kept, the first one.
  */
 void qv_comm_fail(qv_comm *comm, int32_t rank, const char *reason);
-bool qv_comm_has_failed(const qv_comm *comm);
+/* The first rank that failed; -1: none has. */
+int32_t qv_comm_first_failed(const qv_comm *comm);
 
 /* For backends: wait until every rank is here. What a rank wrote before is seen by all after.
  * Errors: DEVICE (a rank failed; says which and why). */

@@ -9,6 +9,9 @@
 #     --workers N            worker processes (default 2)
 #     --backend cpu|cuda     what the workers compute on (default cpu)
 #     --threads N            CPU threads of each worker (default: the cores shared out)
+#     --tp N                 devices that each worker's model is split over (default 1)
+#     --ep N                 groups of them that experts are shared out to (default 1)
+#     --devices LIST         devices to share out, tp to each worker (cuda; default 0,1,2,...)
 #     --worker-arg ARG       passed on to every quiver-worker, any number (see quiver-worker --help)
 #     --jobs FILE            jobs to publish, JSON lines (default: demo/jobs.jsonl, or one a model)
 #     --redis URL            use this Redis instead of starting one
@@ -27,14 +30,14 @@ die() { echo "up.sh: $*" >&2; exit 2; }
 say() { printf '\033[1m==\033[0m %s\n' "$*"; }
 
 model="" workers=2 backend=cpu threads="" redis="" broker_port=5555 redis_port=6380 metrics_port=9100
-build=build do_build=1 once=0 publish=1 jobs="" replicas="" adapters=() worker_args=()
+build=build do_build=1 once=0 publish=1 jobs="" replicas="" adapters=() worker_args=() tp=1 ep=1 devices=""
 while [ $# -gt 0 ]; do
     case $1 in
     --once) once=1 ;;
     --no-jobs) publish=0 ;;
     --no-build) do_build=0 ;;
-    -h | --help) sed -n '2,24s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    --model | --adapter | --replicas | --workers | --backend | --threads | --worker-arg | --jobs | --redis | --broker-port | --redis-port | --metrics-port | --build)
+    -h | --help) sed -n '2,27s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --model | --adapter | --replicas | --workers | --backend | --threads | --tp | --ep | --devices | --worker-arg | --jobs | --redis | --broker-port | --redis-port | --metrics-port | --build)
         [ $# -ge 2 ] || die "$1 needs a value"
         case $1 in
         --model) model=$2 ;;
@@ -43,6 +46,9 @@ while [ $# -gt 0 ]; do
         --workers) workers=$2 ;;
         --backend) backend=$2 ;;
         --threads) threads=$2 ;;
+        --tp) tp=$2 ;;
+        --ep) ep=$2 ;;
+        --devices) devices=$2 ;;
         --worker-arg) worker_args+=("$2") ;;
         --jobs) jobs=$2 ;;
         --redis) redis=$2 ;;
@@ -56,10 +62,11 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-for number in "$workers" "$broker_port" "$redis_port" "$metrics_port" ${threads:-1} ${replicas:-1}; do
+for number in "$workers" "$broker_port" "$redis_port" "$metrics_port" "$tp" "$ep" ${threads:-1} ${replicas:-1}; do
     case $number in '' | *[!0-9]*) die "'$number' is not a number" ;; esac
 done
 [ "$workers" -ge 1 ] || die "--workers $workers: at least one worker is needed"
+[ "$tp" -ge 1 ] || die "--tp $tp: at least one device is needed"
 case $backend in
 cpu) ;;
 cuda) die "--backend cuda: this version computes on the CPU only" ;;
@@ -75,6 +82,11 @@ for adapter in ${adapters[@]+"${adapters[@]}"}; do
     case $adapter in *=*) ;; *) die "--adapter $adapter: give NAME=DIR" ;; esac
     [ -f "${adapter#*=}/adapter_config.json" ] || die "--adapter $adapter: there is no ${adapter#*=}/adapter_config.json"
 done
+[ -z "$devices" ] || [ "$backend" = cuda ] || die "--devices $devices: the $backend backend has none"
+if [ "$backend" = cuda ]; then
+    IFS=, read -r -a pool <<<"${devices:-$(seq -s, 0 $((workers * tp - 1)))}"
+    [ ${#pool[@]} -eq $((workers * tp)) ] || die "--devices $devices: $workers workers of $tp need $((workers * tp))"
+fi
 replicas=${replicas:-$workers}
 cores=$(nproc)
 threads=${threads:-$((cores / workers > 0 ? cores / workers : 1))}
@@ -140,7 +152,15 @@ wait_until 10 quiver-broker $! ready
 
 say "$workers x quiver-worker on the $backend backend: $model"
 for ((i = 1; i <= workers; i++)); do
-    "$bin/quiver-worker" --id "worker-$i" --model "$model" --backend "$backend" --threads "$threads" --broker "tcp://127.0.0.1:$((broker_port + 1))" --redis "$redis" --metrics-port $((metrics_port + i)) ${worker_args[@]+"${worker_args[@]}"} >"$run/worker-$i.log" 2>&1 &
+    device_args=()
+    if [ "$backend" = cuda ]; then
+        own=$(IFS=,; echo "${pool[*]:$(((i - 1) * tp)):$tp}")
+        device_args=(--devices "$own")
+        say "worker-$i: devices $own"
+    elif [ "$tp" -gt 1 ]; then
+        say "worker-$i: $tp CPU ranks, threads: $threads"
+    fi
+    "$bin/quiver-worker" --id "worker-$i" --model "$model" --backend "$backend" --threads "$threads" --tp "$tp" --ep "$ep" ${device_args[@]+"${device_args[@]}"} --broker "tcp://127.0.0.1:$((broker_port + 1))" --redis "$redis" --metrics-port $((metrics_port + i)) ${worker_args[@]+"${worker_args[@]}"} >"$run/worker-$i.log" 2>&1 &
     pids+=($!)
 done
 is_ready() { [ "$(ready | grep -c "^$1 .*ready")" -ge 1 ]; }

@@ -38,8 +38,9 @@ typedef struct {
     int64_t max_lora_rank; /* rank that a slot has room for */
     int64_t max_adapter_bytes;   /* largest adapter file */
     int64_t adapter_cache_bytes; /* host copies of all adapters; beyond it a load fails */
-    int64_t swap_bytes;    /* host memory for states of preempted sequences; beyond it recompute */
-    int64_t preempt_every; /* preempt a running sequence every so many steps (tests); 0 = never */
+    int64_t swap_bytes;     /* host memory for states of preempted sequences; beyond it recompute */
+    int64_t preempt_every;  /* preempt a running sequence every so many steps (tests); 0 = never */
+    const char *break_rank; /* "RANK@STEP": that rank fails at that step (tests); empty = none */
 } qv_engine_options;
 
 /* A request as the engine takes it: decoded, rendered, tokenised. Made by qv_request_new on any

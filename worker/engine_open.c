@@ -4,6 +4,7 @@
 #include "common/log.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -133,6 +134,19 @@ static qv_status open_model(qv_engine *engine)
     return QV_OK;
 }
 
+/* "1@20" of the tests: rank 1 fails at step 20. */
+static qv_status plan_break(qv_engine *engine)
+{
+    const char *text = engine->options.break_rank;
+    int64_t rank, step;
+    int end = 0;
+    if (text == NULL || text[0] == '\0')
+        return QV_OK;
+    if (sscanf(text, "%" SCNd64 "@%" SCNd64 "%n", &rank, &step, &end) != 2 || text[end] != '\0')
+        return qv_fail(QV_ERR_ARG, "break-rank \"%s\" is not RANK@STEP, such as 1@20", text);
+    return qv_model_break_rank(engine->model, rank, step);
+}
+
 /* The tokenizer and the chat template. A template that this interpreter refuses costs the requests
  * with messages, not the model. */
 static qv_status open_text(qv_engine *engine)
@@ -205,7 +219,7 @@ static qv_status open_caches(qv_engine *engine)
 /* Own the strings of the options. */
 static qv_status keep_strings(qv_engine_options *o)
 {
-    const char **strings[] = {&o->model_dir, &o->backend, &o->gemm, &o->devices};
+    const char **strings[] = {&o->model_dir, &o->backend, &o->gemm, &o->devices, &o->break_rank};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         if (*strings[i] != NULL)
@@ -218,6 +232,7 @@ static qv_status open_all(qv_engine *engine, qv_metrics *metrics)
     QV_TRY(keep_strings(&engine->options));
     QV_TRY(register_metrics(metrics, &engine->metrics));
     QV_TRY(open_model(engine));
+    QV_TRY(plan_break(engine));
     QV_TRY(open_text(engine));
     return open_caches(engine);
 }
@@ -274,5 +289,6 @@ void qv_engine_close(qv_engine *engine)
     free((char *)engine->options.backend);
     free((char *)engine->options.gemm);
     free((char *)engine->options.devices);
+    free((char *)engine->options.break_rank);
     free(engine);
 }

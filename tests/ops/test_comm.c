@@ -172,7 +172,7 @@ Test(comm, a_rank_that_fails_ends_the_others_with_its_reason)
             cr_expect_eq(g.jobs[r].status, QV_ERR_DEVICE);
             cr_expect_str_eq(g.jobs[r].error, expected);
         }
-        cr_expect(qv_comm_has_failed(g.comm));
+        cr_expect_eq(qv_comm_first_failed(g.comm), loser);
         /* Later collectives fail too: nobody waits for a group that is broken. */
         FAIL_WITH(QV_ERR_DEVICE, "it was told to",
                   qv_op_all_reduce(g.jobs[(loser + 1) % 3].be, g.jobs[0].x));

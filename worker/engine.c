@@ -360,6 +360,11 @@ static qv_status run(qv_engine *engine, const qv_plan *plan)
     qv_tensor logits;
     const qv_batch *batch = qv_batch_build(engine->builder, plan);
     QV_TRY(qv_model_forward(engine->model, batch, &logits));
+    if (engine->dump != NULL) {
+        QV_TRY(qv_engine_dump_finish(engine->dump));
+        qv_engine_dump_free(engine->dump);
+        engine->dump = NULL;
+    }
     fill_rows(engine, plan);
     QV_TRY(sample(engine, plan, logits));
     const qv_sample_result *results = engine->results;

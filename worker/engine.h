@@ -40,6 +40,7 @@ typedef struct {
     int64_t adapter_cache_bytes; /* host copies of all adapters; beyond it a load fails */
     int64_t swap_bytes;     /* host memory for states of preempted sequences; beyond it recompute */
     int64_t preempt_every;  /* preempt a running sequence every so many steps (tests); 0 = never */
+    const char *dump;       /* file for the intermediates of the first step; empty = none */
     const char *break_rank; /* "RANK@STEP": that rank fails at that step (tests); empty = none */
 } qv_engine_options;
 

@@ -10,6 +10,7 @@
 #include "common/map.h"
 #include "worker/adapter_cache.h"
 #include "worker/batch_build.h"
+#include "worker/engine_dump.h"
 #include "worker/engine_ranks.h"
 #include "worker/memory_plan.h"
 #include "worker/outbox.h"
@@ -34,6 +35,7 @@ struct qv_engine {
     qv_engine_ranks ranks;
     qv_backend *backend; /* rank 0's: where logits are */
     qv_model *model;
+    qv_engine_dump *dump; /* NULL: none, or done */
     qv_tokenizer *tokenizer;
     qv_chat_template *chat; /* NULL: the model has none */
     qv_request_context context;

@@ -219,7 +219,8 @@ static qv_status open_caches(qv_engine *engine)
 /* Own the strings of the options. */
 static qv_status keep_strings(qv_engine_options *o)
 {
-    const char **strings[] = {&o->model_dir, &o->backend, &o->gemm, &o->devices, &o->break_rank};
+    const char **strings[] = {&o->model_dir, &o->backend,    &o->gemm,
+                              &o->devices,   &o->break_rank, &o->dump};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         if (*strings[i] != NULL)
@@ -233,6 +234,9 @@ static qv_status open_all(qv_engine *engine, qv_metrics *metrics)
     QV_TRY(register_metrics(metrics, &engine->metrics));
     QV_TRY(open_model(engine));
     QV_TRY(plan_break(engine));
+    if (engine->options.dump != NULL && engine->options.dump[0] != '\0')
+        QV_TRY(qv_engine_dump_start(engine->options.dump, engine->backend, engine->model,
+                                    &engine->dump));
     QV_TRY(open_text(engine));
     return open_caches(engine);
 }
@@ -283,6 +287,7 @@ void qv_engine_close(qv_engine *engine)
     free(engine->results);
     qv_chat_template_free(engine->chat);
     qv_tokenizer_close(engine->tokenizer);
+    qv_engine_dump_free(engine->dump);
     qv_model_close(engine->model);
     qv_engine_ranks_close(&engine->ranks);
     free((char *)engine->options.model_dir);
@@ -290,5 +295,6 @@ void qv_engine_close(qv_engine *engine)
     free((char *)engine->options.gemm);
     free((char *)engine->options.devices);
     free((char *)engine->options.break_rank);
+    free((char *)engine->options.dump);
     free(engine);
 }

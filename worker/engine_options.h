@@ -83,6 +83,10 @@
                   "Preempt a running answer every so many steps although nothing asks for it, to " \
                   "show that answers do not depend on it. 0: never.",                              \
                   .min = 0, .max = 1048576, .section = "Testing"),                                 \
+        QV_OPTION(st, m.dump, STRING, "dump", "FILE", "",                                          \
+                  "Write every intermediate of the first step to this safetensors file, to "       \
+                  "compare with another engine.",                                                  \
+                  .section = "Testing"),                                                           \
         QV_OPTION(st, m.break_rank, STRING, "break-rank", "RANK@STEP", "",                         \
                   "Let a rank fail at a step, for example 1@20, to show how a worker ends that "   \
                   "lost a device.",                                                                \

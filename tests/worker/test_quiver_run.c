@@ -1,10 +1,12 @@
 /* quiver-run as its users have it: a process, JSON lines in and out. */
 #include "common/json.h"
+#include "models/safetensors.h"
 #include "tests/support.h"
 
 #include <criterion/criterion.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <math.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -339,4 +341,42 @@ Test(quiver_run, exits_with_what_went_wrong)
         }
         cr_expect_eq(wait_exit(&p), rows[i].code, "row %zu", i);
     }
+}
+
+/* --- Dump ------------------------------------------------------------------------------------ */
+
+Test(quiver_run, dump_writes_the_intermediates_of_the_first_step)
+{
+    const char *file = qv_path(qv_temp_dir(), "step.safetensors");
+    const char *args[] = {"--dump", file, NULL};
+    const char *input = "{\"type\":\"submit\",\"id\":\"a\",\"tokens\":[5,6,7,8],\"max_tokens\":0,"
+                        "\"prompt_logprobs\":0}\n";
+    int code;
+    json_t *replies = run(args, input, &code);
+    cr_assert_eq(code, 0);
+    qv_safetensors *st;
+    cr_assert_eq(qv_safetensors_open_file(file, 0, &st), QV_OK, "%s", qv_error());
+
+    /* The logits are those that the reply's logprobs come from. */
+    const qv_stored_tensor *logits = qv_safetensors_find(st, "model.logits");
+    cr_assert(logits != NULL && logits->n_dims == 2 && logits->shape[0] == 3);
+    const float *row = logits->data;
+    double sum = 0;
+    for (int64_t i = 0; i < logits->shape[1]; i++)
+        sum += exp((double)row[i]);
+    json_t *reply = find(replies, "done", "a");
+    double logprob =
+        json_number_value(json_array_get(json_object_get(reply, "prompt_logprobs"), 1));
+    cr_expect_float_eq(row[6] - log(sum), logprob, 1e-4);
+    static const char *const names[] = {"model.embed",     "0.mixer_norm", "0.gdn_out",
+                                        "3.attn_q_normed", "3.mlp_out",    "model.final_norm"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        cr_expect_not_null(qv_safetensors_find(st, names[i]), "%s", names[i]);
+    qv_safetensors_close(st);
+    json_decref(replies);
+
+    args[1] = "/nonexistent/step.safetensors";
+    replies = run(args, input, &code);
+    cr_expect_neq(code, 0);
+    json_decref(replies);
 }

@@ -154,6 +154,11 @@ qv_status qv_block_embed(qv_pass *pass, qv_tensor y)
     QV_TRY(qv_op_embed(pass->be, qv_pass_vec(pass, QV_GLOBAL, QV_VEC_EMBED), first,
                        pass->batch->token, y));
     QV_TRY(qv_op_all_reduce(pass->be, y)); /* one rank has the row, the others have zeros */
+    if (pass->lora != NULL) {
+        const qv_batch *batch = pass->batch;
+        QV_TRY(qv_op_embed_lora(pass->be, qv_lora_parts_embedding(qv_lora_pool_parts(pass->lora)),
+                                batch->n_segs, batch->seg_start, batch->seg_slot, batch->token, y));
+    }
     probe(pass, QV_GLOBAL, "embed", y);
     return QV_OK;
 }

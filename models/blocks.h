@@ -80,7 +80,7 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec);
  * never rounded. */
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
 
-/* y[t] = embedding of token t. */
+/* y[t] = embedding of token t, plus the adapters of the batch. */
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y);
 
 /* RMS norm by a layer's norm weight. x, y [T, hidden]. */
@@ -107,7 +107,8 @@ qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor
 
 /* Choose experts for each token: x [T, hidden], into the pass's list. */
 qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x);
-/* y[t] = weighted sum of the chosen experts of x[t]. x, y [T, expert_in], not the same. */
+/* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch. x, y [T,
+ * expert_in], not the same. */
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                            qv_tensor y);
 /* Experts that every token goes through: x, y [T, hidden]. */

@@ -53,12 +53,33 @@ qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, 
                            pass->list);
 }
 
-/* y = x W_e^T for every pair of the list. */
+/* Pairs of adapters on a projection of experts; NULL without adapters. */
+static const qv_moe_lora_site *expert_site(const qv_pass *pass, int64_t layer, qv_proj proj)
+{
+    return pass->lora != NULL ? qv_lora_parts_experts(qv_lora_pool_parts(pass->lora), layer, proj)
+                              : NULL;
+}
+
+/* A x of adapters, one row a pair. */
+static qv_tensor expert_scratch(const qv_pass *pass, const qv_moe_lora_site *site)
+{
+    if (site == NULL)
+        return (qv_tensor){.data = NULL};
+    return qv_tensor_3d(pass->buffers->data[QV_BUF_LORA], QV_F32,
+                        (int64_t)pass->batch->n_tokens * pass->config->moe_top_k, site->n_slices,
+                        site->max_rank);
+}
+
+/* y = x W_e^T for every pair of the list, plus the adapters of the batch. */
 static qv_status expert_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x,
                                qv_moe_rows rows, qv_tensor y)
 {
-    return qv_op_moe_linear(pass->be, qv_weights_layer(pass->weights, layer)->proj[proj],
-                            pass->list, x, rows, y);
+    const qv_moe_lora_site *site = expert_site(pass, layer, proj);
+    QV_TRY(qv_op_moe_linear(pass->be, qv_weights_layer(pass->weights, layer)->proj[proj],
+                            pass->list, x, rows, y));
+    return site != NULL
+               ? qv_op_moe_lora(pass->be, site, pass->list, x, rows, expert_scratch(pass, site), y)
+               : QV_OK;
 }
 
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y)
@@ -71,11 +92,12 @@ qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_te
     qv_tensor inner = qv_tensor_cols(wide, 0, n_inner); /* the activation works in place */
     qv_tensor out =
         qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, y.shape[1]);
+    const qv_moe_lora_site *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
     QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
     QV_TRY(activate(pass, kind, wide, inner));
     QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, out));
     QV_TRY(qv_op_moe_combine(pass->be, pass->list, chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), out,
-                             NULL, (qv_tensor){.data = NULL}, y));
+                             site, expert_scratch(pass, site), y));
     probe(pass, layer, "experts_out", y);
     return QV_OK;
 }

@@ -130,6 +130,9 @@ static const char *const harmless[] = {
     "alpha_pattern",
     "bias",
     "target_modules",
+    "target_parameters",
+    "expert_layout",
+    "expert_b_packing",
     "init_lora_weights",
     "ensure_weight_tying",
     "auto_mapping",
@@ -162,7 +165,6 @@ static const char *const refused[] = {
     "lora_ga_config",
     "modules_to_save",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_dora",
@@ -222,6 +224,68 @@ static qv_status check_target_modules(const json_t *root, const char *where)
     return qv_fail(QV_ERR_FORMAT, "%s: target_modules is neither a list nor a string", where);
 }
 
+/* --- Experts ---------------------------------------------------------------------------------- */
+
+static qv_status read_target_parameters(const json_t *root, const char *where, qv_lora_config *out)
+{
+    const json_t *list = json_object_get(root, "target_parameters");
+    if (list == NULL || json_is_null(list))
+        return QV_OK;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        if (!json_is_string(json_array_get(list, i)))
+            return qv_fail(QV_ERR_FORMAT, "%s: target_parameters[%zu] is not a string", where, i);
+    }
+    if (!json_is_array(list))
+        return qv_fail(QV_ERR_FORMAT, "%s: target_parameters is not a list", where);
+    out->target_parameters = json_array_size(list) > 0 ? list : NULL;
+    return QV_OK;
+}
+
+/* PEFT 0.19.1 settled on the standard layout. Older versions wrote either. */
+static bool is_standard_version(const char *version)
+{
+    int major = 0, minor = 0, patch = 0;
+    if (sscanf(version, "%3d.%3d.%3d", &major, &minor, &patch) < 2)
+        return false;
+    return major > 0 || minor > 19 || (minor == 19 && patch >= 1);
+}
+
+static qv_status read_expert_fields(const json_t *root, const char *where, qv_lora_config *out)
+{
+    const char *layout = NULL, *packing = "peft", *version = "";
+    QV_TRY(qv_json_opt_str(root, "expert_layout", where, &layout));
+    if (layout != NULL && strcmp(layout, "standard") == 0)
+        out->expert_layout = QV_EXPERT_LAYOUT_STANDARD;
+    else if (layout != NULL && strcmp(layout, "swapped") == 0)
+        out->expert_layout = QV_EXPERT_LAYOUT_SWAPPED;
+    else if (layout != NULL)
+        return qv_fail(QV_ERR_FORMAT, "%s: expert_layout is \"%.60s\", not standard or swapped",
+                       where, layout);
+    QV_TRY(qv_json_opt_str(root, "expert_b_packing", where, &packing));
+    out->grouped_b = strcmp(packing, "grouped") == 0;
+    if (!out->grouped_b && strcmp(packing, "peft") != 0)
+        return qv_fail(QV_ERR_FORMAT, "%s: expert_b_packing is \"%.60s\", not peft or grouped",
+                       where, packing);
+    QV_TRY(qv_json_opt_str(root, "peft_version", where, &version));
+    out->knows_standard = is_standard_version(version);
+    return read_target_parameters(root, where, out);
+}
+
+bool qv_lora_config_targets(const qv_lora_config *config, const char *parameter)
+{
+    size_t n = strlen(parameter);
+    for (size_t i = 0; i < json_array_size(config->target_parameters); i++) {
+        const char *target = json_string_value(json_array_get(config->target_parameters, i));
+        size_t size = strlen(target);
+        if (size <= n && strcmp(parameter + n - size, target) == 0 &&
+            (size == n || parameter[n - size - 1] == '.'))
+            return true;
+    }
+    return false;
+}
+
+/* --- The whole of it -------------------------------------------------------------------------- */
+
 qv_status qv_lora_config_parse(const json_t *root, const char *where, FILE *notes,
                                qv_lora_config *out)
 {
@@ -247,6 +311,7 @@ qv_status qv_lora_config_parse(const json_t *root, const char *where, FILE *note
         return qv_fail(QV_ERR_FORMAT, "%s: lora_alpha is not finite", where);
     QV_TRY(qv_json_opt_bool(root, "use_rslora", where, &out->rslora));
     QV_TRY(qv_json_opt_bool(root, "ensure_weight_tying", where, &out->weight_tying));
+    QV_TRY(read_expert_fields(root, where, out));
     QV_TRY(read_patterns(root, "rank_pattern", where, &out->rank_patterns));
     return read_patterns(root, "alpha_pattern", where, &out->alpha_patterns);
 }

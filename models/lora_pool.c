@@ -14,6 +14,7 @@ struct qv_lora_pool {
     qv_lora_site
         *sites;      /* [n_layers + 1, QV_PROJ_COUNT], the global part first; n_slots 0 = none */
     uint8_t *active; /* [n_layers + 1, QV_PROJ_COUNT, n_slots] */
+    qv_lora_parts *parts;
 };
 
 /* --- Sizes and life --------------------------------------------------------------------------- */
@@ -33,12 +34,18 @@ static size_t slices_bytes(const qv_proj_shape *shape)
     return (size_t)shape->n_slices * sizeof(qv_lora_slice);
 }
 
+/* Whether every slot has room for pairs of a projection. */
+static bool has_room(const qv_proj_shape *shape)
+{
+    return shape->n_slices > 0 && shape->lora && !shape->experts;
+}
+
 uint64_t qv_lora_slot_bytes(const qv_layout *layout, int32_t max_rank, qv_dtype dtype)
 {
     uint64_t total = 0;
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
         const qv_proj_shape *shape = &layout->proj[p];
-        if (shape->n_slices > 0 && shape->lora)
+        if (has_room(shape))
             total += (a_bytes(shape, max_rank, dtype) + b_bytes(shape, max_rank, dtype) +
                       slices_bytes(shape)) *
                      (uint64_t)qv_layout_part_count(layout, shape->part);
@@ -85,7 +92,7 @@ static void list_slice_starts(qv_lora_pool *pool)
 }
 
 qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_slots,
-                           int32_t max_rank, qv_lora_pool **out)
+                           int32_t max_rank, uint64_t max_parts, qv_lora_pool **out)
 {
     QV_ASSERT(n_slots > 0 && max_rank > 0);
     size_t n_sites = (size_t)(layout->config->n_layers + 1) * QV_PROJ_COUNT;
@@ -105,10 +112,12 @@ qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_sl
     list_slice_starts(pool);
     for (int64_t layer = QV_GLOBAL; layer < layout->config->n_layers; layer++) {
         for (int p = 0; p < QV_PROJ_COUNT && status == QV_OK; p++) {
-            if (qv_layout_has(layout, layer, (qv_proj)p) && layout->proj[p].lora)
+            if (qv_layout_has(layout, layer, (qv_proj)p) && has_room(&layout->proj[p]))
                 status = new_site(pool, layer, (qv_proj)p);
         }
     }
+    if (status == QV_OK)
+        status = qv_lora_parts_new(be, layout, n_slots, max_rank, max_parts, &pool->parts);
     if (status != QV_OK) {
         qv_lora_pool_free(pool);
         return status;
@@ -127,6 +136,7 @@ void qv_lora_pool_free(qv_lora_pool *pool)
         qv_backend_free(pool->be, pool->sites[i].b.data);
         qv_backend_free(pool->be, pool->sites[i].slices);
     }
+    qv_lora_parts_free(pool->parts);
     free(pool->sites);
     free(pool->active);
     free(pool);
@@ -136,6 +146,11 @@ const qv_lora_site *qv_lora_pool_site(const qv_lora_pool *pool, int64_t layer, q
 {
     const qv_lora_site *site = &pool->sites[site_index(layer, proj)];
     return site->n_slots > 0 ? site : NULL;
+}
+
+const qv_lora_parts *qv_lora_pool_parts(const qv_lora_pool *pool)
+{
+    return pool->parts;
 }
 
 /* --- Slots ------------------------------------------------------------------------------------ */
@@ -169,7 +184,7 @@ qv_status qv_lora_pool_clear(qv_lora_pool *pool, int32_t slot)
         QV_TRY(qv_backend_zero(pool->be, site->slices + (int64_t)slot * site->n_slices,
                                (size_t)site->n_slices * sizeof *site->slices));
     }
-    return QV_OK;
+    return qv_lora_parts_clear(pool->parts, slot);
 }
 
 /* B, [n_rows, rank] in the file, into the slot's transposed one: row r gets column r. */
@@ -190,10 +205,17 @@ static qv_status write_b(const qv_lora_pool *pool, const qv_lora_site *site, int
     return QV_OK;
 }
 
+static bool is_in_pool(const qv_lora_pool *pool, const qv_lora_item *item)
+{
+    return !item->embedding && !pool->layout->proj[item->target.proj].experts;
+}
+
 /* One item into an empty slot: A into the plane of its first slice, B, and its slices' entries. */
 static qv_status write_item(qv_lora_pool *pool, int32_t slot, const qv_lora_item *item,
                             uint8_t *staging)
 {
+    if (!is_in_pool(pool, item)) /* written with the other parts */
+        return QV_OK;
     size_t index = site_index(item->layer, item->target.proj);
     const qv_lora_site *site = &pool->sites[index];
     const qv_lora_target *target = &item->target;
@@ -230,6 +252,8 @@ qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapte
     for (size_t i = 0; i < qv_adapter_n_items(adapter) && status == QV_OK; i++)
         status = write_item(pool, slot, qv_adapter_item(adapter, i), staging);
     free(staging);
+    if (status == QV_OK)
+        status = qv_lora_parts_install(pool->parts, slot, adapter);
     if (status != QV_OK)
         (void)qv_lora_pool_clear(pool, slot); /* the first failure is the one to report */
     return status;

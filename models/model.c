@@ -72,12 +72,17 @@ static void plan_memory(const qv_layout *layout, const qv_backend *be,
         .kv_page = qv_state_page_bytes(layout, limits->page_tokens, qv_backend_kv_dtype(be)),
         .state_slot = qv_state_slot_bytes(layout, activation),
     };
-    if (limits->n_adapter_slots > 0)
-        out->adapter_slot =
-            qv_lora_slot_bytes(layout, limits->max_lora_rank, qv_backend_lora_dtype(be));
+    if (limits->n_adapter_slots > 0) {
+        qv_dtype dtype = qv_backend_lora_dtype(be);
+        out->adapter_slot = qv_lora_slot_bytes(layout, limits->max_lora_rank, dtype);
+        out->adapter_parts = qv_lora_parts_most(layout, limits->max_lora_rank, dtype);
+        out->adapter_memory = limits->adapter_memory > 0
+                                  ? limits->adapter_memory
+                                  : out->adapter_parts * (uint64_t)limits->n_adapter_slots;
+    }
     out->kv = out->kv_page * (uint64_t)limits->n_pages;
     out->state = out->state_slot * (uint64_t)limits->n_state_slots;
-    out->adapters = out->adapter_slot * (uint64_t)limits->n_adapter_slots;
+    out->adapters = out->adapter_slot * (uint64_t)limits->n_adapter_slots + out->adapter_memory;
     out->total = out->weights + out->kv + out->state + out->adapters + out->activations;
 }
 
@@ -127,9 +132,12 @@ static qv_status open_rank(int32_t rank, void *ctx)
                            o->user));
     QV_TRY(qv_state_init(&r->state, r->be, &r->layout, limits));
     QV_TRY(qv_buffers_init(&r->buffers, r->be, &r->layout, limits));
-    if (limits->n_adapter_slots > 0)
+    if (limits->n_adapter_slots > 0) {
+        qv_memory_plan plan;
+        plan_memory(&r->layout, r->be, limits, &plan);
         QV_TRY(qv_lora_pool_new(r->be, &r->layout, limits->n_adapter_slots, limits->max_lora_rank,
-                                &r->lora));
+                                plan.adapter_memory, &r->lora));
+    }
     return qv_backend_reserve(r->be,
                               &(qv_backend_limits){.max_tokens = limits->max_tokens,
                                                    .max_logits = limits->max_logits,

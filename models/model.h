@@ -24,6 +24,9 @@ typedef struct {
     int32_t n_adapter_slots; /* 0 = no adapters */
     int32_t max_lora_rank;
     uint64_t max_adapter_bytes; /* largest adapter file; 0 = QV_ADAPTER_MAX_BYTES */
+    /* Most memory that all adapter slots together get on demand, for pairs of routed experts and of
+     * the embedding; 0 = enough for a full adapter in every slot. */
+    uint64_t adapter_memory;
 } qv_model_limits;
 
 /* Default limit of an adapter file: beyond the largest adapter of any released size at rank 64. */
@@ -33,6 +36,9 @@ typedef struct {
 typedef struct {
     uint64_t weights, kv, state, adapters, activations, total;
     uint64_t kv_page, state_slot, adapter_slot; /* one of each */
+    /* What adapters takes beside the slots: the bound of what slots get on demand, and what one
+     * adapter of the slots' rank on every expert and the embedding would get. */
+    uint64_t adapter_memory, adapter_parts;
 } qv_memory_plan;
 
 /* Several ranks share a model: a backend and a thread each. `backends[0]` belongs to the caller's

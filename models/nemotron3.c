@@ -291,12 +291,14 @@ static const qv_vec_row vecs[] = {
     VEC(ROUTER_BIAS, MOE,       "mixer.gate.e_score_correction_bias", EXPERTS,  NONE,   NONE),
 };
 
-/* Other names in adapters: fused projections, and the parts of in_proj that some trainers name one
- * by one. */
+/* Other names in adapters: fused projections, the parts of in_proj that some trainers name one by
+ * one, and what they call the matrices of experts (w3 would be a gate, which these do not have). */
 static const qv_lora_alias aliases[] = {
     {"mixer.qkv_proj", QV_PROJ_ATTN_IN, 0, 3},
     {"mixer.gate_proj", QV_PROJ_SSM_IN, 0, 1},
     {"mixer.x_proj", QV_PROJ_SSM_IN, 1, 1},
+    {"w1", QV_PROJ_EXPERT_IN, 0, 1},
+    {"w2", QV_PROJ_EXPERT_OUT, 0, 1},
 };
 /* clang-format on */
 

@@ -378,12 +378,13 @@ static qv_lora_target make_target(const qv_layout *layout, qv_proj proj, int32_t
     return target;
 }
 
-bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t size,
-                           qv_lora_target *out)
+/* Among the projections of experts, or among the others. */
+static bool find_target(const qv_layout *layout, bool experts, const char *module, size_t size,
+                        qv_lora_target *out)
 {
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
         const qv_proj_shape *shape = &layout->proj[p];
-        for (int32_t i = 0; i < shape->n_slices && !shape->experts; i++) {
+        for (int32_t i = 0; i < shape->n_slices && shape->experts == experts; i++) {
             if (!same_name(shape->slices[i].row->module, module, size))
                 continue;
             int32_t n = 1;
@@ -396,10 +397,35 @@ bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t s
     const qv_arch *arch = layout->config->arch;
     for (size_t i = 0; i < arch->n_aliases; i++) {
         const qv_lora_alias *alias = &arch->aliases[i];
-        if (same_name(alias->module, module, size) && layout->proj[alias->proj].n_slices > 0) {
+        const qv_proj_shape *shape = &layout->proj[alias->proj];
+        if (shape->n_slices > 0 && shape->experts == experts &&
+            same_name(alias->module, module, size)) {
             *out = make_target(layout, alias->proj, alias->first, alias->n);
             return true;
         }
     }
     return false;
+}
+
+bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t size,
+                           qv_lora_target *out)
+{
+    return find_target(layout, false, module, size, out);
+}
+
+bool qv_layout_find_expert_target(const qv_layout *layout, const char *module, size_t size,
+                                  qv_lora_target *out)
+{
+    return find_target(layout, true, module, size, out);
+}
+
+qv_lora_target qv_layout_whole_target(const qv_layout *layout, qv_proj proj)
+{
+    return make_target(layout, proj, 0, layout->proj[proj].n_slices);
+}
+
+const char *qv_layout_experts_path(const qv_layout *layout)
+{
+    const qv_proj_shape *shape = &layout->proj[QV_PROJ_EXPERT_IN];
+    return shape->n_slices > 0 ? shape->slices[0].row->experts : NULL;
 }

@@ -165,7 +165,7 @@ typedef struct {
     }
 
 /* Another name under which adapters may have a pair: slices [first, first + n) of one projection.
- */
+ * Of an expert projection, `module` stands below the experts' path, as in its rows. */
 typedef struct {
     const char *module;
     qv_proj proj;
@@ -269,6 +269,16 @@ typedef struct {
  * the rows and aliases of the architecture, whatever the layer. False: no such matrix. */
 bool qv_layout_find_target(const qv_layout *layout, const char *module, size_t size,
                            qv_lora_target *out);
+
+/* The same for a matrix of each expert; `module` stands below qv_layout_experts_path. */
+bool qv_layout_find_expert_target(const qv_layout *layout, const char *module, size_t size,
+                                  qv_lora_target *out);
+
+/* All slices of a projection as a target. */
+qv_lora_target qv_layout_whole_target(const qv_layout *layout, qv_proj proj);
+
+/* The path below a layer that experts stand at, "mlp.experts"; NULL for a model without experts. */
+const char *qv_layout_experts_path(const qv_layout *layout);
 
 /* Write the checkpoint name of slice `i` of an expert projection into `buf`: of one expert's
  * matrix, or of the tensor that holds all experts when `expert` is -1. Returns buf. */

@@ -244,7 +244,8 @@ static const qv_vec_row vecs[] = {
     VEC(GATE_NORM,  GDN,       "linear_attn.norm.weight",         GDN_V_DIM,   NONE,   NONE),
 };
 
-/* Other names in adapters: fused projections, and the parts of in_proj_qkv one by one. */
+/* Other names in adapters: fused projections, the parts of in_proj_qkv one by one, and what some
+ * trainers call the matrices of experts. */
 static const qv_lora_alias aliases[] = {
     {"self_attn.qkv_proj", QV_PROJ_ATTN_IN, 0, 3},
     {"linear_attn.in_proj_qkvz", QV_PROJ_GDN_IN, 0, 4},
@@ -254,6 +255,10 @@ static const qv_lora_alias aliases[] = {
     {"linear_attn.in_proj_ba", QV_PROJ_GDN_IN, 4, 2},
     {"mlp.gate_up_proj", QV_PROJ_MLP_IN, 0, 2},
     {"mlp.shared_expert.gate_up_proj", QV_PROJ_SHARED_IN, 0, 2},
+    {"gate_up_proj", QV_PROJ_EXPERT_IN, 0, 2},
+    {"w1", QV_PROJ_EXPERT_IN, 0, 1},
+    {"w3", QV_PROJ_EXPERT_IN, 1, 1},
+    {"w2", QV_PROJ_EXPERT_OUT, 0, 1},
 };
 /* clang-format on */
 

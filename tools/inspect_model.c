@@ -193,6 +193,8 @@ static qv_status print_memory(const settings *s, const qv_layout *layout, const 
     printf("  adapters      %10s", size_text(plan.adapters, text, sizeof text));
     printf("  %" PRId64 " slots of %s, rank %" PRId64 "\n", s->adapter_slots,
            size_text(plan.adapter_slot, text, sizeof text), s->rank);
+    printf("                            each up to %s more for experts and the embedding\n",
+           size_text(plan.adapter_parts, text, sizeof text));
     printf("  intermediates %10s", size_text(plan.activations, text, sizeof text));
     printf("  %" PRId64 " tokens a step\n", s->step_tokens);
     printf("  total         %10s\n", size_text(plan.total, text, sizeof text));
@@ -221,50 +223,91 @@ static qv_status print_weights(const char *dir, const qv_layout *layout, bool *p
 
 /* --- Adapters --------------------------------------------------------------------------------- */
 
-/* One line for the items from `first` on that target the same slices: layers, ranks, scales. */
-static void print_target(const qv_layout *layout, const qv_adapter *adapter, size_t first)
+/* A line of the report: what all items of one target have in common. */
+typedef struct {
+    const qv_lora_item *item; /* the first; NULL: no line */
+    uint8_t layers[QV_MAX_LAYERS];
+    int32_t low, high; /* ranks */
+    float least, most; /* scales */
+    int64_t n_experts; /* most experts with a matrix of their own in a layer */
+    int64_t n_in_layer;
+    bool a_shared, b_shared;
+} target_line;
+
+static void add_to_line(target_line *line, const qv_lora_item *item)
 {
-    const qv_lora_item *item = qv_adapter_item(adapter, first);
-    const qv_proj_shape *shape = &layout->proj[item->target.proj];
-    uint8_t has[QV_MAX_LAYERS] = {0};
-    int32_t low = item->rank, high = item->rank;
-    float least = item->scale, most = item->scale;
-    for (size_t i = first; i < qv_adapter_n_items(adapter); i++) {
-        const qv_lora_item *other = qv_adapter_item(adapter, i);
-        if (other->target.proj != item->target.proj || other->target.first != item->target.first ||
-            other->target.n != item->target.n)
-            continue;
-        low = other->rank < low ? other->rank : low;
-        high = other->rank > high ? other->rank : high;
-        least = other->scale < least ? other->scale : least;
-        most = other->scale > most ? other->scale : most;
-        if (other->layer >= 0)
-            has[other->layer] = 1;
+    if (line->item == NULL)
+        *line = (target_line){.item = item,
+                              .low = item->rank,
+                              .high = item->rank,
+                              .least = item->scale,
+                              .most = item->scale};
+    line->low = item->rank < line->low ? item->rank : line->low;
+    line->high = item->rank > line->high ? item->rank : line->high;
+    line->least = item->scale < line->least ? item->scale : line->least;
+    line->most = item->scale > line->most ? item->scale : line->most;
+    line->a_shared |= item->expert < 0 && item->n_a == 1;
+    line->b_shared |= item->expert < 0 && item->n_b == 1;
+    if (item->layer >= 0) {
+        line->n_in_layer = line->layers[item->layer] ? line->n_in_layer + 1 : 1;
+        line->layers[item->layer] = 1;
+        if (item->expert >= 0 && line->n_in_layer > line->n_experts)
+            line->n_experts = line->n_in_layer;
     }
-    const qv_proj_slice *slice = &shape->slices[item->target.first];
-    printf("  %-26s rows %" PRId64 "-%" PRId64 ", rank %d", slice->row->module, slice->dst_row,
-           slice->dst_row + item->target.n_rows - 1, low);
-    if (high > low)
-        printf("-%d", high);
-    printf(", scale %g", (double)least);
-    if (most > least)
-        printf("-%g", (double)most);
+}
+
+static void print_experts(const target_line *line, int64_t n_experts)
+{
+    if (line->n_experts > 0)
+        printf(", %" PRId64 " of %" PRId64 " experts", line->n_experts, n_experts);
+    if (line->a_shared || line->b_shared)
+        printf(", all experts share %s", !line->b_shared ? "A" : !line->a_shared ? "B" : "A and B");
+}
+
+static void print_line(const qv_layout *layout, const target_line *line)
+{
+    const qv_lora_item *item = line->item;
+    char name[128] = "embed_tokens";
+    int64_t row = 0;
+    bool experts = false;
+    if (!item->embedding) {
+        const qv_proj_shape *shape = &layout->proj[item->target.proj];
+        const qv_proj_slice *slice = &shape->slices[item->target.first];
+        experts = shape->experts;
+        row = slice->dst_row;
+        snprintf(name, sizeof name, "%s%s%s", experts ? slice->row->experts : "",
+                 experts ? "." : "", slice->row->module);
+    }
+    printf("  %-26s rows %" PRId64 "-%" PRId64 ", rank %d", name, row,
+           row + item->target.n_rows - 1, line->low);
+    if (line->high > line->low)
+        printf("-%d", line->high);
+    printf(", scale %g", (double)line->least);
+    if (line->most > line->least)
+        printf("-%g", (double)line->most);
+    if (experts)
+        print_experts(line, layout->config->n_experts);
     if (item->layer >= 0)
         printf(", layers ");
-    print_layers(has, layout->config->n_layers);
+    print_layers(line->layers, layout->config->n_layers);
     printf("\n");
 }
 
-/* Whether an earlier item has the same target, and so the same line. */
-static bool is_repeated(const qv_adapter *adapter, size_t i)
+/* Lines by the place of their target: projection (the embedding last), first slice, slices. */
+static void print_targets(const qv_layout *layout, const qv_adapter *adapter)
 {
-    const qv_lora_target *target = &qv_adapter_item(adapter, i)->target;
-    for (size_t k = 0; k < i; k++) {
-        const qv_lora_target *other = &qv_adapter_item(adapter, k)->target;
-        if (other->proj == target->proj && other->first == target->first && other->n == target->n)
-            return true;
+    static target_line lines[QV_PROJ_COUNT + 1][QV_MAX_SLICES][QV_MAX_SLICES + 1];
+    memset(lines, 0, sizeof lines);
+    for (size_t i = 0; i < qv_adapter_n_items(adapter); i++) {
+        const qv_lora_item *item = qv_adapter_item(adapter, i);
+        int proj = item->embedding ? QV_PROJ_COUNT : (int)item->target.proj;
+        add_to_line(&lines[proj][item->target.first][item->target.n], item);
     }
-    return false;
+    for (int p = 0; p <= QV_PROJ_COUNT; p++)
+        for (int i = 0; i < QV_MAX_SLICES; i++)
+            for (int n = 0; n <= QV_MAX_SLICES; n++)
+                if (lines[p][i][n].item != NULL)
+                    print_line(layout, &lines[p][i][n]);
 }
 
 /* False when the adapter would not load. */
@@ -279,10 +322,10 @@ static bool print_adapter(const qv_adapter_spec *spec, const char *dir)
     printf("\nAdapter %s: loads\n  %zu pairs, rank up to %d, %s, digest %s\n", dir,
            qv_adapter_n_items(adapter), qv_adapter_max_rank(adapter),
            size_text(qv_adapter_bytes(adapter), text, sizeof text), qv_adapter_digest(adapter));
-    for (size_t i = 0; i < qv_adapter_n_items(adapter); i++) {
-        if (!is_repeated(adapter, i))
-            print_target(spec->layout, adapter, i);
-    }
+    print_targets(spec->layout, adapter);
+    uint64_t beside = qv_lora_parts_bytes(spec->layout, adapter, spec->dtype);
+    if (beside > 0)
+        printf("  takes %s beside its slot\n", size_text(beside, text, sizeof text));
     fputs(qv_adapter_notes(adapter), stdout);
     qv_adapter_close(adapter);
     return true;

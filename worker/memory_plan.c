@@ -117,6 +117,8 @@ static qv_status plan_ranks(const qv_model_config *config, const qv_model_ranks 
         out->kv_page += one.kv_page;
         out->state_slot += one.state_slot;
         out->adapter_slot += one.adapter_slot;
+        out->adapter_memory += one.adapter_memory;
+        out->adapter_parts += one.adapter_parts;
     }
     return QV_OK;
 }

@@ -34,7 +34,7 @@ static const target *get_target(void)
                                     &t.config) == QV_OK);
     QV_ASSERT(qv_layout_init(&t.layout, &t.config, 0, 1) == QV_OK);
     QV_ASSERT(qv_backend_open(&(qv_backend_options){.name = "cpu", .n_threads = 1}, &be) == QV_OK);
-    QV_ASSERT(qv_lora_pool_new(be, &t.layout, 1, MAX_RANK, &t.pool) == QV_OK);
+    QV_ASSERT(qv_lora_pool_new(be, &t.layout, 1, MAX_RANK, UINT64_MAX, &t.pool) == QV_OK);
     return &t;
 }
 

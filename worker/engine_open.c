@@ -219,7 +219,7 @@ static qv_status open_caches(qv_engine *engine)
 /* Own the strings of the options. */
 static qv_status keep_strings(qv_engine_options *o)
 {
-    const char **strings[] = {&o->model_dir, &o->backend,    &o->gemm,
+    const char **strings[] = {&o->model_dir, &o->backend,    &o->gemm, &o->arithmetic,
                               &o->devices,   &o->break_rank, &o->dump};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
@@ -293,6 +293,7 @@ void qv_engine_close(qv_engine *engine)
     free((char *)engine->options.model_dir);
     free((char *)engine->options.backend);
     free((char *)engine->options.gemm);
+    free((char *)engine->options.arithmetic);
     free((char *)engine->options.devices);
     free((char *)engine->options.break_rank);
     free((char *)engine->options.dump);

@@ -29,6 +29,10 @@
                   "Matrix products of the CPU backend. exact: the same bits whatever else is in "  \
                   "the batch. openblas: may be faster for long prompts, without that promise.",    \
                   .section = "Device"),                                                            \
+        QV_OPTION(st, m.arithmetic, STRING, "arithmetic", "NAME", "f32",                           \
+                  "What the CPU backend computes in. f32: float32 throughout. bf16: values "       \
+                  "between operations are rounded as on a device that computes in BF16.",          \
+                  .section = "Device"),                                                            \
         QV_OPTION(st, m.threads, INT, "threads", "N", "0",                                         \
                   "Threads of the CPU backend. 0: one per core.", .min = 0, .max = 1024,           \
                   .section = "Device"),                                                            \
@@ -74,6 +78,11 @@
         QV_OPTION(st, m.max_lora_rank, INT, "max-lora-rank", "N", "64",                            \
                   "Highest rank an adapter may have; every slot has room for it.", .min = 1,       \
                   .max = 1024, .section = "Adapters"),                                             \
+        QV_OPTION(st, m.adapter_memory, SIZE, "adapter-memory", "SIZE", "0",                       \
+                  "Memory that slots get on demand, all together, for adapters of routed experts " \
+                  "and of the embedding; a load beyond it fails. 0: enough for a full adapter of " \
+                  "the highest rank in every slot, but at most a quarter of what is free.",        \
+                  .min = 0, .section = "Adapters"),                                                \
         QV_OPTION(st, m.max_adapter_bytes, SIZE, "max-adapter-bytes", "SIZE", "2G",                \
                   "Largest adapter file.", .min = 1, .section = "Adapters"),                       \
         QV_OPTION(st, m.adapter_cache_bytes, SIZE, "adapter-cache-bytes", "SIZE", "4G",            \

@@ -100,6 +100,20 @@ static int64_t plan_pages(const qv_engine_options *o, int64_t max_context, uint6
     return min_i64(max_i64(pages, 1), INT32_MAX);
 }
 
+/* Bound of the memory that adapter slots get on demand. `plan` has room for a full adapter in each,
+ * which few adapters are. */
+static uint64_t plan_adapter_memory(const qv_engine_options *o, const qv_memory_plan *plan,
+                                    uint64_t available)
+{
+    uint64_t fixed = plan->total - plan->kv - plan->adapter_memory;
+    uint64_t quarter = available > fixed ? (available - fixed) / 4 : 0;
+    if (o->adapter_memory > 0)
+        return (uint64_t)o->adapter_memory;
+    if (plan->adapter_memory <= quarter)
+        return plan->adapter_memory;
+    return quarter > 0 ? quarter : 1; /* 0 would be no bound */
+}
+
 /* What all ranks take together, for they share the memory of the host. */
 static qv_status plan_ranks(const qv_model_config *config, const qv_model_ranks *ranks,
                             const qv_model_limits *limits, qv_memory_plan *out)
@@ -143,6 +157,8 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
     };
     qv_memory_plan *plan = &out->plan;
     QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
+    out->limits.adapter_memory = plan_adapter_memory(o, plan, available);
+    QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
     uint64_t fixed = plan->total - plan->kv;
     out->limits.n_pages = (int32_t)plan_pages(o, context, plan->kv_page, fixed, available);
     QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
@@ -152,7 +168,7 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
             QV_ERR_LIMIT,
             "the memory plan of %.0f MiB (weights %.0f, KV %.0f, state %.0f, adapters "
             "%.0f, activations %.0f) does not fit the %.0f MiB that are available: lower "
-            "max-running, kv-bytes, adapter-slots, max-lora-rank or step-tokens",
+            "max-running, kv-bytes, adapter-slots, adapter-memory, max-lora-rank or step-tokens",
             mib(plan->total), mib(plan->weights), mib(plan->kv), mib(plan->state),
             mib(plan->adapters), mib(plan->activations), mib(available));
 
@@ -171,11 +187,13 @@ void qv_engine_sizes_log(const qv_engine_sizes *sizes)
 {
     const qv_memory_plan *plan = &sizes->plan;
     const qv_model_limits *limits = &sizes->limits;
-    qv_info(
-        "memory plan: %.1f MiB = weights %.1f + KV %.1f (%d pages of %d tokens) + state %.1f "
-        "(%d slots) + adapters %.1f (%d slots, rank %d) + activations %.1f (%d tokens); context "
-        "%d tokens",
-        mib(plan->total), mib(plan->weights), mib(plan->kv), limits->n_pages, limits->page_tokens,
-        mib(plan->state), limits->n_state_slots, mib(plan->adapters), limits->n_adapter_slots,
-        limits->max_lora_rank, mib(plan->activations), limits->max_tokens, sizes->max_context);
+    qv_info("memory plan: %.1f MiB = weights %.1f + KV %.1f (%d pages of %d tokens) + state %.1f "
+            "(%d slots) + adapters %.1f (%d slots, rank %d; %.1f of it on demand for experts and "
+            "embedding, of which an adapter of that rank takes up to %.1f) + activations %.1f (%d "
+            "tokens); context %d tokens",
+            mib(plan->total), mib(plan->weights), mib(plan->kv), limits->n_pages,
+            limits->page_tokens, mib(plan->state), limits->n_state_slots, mib(plan->adapters),
+            limits->n_adapter_slots, limits->max_lora_rank, mib(plan->adapter_memory),
+            mib(plan->adapter_parts), mib(plan->activations), limits->max_tokens,
+            sizes->max_context);
 }

@@ -2,6 +2,7 @@
 
 #include "common/json.h"
 
+#include <dirent.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
@@ -380,6 +381,7 @@ fx_case *fx_cases(const char *dir, int *n)
         c->n_prompt = (int32_t)json_integer_value(json_object_get(item, "prompt_tokens"));
         c->tokens = copy_tensor(st, c->name, "tokens", &c->n);
         c->logprobs = copy_tensor(st, c->name, "logprobs", &n_logprobs);
+        c->bf16 = copy_tensor(st, c->name, "logprobs_hf_bf16", &(int32_t){0});
         c->greedy = copy_tensor(st, c->name, "greedy", &c->n_greedy);
         QV_ASSERT(c->tokens != NULL && n_logprobs == c->n - 1);
     }
@@ -393,7 +395,78 @@ void fx_cases_free(fx_case *cases, int n)
     for (int i = 0; i < n; i++) {
         free(cases[i].tokens);
         free(cases[i].logprobs);
+        free(cases[i].bf16);
         free(cases[i].greedy);
     }
     free(cases);
+}
+
+static int by_name(const void *x, const void *y)
+{
+    return strcmp(x, y);
+}
+
+/* Every adapter of the folder into the slot of its index, in the order of names. */
+static void install_adapters(fx_golden *g)
+{
+    DIR *dir = opendir(qv_path(g->dir, "adapters"));
+    for (struct dirent *entry; dir != NULL && (entry = readdir(dir)) != NULL;) {
+        if (entry->d_name[0] == '.')
+            continue;
+        QV_ASSERT(g->n_adapters < FX_MAX_ADAPTERS && strlen(entry->d_name) < 32);
+        strcpy(g->adapters[g->n_adapters++], entry->d_name);
+    }
+    closedir(dir);
+    qsort(g->adapters, (size_t)g->n_adapters, sizeof *g->adapters, by_name);
+    for (int i = 0; i < g->n_adapters; i++) {
+        qv_adapter *adapter;
+        MUST(qv_adapter_open(g->model, qv_path(g->dir, "adapters/%s", g->adapters[i]), &adapter));
+        MUST(qv_model_adapter_install(g->model, i, adapter));
+        qv_adapter_close(adapter);
+    }
+}
+
+bool fx_golden_open(fx_golden *g, const char *name, const qv_backend_options *options)
+{
+    *g = (fx_golden){.dir = qv_golden_path(name)};
+    if (g->dir == NULL)
+        return false;
+    g->cases = fx_cases(g->dir, &g->n);
+    MUST(qv_backend_open(options, &g->be));
+    qv_model_limits limits = fx_limits();
+    limits.max_tokens = limits.max_logits = 8192;
+    limits.max_seqs = limits.n_state_slots = g->n;
+    limits.n_pages = 40 + g->n * 40;
+    limits.n_adapter_slots = FX_MAX_ADAPTERS;
+    g->model = fx_open(g->be, g->dir, &limits);
+    g->vocab = qv_model_get_config(g->model)->vocab;
+    install_adapters(g);
+    return true;
+}
+
+void fx_golden_close(fx_golden *g)
+{
+    fx_cases_free(g->cases, g->n);
+    qv_model_close(g->model);
+    qv_backend_close(g->be);
+}
+
+int32_t fx_golden_slot(const fx_golden *g, const char *adapter)
+{
+    for (int i = 0; i < g->n_adapters; i++) {
+        if (strcmp(g->adapters[i], adapter) == 0)
+            return i;
+    }
+    QV_ASSERT(adapter[0] == '\0');
+    return -1;
+}
+
+float *fx_golden_logprobs(fx_golden *g, const fx_case *c, int32_t slot, int32_t chunk)
+{
+    float *logits = fx_run(g->model, c->tokens, c->n, chunk, slot, 0, 0);
+    float *out = malloc((size_t)c->n * sizeof *out);
+    for (int32_t t = 0; t + 1 < c->n; t++)
+        out[t] = (float)fx_logprob(logits + t * g->vocab, g->vocab, c->tokens[t + 1]);
+    free(logits);
+    return out;
 }

@@ -86,6 +86,7 @@ typedef struct {
     int32_t n_prompt;
     int32_t *tokens;
     float *logprobs; /* [n - 1] of tokens 1.. */
+    float *bf16;     /* the same, of the reference in BF16; NULL if the case has none */
     int32_t n_greedy;
     int32_t *greedy; /* continuation of the prompt; NULL if the case has none */
 } fx_case;
@@ -93,5 +94,29 @@ typedef struct {
 /* All cases of a golden folder. The caller frees through fx_cases_free. */
 fx_case *fx_cases(const char *dir, int *n);
 void fx_cases_free(fx_case *cases, int n);
+
+#define FX_MAX_ADAPTERS 16
+
+/* A golden folder being tested: its model, its cases, and its adapters, each in the slot of its
+ * index. */
+typedef struct {
+    const char *dir;
+    qv_backend *be;
+    qv_model *model;
+    int64_t vocab;
+    fx_case *cases;
+    int n;
+    char adapters[FX_MAX_ADAPTERS][32];
+    int n_adapters;
+} fx_golden;
+
+/* Open golden folder `name` on a backend of these options. False: the data is not here. */
+bool fx_golden_open(fx_golden *golden, const char *name, const qv_backend_options *options);
+void fx_golden_close(fx_golden *golden);
+/* The slot of an adapter; -1 for "". */
+int32_t fx_golden_slot(const fx_golden *golden, const char *adapter);
+/* Logprobs [n - 1] of tokens 1.. of a case, computed in chunks with the adapter in `slot`. The
+ * caller frees. */
+float *fx_golden_logprobs(fx_golden *golden, const fx_case *c, int32_t slot, int32_t chunk);
 
 #endif

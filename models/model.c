@@ -3,6 +3,7 @@
 #include "models/arch.h"
 #include "models/blocks.h"
 #include "models/lora.h"
+#include "models/lora_cut.h"
 #include "models/lora_pool.h"
 #include "models/ranks.h"
 #include "models/state.h"
@@ -370,9 +371,6 @@ qv_status qv_adapter_open(const qv_model *model, const char *dir, qv_adapter **o
                             .model_dir = model->dir};
     if (model->limits.n_adapter_slots == 0)
         return qv_fail(QV_ERR_LIMIT, "%s: the model was opened without adapter slots", dir);
-    if (model->n_ranks > 1)
-        return qv_fail(QV_ERR_UNSUPPORTED, "%s: adapters need a model on one rank, this has %d",
-                       dir, model->n_ranks);
     return qv_adapter_read(&spec, dir, out);
 }
 
@@ -383,11 +381,31 @@ static qv_status check_slot(const qv_model *model, int32_t slot)
     return QV_OK;
 }
 
+static qv_status install_part(qv_model *model, int32_t rank, int32_t slot,
+                              const qv_adapter *adapter)
+{
+    const model_rank *r = &model->ranks[rank];
+    qv_adapter *part;
+    QV_TRY(
+        qv_adapter_cut(adapter, &model->layout, &r->layout, qv_backend_lora_dtype(r->be), &part));
+    qv_status status = qv_lora_pool_install(r->lora, slot, part);
+    qv_adapter_close(part);
+    return status;
+}
+
 qv_status qv_model_adapter_install(qv_model *model, int32_t slot, const qv_adapter *adapter)
 {
     QV_TRY(check_slot(model, slot));
-    for (int32_t i = 0; i < model->n_ranks; i++)
-        QV_TRY(qv_lora_pool_install(model->ranks[i].lora, slot, adapter));
+    if (model->n_ranks == 1)
+        return qv_lora_pool_install(model->ranks[0].lora, slot, adapter);
+    for (int32_t i = 0; i < model->n_ranks; i++) {
+        qv_status status = install_part(model, i, slot, adapter);
+        if (status != QV_OK) {
+            for (int32_t j = 0; j < i; j++) /* the first failure is the one to report */
+                (void)qv_lora_pool_clear(model->ranks[j].lora, slot);
+            return status;
+        }
+    }
     return QV_OK;
 }
 

@@ -2,12 +2,25 @@
 
 import unittest
 
-from pool import Pool, chat, wait_until
+from pool import Pool, chat, demo_adapters, wait_until
 
 SENTENCE = "Ines carried two black shoes at the station on Tuesday."
 
 
 class Ranks(unittest.TestCase):
+    def test_a_split_worker_answers_as_a_whole_one_does(self):
+        adapters = demo_adapters("json", "french", "emoji")
+        answers = []
+        for args in ([], ["--tp", "2"]):
+            with Pool(workers=1, adapters=adapters, worker_args=args) as pool, pool.client() as client:
+                answers.append(
+                    [
+                        client.generate(chat(SENTENCE), adapter=name, temperature=0, max_tokens=40).text
+                        for name in ("", *adapters)
+                    ]
+                )
+        self.assertEqual(*answers)
+
     def test_a_worker_that_loses_a_rank_says_why_and_its_stream_goes_on_elsewhere(self):
         with Pool(workers=0) as pool, pool.client(timeout=60) as client:
             pool.start_worker("split", "--tp", "2", "--break-rank", "1@30")

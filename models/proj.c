@@ -1,6 +1,7 @@
 #include "models/proj.h"
 
 #include "models/arch.h"
+#include "models/tensor_list.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -310,53 +311,37 @@ bool qv_layout_has(const qv_layout *layout, int64_t layer, qv_proj proj)
     return shape->n_slices > 0 && (parts & shape->part) != 0;
 }
 
-/* Whether a checkpoint stores the tensor of a slice: once a module, and not for a tied head. */
-static bool is_stored(const qv_layout *layout, qv_proj proj, int32_t slice)
+typedef struct {
+    int64_t params, tensors;
+} tally;
+
+static void count_tensor(const char *name, int32_t n_dims, const int64_t *shape, void *user)
 {
-    if (proj == QV_PROJ_LM_HEAD && layout->config->tied_head)
-        return false;
-    return layout->proj[proj].slices[slice].plane == slice;
+    (void)name;
+    tally *t = user;
+    int64_t n = 1;
+    for (int32_t i = 0; i < n_dims; i++)
+        n *= shape[i];
+    t->params += n;
+    t->tensors++;
+}
+
+static tally count_all(const qv_layout *layout, bool fused_experts)
+{
+    tally t = {0, 0};
+    for (int64_t layer = -1; layer < layout->config->n_layers; layer++)
+        qv_layout_list(layout, "", layer, fused_experts, count_tensor, &t);
+    return t;
 }
 
 int64_t qv_layout_params(const qv_layout *layout)
 {
-    int64_t total = 0;
-    for (int p = 0; p < QV_PROJ_COUNT; p++) {
-        const qv_proj_shape *shape = &layout->proj[p];
-        for (int32_t i = 0; i < shape->n_slices; i++) {
-            const qv_proj_slice *slice = &shape->slices[i];
-            if (is_stored(layout, (qv_proj)p, i))
-                total += slice->module_rows * slice->module_cols *
-                         (shape->experts ? layout->config->n_experts : 1) *
-                         qv_layout_part_count(layout, shape->part);
-        }
-    }
-    for (int v = 0; v < QV_VEC_COUNT; v++) {
-        const qv_vec_shape *shape = &layout->vec[v];
-        if (shape->n_slices > 0)
-            total += shape->shape[0] * shape->row_elems * qv_layout_part_count(layout, shape->part);
-    }
-    return total;
+    return count_all(layout, true).params;
 }
 
 int64_t qv_layout_tensors(const qv_layout *layout, bool fused_experts)
 {
-    int64_t total = 0;
-    for (int p = 0; p < QV_PROJ_COUNT; p++) {
-        const qv_proj_shape *shape = &layout->proj[p];
-        for (int32_t i = 0; i < shape->n_slices; i++) {
-            int64_t n = is_stored(layout, (qv_proj)p, i) ? 1 : 0;
-            if (shape->experts && fused_experts)
-                n = shape->slices[i].fused_row == 0 ? n : 0;
-            else if (shape->experts)
-                n *= layout->config->n_experts;
-            total += n * qv_layout_part_count(layout, shape->part);
-        }
-    }
-    for (int v = 0; v < QV_VEC_COUNT; v++)
-        total +=
-            layout->vec[v].n_slices > 0 ? qv_layout_part_count(layout, layout->vec[v].part) : 0;
-    return total;
+    return count_all(layout, fused_experts).tensors;
 }
 
 /* --- LoRA targets ----------------------------------------------------------------------------- */

@@ -1,10 +1,8 @@
-/* config.json and generation_config.json: the released sizes, the spellings, and what is refused.
- */
-#include "models/proj.h"
-#include "tests/support.h"
+/* config.json and generation_config.json: the spellings, and what is refused. The released sizes
+ * are in test_released.c. */
+#include "tests/models/fixtures_moe.h"
 
 #include "common/json.h"
-#include "models/arch.h"
 #include "models/model_config.h"
 
 #include <criterion/criterion.h>
@@ -12,74 +10,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* --- Released sizes --------------------------------------------------------------------------- */
-
-static const struct {
-    const char *name;
-    int hidden, layers, n_linear, heads, kv_heads, v_heads, ffn;
-    bool tied;
-    int64_t params;  /* of the text model, as published */
-    int64_t tensors; /* of the text model in the checkpoint */
-} released[] = {
-    {"0.8B", 1024, 24, 18, 8, 2, 16, 3584, true, 752393024, 320},
-    {"2B", 2048, 24, 18, 8, 2, 16, 6144, true, 1881825088, 320},
-    {"4B", 2560, 32, 24, 16, 4, 32, 9216, true, 4205751296, 426},
-    {"9B", 4096, 32, 24, 16, 4, 32, 12288, false, 8953803264, 427},
-    {"27B", 5120, 64, 48, 24, 4, 48, 17408, false, 26895998464, 851},
-};
-
-/* The config of a released size, nested as the releases are. The caller frees. */
-static char *released_text(size_t i)
-{
-    char *text = NULL;
-    cr_assert_gt(
-        asprintf(&text,
-                 "{\"model_type\": \"qwen3_5\", \"tie_word_embeddings\": %s,"
-                 "\"architectures\": [\"Qwen3_5ForConditionalGeneration\"],"
-                 "\"vision_config\": {\"depth\": 12}, \"text_config\": {"
-                 "\"model_type\": \"qwen3_5_text\", \"vocab_size\": 248320, \"hidden_size\": %d,"
-                 "\"intermediate_size\": %d, \"num_hidden_layers\": %d,"
-                 "\"num_attention_heads\": %d, \"num_key_value_heads\": %d, \"head_dim\": 256,"
-                 "\"linear_num_key_heads\": 16, \"linear_num_value_heads\": %d,"
-                 "\"linear_key_head_dim\": 128, \"linear_value_head_dim\": 128,"
-                 "\"linear_conv_kernel_dim\": 4, \"hidden_act\": \"silu\", \"num_experts\": 8,"
-                 "\"attention_bias\": false, \"attn_output_gate\": true, \"mlp_only_layers\": [],"
-                 "\"mtp_num_hidden_layers\": 1, \"mamba_ssm_dtype\": \"float32\","
-                 "\"max_position_embeddings\": 262144, \"eos_token_id\": 248044,"
-                 "\"rms_norm_eps\": 1e-6, \"full_attention_interval\": 4,"
-                 "\"rope_parameters\": {\"rope_type\": \"default\", \"rope_theta\": 10000000,"
-                 "\"partial_rotary_factor\": 0.25, \"mrope_section\": [11, 11, 10],"
-                 "\"mrope_interleaved\": true}}}",
-                 released[i].tied ? "true" : "false", released[i].hidden, released[i].ffn,
-                 released[i].layers, released[i].heads, released[i].kv_heads, released[i].v_heads),
-        0);
-    return text;
-}
-
 static qv_status parse(const char *config, const char *generation, qv_model_config *out)
 {
     return qv_model_config_parse(config, strlen(config), generation,
                                  generation ? strlen(generation) : 0, "test", out);
-}
-
-Test(config, counts_the_parameters_of_every_released_dense_size)
-{
-    for (size_t i = 0; i < sizeof released / sizeof *released; i++) {
-        char *text = released_text(i);
-        qv_model_config config;
-        cr_assert_eq(parse(text, NULL, &config), QV_OK, "%s: %s", released[i].name, qv_error());
-        qv_layout layout;
-        cr_assert_eq(qv_layout_init(&layout, &config, 0, 1), QV_OK, "%s", qv_error());
-        cr_expect_eq(qv_layout_params(&layout), released[i].params, "%s: %ld parameters",
-                     released[i].name, (long)qv_layout_params(&layout));
-        cr_expect_eq(qv_layout_tensors(&layout, layout.config->arch->fused_experts),
-                     released[i].tensors, "%s: %ld tensors", released[i].name,
-                     (long)qv_layout_tensors(&layout, layout.config->arch->fused_experts));
-        cr_expect_eq(qv_model_config_count(&config, QV_PART_GDN), released[i].n_linear);
-        cr_expect_eq(config.rotary_dim, 64);
-        cr_expect_eq(config.tied_head, released[i].tied);
-        free(text);
-    }
 }
 
 /* --- Fields ----------------------------------------------------------------------------------- */
@@ -116,6 +50,7 @@ Test(config, takes_the_documented_spellings)
         const char *key, *value;
     } rows[] = {
         {"unknown_field", "{\"a\": 1}"},
+        {"num_experts", "8"}, /* by inheritance, in dense models */
         {"attention_bias", "null"},
         {"output_gate_type", "\"swish\""},
         {"mlp_only_layers", "[]"},
@@ -211,6 +146,154 @@ Test(config, refuses_what_it_does_not_implement_and_names_it)
         qv_model_config config;
         cr_expect_eq(parse(broken[i], NULL, &config), QV_ERR_FORMAT, "%s", broken[i]);
     }
+}
+
+/* A row: the model whose config is changed, the field, its value, and what comes of it. */
+typedef struct {
+    fx_family family;
+    const char *key, *value;
+    qv_status status;
+    const char *says;
+} variant;
+
+static void check_variants(const variant *rows, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        char *base = fx_family_config(rows[i].family, 50);
+        char *text = fx_edit_json(base, rows[i].key, rows[i].value);
+        qv_model_config config;
+        cr_expect_eq(parse(text, NULL, &config), rows[i].status, "%s: %s = %s: %s",
+                     fx_family_name(rows[i].family), rows[i].key, rows[i].value, qv_error());
+        if (rows[i].says != NULL)
+            cr_expect_not_null(strstr(qv_error(), rows[i].says), "%s = %s says: %s", rows[i].key,
+                               rows[i].value, qv_error());
+        free(base);
+        free(text);
+    }
+}
+
+Test(config, takes_the_spellings_of_experts_and_nemotron)
+{
+    static const variant rows[] = {
+        {FX_MOE, "mlp_only_layers", "[]", QV_OK, NULL},
+        {FX_MOE, "decoder_sparse_step", "1", QV_OK, NULL},
+        {FX_MOE, "norm_topk_prob", "true", QV_OK, NULL},
+        {FX_MOE, "intermediate_size", "64", QV_OK, NULL},
+        {FX_MOE, "mamba_ssm_dtype", "\"float32\"", QV_OK, NULL},
+        {FX_NANO, "num_hidden_layers", NULL, QV_OK, NULL},
+        {FX_NANO, "layers_block_type",
+         "[\"linear_attention\", \"moe\", \"full_attention\", \"mlp\", \"mamba\", \"attention\"]",
+         QV_OK, NULL},
+        {FX_NANO, "time_step_limit", "[0.0, {\"__float__\": \"Infinity\"}]", QV_OK, NULL},
+        {FX_NANO, "time_step_limit", "[0.0, Infinity]", QV_OK, NULL},
+        {FX_NANO, "time_step_min", "0.001", QV_OK, NULL},
+        {FX_NANO, "rope_theta", "10000", QV_OK, NULL},
+        {FX_NANO, "partial_rotary_factor", "1.0", QV_OK, NULL},
+        {FX_NANO, "use_conv_bias", "false", QV_OK, NULL},
+        {FX_NANO, "n_shared_experts", "0", QV_OK, NULL},
+        {FX_NANO, "num_nextn_predict_layers", "1", QV_OK, NULL},
+        {FX_NANO, "expand", "7", QV_OK, NULL}, /* heads x head_dim counts, not expand x hidden */
+    };
+    check_variants(rows, sizeof rows / sizeof *rows);
+}
+
+Test(config, reads_the_other_names_of_nemotron_fields)
+{
+    static const struct {
+        const char *key, *other;
+    } rows[] = {
+        {"n_groups", "mamba_n_groups"},       {"conv_kernel", "mamba_d_conv"},
+        {"use_conv_bias", "mamba_conv_bias"}, {"head_dim", "attention_head_dim"},
+        {"layer_norm_epsilon", "norm_eps"},
+    };
+    static const char *const values[] = {"3", "5", "false", "16", "0.01"};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char *base = fx_family_config(FX_NANO, 50);
+        char *first = fx_edit_json(base, rows[i].key, values[i]);
+        char *bare = fx_edit_json(base, rows[i].key, NULL);
+        char *second = fx_edit_json(bare, rows[i].other, values[i]);
+        qv_model_config a, b;
+        cr_assert_eq(parse(first, NULL, &a), QV_OK, "%s", qv_error());
+        cr_assert_eq(parse(second, NULL, &b), QV_OK, "%s", qv_error());
+        cr_expect_eq(a.ssm_groups, b.ssm_groups, "%s", rows[i].other);
+        cr_expect_eq(a.conv_kernel, b.conv_kernel, "%s", rows[i].other);
+        cr_expect_eq(a.layer_parts[0], b.layer_parts[0], "%s", rows[i].other);
+        cr_expect_eq(a.head_dim, b.head_dim, "%s", rows[i].other);
+        cr_expect_eq(a.norm_eps, b.norm_eps, "%s", rows[i].other);
+        free(base), free(first), free(bare), free(second);
+    }
+}
+
+Test(config, never_clamps_the_time_step_by_what_training_started_with)
+{
+    char *base = fx_family_config(FX_NANO, 50);
+    char *text = fx_edit_json(base, "time_step_min", "0.25");
+    char *limited = fx_edit_json(base, "time_step_limit", "[0.125, 2.0]");
+    qv_model_config config;
+    cr_assert_eq(parse(text, NULL, &config), QV_OK, "%s", qv_error());
+    cr_expect(config.dt_min == 0 && config.dt_max > 1e300, "%g %g", config.dt_min, config.dt_max);
+    cr_assert_eq(parse(limited, NULL, &config), QV_OK, "%s", qv_error());
+    cr_expect(config.dt_min == 0.125 && config.dt_max == 2);
+    free(base), free(text), free(limited);
+}
+
+Test(config, refuses_variants_of_experts_and_nemotron_by_name)
+{
+    static const variant rows[] = {
+        {FX_MOE, "num_experts", NULL, QV_ERR_FORMAT, "num_experts"},
+        {FX_MOE, "num_experts", "0", QV_ERR_FORMAT, "num_experts is 0"},
+        {FX_MOE, "num_experts_per_tok", "7", QV_ERR_FORMAT, "num_experts_per_tok 7"},
+        {FX_MOE, "moe_intermediate_size", NULL, QV_ERR_FORMAT, "moe_intermediate_size"},
+        {FX_MOE, "shared_expert_intermediate_size", "0", QV_ERR_FORMAT,
+         "shared_expert_intermediate_size is 0"},
+        {FX_MOE, "mlp_only_layers", "[1]", QV_ERR_UNSUPPORTED, "mlp_only_layers is [1]"},
+        {FX_MOE, "decoder_sparse_step", "2", QV_ERR_FORMAT, "decoder_sparse_step is 2"},
+        {FX_MOE, "norm_topk_prob", "false", QV_ERR_UNSUPPORTED, "norm_topk_prob is false"},
+        {FX_MOE, "hidden_act", "\"relu\"", QV_ERR_UNSUPPORTED, "hidden_act is \"relu\""},
+        {FX_MOE, "attention_bias", "true", QV_ERR_UNSUPPORTED, "attention_bias is true"},
+        {FX_MOE, "rope_scaling", "{\"type\": \"yarn\", \"factor\": 4}", QV_ERR_UNSUPPORTED,
+         "\"yarn\""},
+        {FX_MOE, "quantization_config", "{\"quant_method\": \"modelopt\"}", QV_ERR_UNSUPPORTED,
+         "\"modelopt\""},
+        {FX_NANO, "model_type", "\"nemotron_h_puzzle\"", QV_ERR_UNSUPPORTED, "nemotron_h_puzzle"},
+        {FX_NANO, "block_configs", "[{\"moe_intermediate_size\": 8}]", QV_ERR_UNSUPPORTED,
+         "block_configs"},
+        {FX_NANO, "hybrid_override_pattern", NULL, QV_ERR_FORMAT, "hybrid_override_pattern"},
+        {FX_NANO, "hybrid_override_pattern", "\"\"", QV_ERR_FORMAT, "describes 0 layers"},
+        {FX_NANO, "hybrid_override_pattern", "\"ME*-EX\"", QV_ERR_UNSUPPORTED, "'X' for layer 5"},
+        {FX_NANO, "hybrid_override_pattern", "\"ME*-E\"", QV_ERR_FORMAT,
+         "describes 5 layers, num_hidden_layers says 6"},
+        {FX_NANO, "layers_block_type", "\"mamba\"", QV_ERR_FORMAT, "layers_block_type"},
+        {FX_SUPER, "layers_block_type", "[\"mamba\", \"sliding\"]", QV_ERR_UNSUPPORTED,
+         "layers_block_type[1] is \"sliding\""},
+        {FX_SUPER, "layers_block_type", "[\"mamba\", 7]", QV_ERR_UNSUPPORTED,
+         "layers_block_type[1]"},
+        {FX_NANO, "attention_bias", "true", QV_ERR_UNSUPPORTED, "attention_bias is true"},
+        {FX_NANO, "mlp_bias", "true", QV_ERR_UNSUPPORTED, "mlp_bias is true"},
+        {FX_NANO, "use_bias", "true", QV_ERR_UNSUPPORTED, "use_bias is true"},
+        {FX_NANO, "mamba_proj_bias", "true", QV_ERR_UNSUPPORTED, "mamba_proj_bias is true"},
+        {FX_NANO, "residual_in_fp32", "true", QV_ERR_UNSUPPORTED, "residual_in_fp32 is true"},
+        {FX_NANO, "mlp_hidden_act", "\"silu\"", QV_ERR_UNSUPPORTED, "mlp_hidden_act is \"silu\""},
+        {FX_NANO, "mamba_hidden_act", "\"gelu\"", QV_ERR_UNSUPPORTED,
+         "mamba_hidden_act is \"gelu\""},
+        {FX_NANO, "sliding_window", "4096", QV_ERR_UNSUPPORTED, "sliding_window is 4096"},
+        {FX_NANO, "quantization_config", "{\"quant_method\": \"modelopt\"}", QV_ERR_UNSUPPORTED,
+         "\"modelopt\""},
+        {FX_NANO, "n_groups", "4", QV_ERR_FORMAT, "mamba_num_heads 6"},
+        {FX_NANO, "time_step_limit", "[1, 0]", QV_ERR_FORMAT, "time_step_limit"},
+        {FX_NANO, "time_step_limit", "[-1, 1]", QV_ERR_FORMAT, "time_step_limit"},
+        {FX_NANO, "time_step_limit", "[0, \"inf\"]", QV_ERR_FORMAT, "time_step_limit"},
+        {FX_NANO, "num_key_value_heads", "3", QV_ERR_FORMAT, "num_attention_heads 4"},
+        {FX_NANO, "intermediate_size", "[40, 50]", QV_ERR_FORMAT, "intermediate_size"},
+        {FX_NANO, "intermediate_size", NULL, QV_ERR_FORMAT, "intermediate_size"},
+        {FX_NANO, "routed_scaling_factor", "\"2.5\"", QV_ERR_FORMAT, "routed_scaling_factor"},
+        {FX_SUPER, "n_group", "3", QV_ERR_FORMAT, "n_routed_experts 8"},
+        {FX_SUPER, "topk_group", "5", QV_ERR_FORMAT, "topk_group 5"},
+        {FX_SUPER, "num_experts_per_tok", "5", QV_ERR_FORMAT,
+         "num_experts_per_tok 5 cannot be chosen from topk_group 2 of 4 groups of 2 experts"},
+        {FX_SUPER, "moe_latent_size", "-1", QV_ERR_FORMAT, "moe_latent_size is -1"},
+    };
+    check_variants(rows, sizeof rows / sizeof *rows);
 }
 
 Test(config, inherits_tying_from_the_top_level)

@@ -1,6 +1,6 @@
 /* Loading checkpoints: spellings that are the same model, and what stops a load. */
 #include "models/weights.h"
-#include "tests/models/fixtures.h"
+#include "tests/models/fixtures_moe.h"
 
 #include <criterion/criterion.h>
 #include <math.h>
@@ -214,6 +214,331 @@ Test(weights, stops_at_what_does_not_fit_and_names_it)
         cr_expect_eq(qv_model_open(dir, be, &limits, NULL, NULL, &model), rows[i].status, "%s",
                      rows[i].what);
         cr_expect_not_null(strstr(qv_error(), rows[i].says), "%s: %s", rows[i].what, qv_error());
+        fx_free(&file);
+    }
+    qv_backend_close(be);
+}
+
+/* --- Experts and Nemotron-3 ------------------------------------------------------------------- */
+
+/* Logits of a family's model, after `change`, if any, to its checkpoint. The caller frees. */
+static float *family_logits(fx_family family, const char *config, const char *prefix,
+                            fx_experts experts, qv_dtype dtype, void (*change)(fx_file *))
+{
+    fx_file file = {.n = 0};
+    char *own = config ? NULL : fx_family_config(family, VOCAB);
+    fx_family_model(&file, family, prefix, experts, dtype, VOCAB, 11);
+    if (change != NULL)
+        change(&file);
+    float *logits = logits_of(fx_write_model(config ? config : own, &file));
+    fx_free(&file);
+    free(own);
+    return logits;
+}
+
+Test(weights, experts_in_every_form_are_the_same_model)
+{
+    static const fx_family families[] = {FX_MOE, FX_NANO, FX_SUPER};
+    for (size_t i = 0; i < 3; i++) {
+        float *fused = family_logits(families[i], NULL, NULL, FX_FUSED, QV_BF16, NULL);
+        for (int form = FX_ONE_BY_ONE; form <= FX_BY_LAYER; form++) {
+            float *other = family_logits(families[i], NULL, NULL, form, QV_BF16, NULL);
+            cr_expect_arr_eq(fused, other, N * VOCAB * sizeof *fused, "%s, form %d",
+                             fx_family_name(families[i]), form);
+            free(other);
+        }
+        free(fused);
+    }
+}
+
+static void add_prediction_and_vision(fx_file *f)
+{
+    fx_add(f, "model.visual.blocks.0.attn.qkv.weight", QV_BF16, 1, (int64_t[]){1}, (float[]){0});
+    fx_add(f, "mtp.layers.0.mlp.experts.gate_up_proj", QV_BF16, 1, (int64_t[]){1}, (float[]){0});
+    fx_add(f, "mtp.fc.weight", QV_F32, 1, (int64_t[]){1}, (float[]){0});
+}
+static void add_nemotron_prediction(fx_file *f)
+{
+    fx_add(f, "mtp.layers.0.eh_proj.weight", QV_BF16, 1, (int64_t[]){1}, (float[]){0});
+    fx_add(f, "mtp.layers.1.mixer.experts.0.up_proj.weight", QV_F8_E4M3, 1, (int64_t[]){1},
+           (float[]){0});
+}
+static void singular_embedding(fx_file *f)
+{
+    fx_rename(f, "backbone.embeddings.weight", "backbone.embedding.weight");
+}
+static void singular_model_embedding(fx_file *f)
+{
+    fx_rename(f, "model.embeddings.weight", "model.embedding.weight");
+}
+
+Test(weights, every_spelling_is_the_same_model)
+{
+    char *moe = fx_family_config(FX_MOE, VOCAB), *nested = NULL;
+    cr_assert_gt(asprintf(&nested,
+                          "{\"model_type\": \"qwen3_5_moe\", \"vision_config\": {\"depth\": 1},"
+                          " \"text_config\": %s}",
+                          moe),
+                 0);
+    const struct {
+        const char *what;
+        fx_family family;
+        const char *config, *prefix;
+        void (*change)(fx_file *);
+    } rows[] = {
+        {"nested", FX_MOE, nested, "model.language_model.", NULL},
+        {"nested, text names", FX_MOE, nested, "model.", NULL},
+        {"with vision and prediction", FX_MOE, nested, "model.language_model.",
+         add_prediction_and_vision},
+        {"model.", FX_NANO, NULL, "model.", NULL},
+        {"embedding.weight", FX_NANO, NULL, "backbone.", singular_embedding},
+        {"model.embedding.weight", FX_SUPER, NULL, "model.", singular_model_embedding},
+        {"with prediction", FX_SUPER, NULL, "backbone.", add_nemotron_prediction},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        float *plain = family_logits(rows[i].family, NULL, NULL, FX_FUSED, QV_BF16, NULL);
+        float *other = family_logits(rows[i].family, rows[i].config, rows[i].prefix, FX_FUSED,
+                                     QV_BF16, rows[i].change);
+        cr_expect_arr_eq(plain, other, N * VOCAB * sizeof *plain, "%s", rows[i].what);
+        free(plain);
+        free(other);
+    }
+    free(moe);
+    free(nested);
+}
+
+static void widen_scan(fx_file *f)
+{
+    fx_retype(f, "A_log", QV_F32);
+    fx_retype(f, "dt_bias", QV_F32);
+    fx_retype(f, "mixer.D", QV_F32);
+    fx_retype(f, "mixer.gate.weight", QV_F32);
+    fx_retype(f, "mixer.norm.weight", QV_F32);
+}
+static void widen_gdn(fx_file *f)
+{
+    fx_retype(f, "A_log", QV_F32);
+    fx_retype(f, "linear_attn.norm.weight", QV_F32);
+    fx_retype(f, "mlp.gate.weight", QV_F32);
+}
+static void widen_some_experts(fx_file *f)
+{
+    fx_retype(f, "experts.3.up_proj.weight", QV_F32);
+    fx_retype(f, "experts.1.down_proj.weight", QV_F32);
+}
+static void widen_everything(fx_file *f)
+{
+    fx_retype(f, "", QV_F32);
+}
+static void narrow_bias(fx_file *f) /* as some fine-tunes have it */
+{
+    fx_retype(f, "e_score_correction_bias", QV_BF16);
+}
+static void narrow_and_widen_bias(fx_file *f)
+{
+    narrow_bias(f);
+    fx_retype(f, "e_score_correction_bias", QV_F32);
+}
+
+/* Numbers that BF16 holds are the same model in a wider dtype, whichever tensors have it. */
+Test(weights, mixed_dtypes_are_the_same_model)
+{
+    static const struct {
+        const char *what;
+        fx_family family;
+        void (*change)(fx_file *), (*as)(fx_file *);
+    } rows[] = {
+        {"float32 scan and router", FX_NANO, widen_scan, NULL},
+        {"float32 A_log and norm", FX_MOE, widen_gdn, NULL},
+        {"float32 experts among others", FX_NANO, widen_some_experts, NULL},
+        {"float32 experts among others", FX_MOE, widen_some_experts, NULL},
+        {"all float32", FX_SUPER, widen_everything, NULL},
+        {"all float32", FX_MOE, widen_everything, NULL},
+        {"bf16 correction bias", FX_SUPER, narrow_bias, narrow_and_widen_bias},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        float *plain =
+            family_logits(rows[i].family, NULL, NULL, FX_ONE_BY_ONE, QV_BF16, rows[i].as);
+        float *other =
+            family_logits(rows[i].family, NULL, NULL, FX_ONE_BY_ONE, QV_BF16, rows[i].change);
+        cr_expect_arr_eq(plain, other, N * VOCAB * sizeof *plain, "%s: %s",
+                         fx_family_name(rows[i].family), rows[i].what);
+        free(plain);
+        free(other);
+    }
+}
+
+Test(weights, loads_shards_of_experts_as_the_same_model)
+{
+    static const fx_family families[] = {FX_MOE, FX_NANO, FX_SUPER};
+    for (size_t k = 0; k < 3; k++) {
+        float *whole = family_logits(families[k], NULL, NULL, FX_BY_LAYER, QV_BF16, NULL);
+        fx_file all = {.n = 0}, part[3] = {{.n = 0}};
+        fx_family_model(&all, families[k], NULL, FX_BY_LAYER, QV_BF16, VOCAB, 11);
+        char *index = strdup("{\"metadata\": {\"total_size\": 1}, \"weight_map\": {");
+        for (int i = 0; i < all.n; i++) { /* the experts of one layer lie in different files */
+            char *longer;
+            part[i % 3].tensors[part[i % 3].n++] = all.tensors[i];
+            cr_assert_gt(asprintf(&longer, "%s%s\"%s\": \"model-0000%d-of-00003.safetensors\"",
+                                  index, i ? ", " : "", all.tensors[i].name, i % 3 + 1),
+                         0);
+            free(index);
+            index = longer;
+        }
+        char *text, *config = fx_family_config(families[k], VOCAB);
+        cr_assert_gt(asprintf(&text, "%s}}", index), 0);
+        const char *dir = qv_temp_dir();
+        qv_write_text(qv_path(dir, "config.json"), config);
+        qv_write_text(qv_path(dir, "model.safetensors.index.json"), text);
+        for (int i = 0; i < 3; i++)
+            fx_write(&part[i], qv_path(dir, "model-0000%d-of-00003.safetensors", i + 1));
+        float *sharded = logits_of(dir);
+        cr_expect_arr_eq(whole, sharded, N * VOCAB * sizeof *whole, "%s",
+                         fx_family_name(families[k]));
+        free(whole), free(sharded), free(text), free(index), free(config);
+        fx_free(&all);
+    }
+}
+
+#define MOE_LAYER  "model.layers.2.mlp."
+#define NANO_LAYER "backbone.layers.1.mixer."
+
+static void drop_expert(fx_file *f)
+{
+    fx_remove(f, MOE_LAYER "experts.3.up_proj.weight");
+}
+static void drop_nano_expert(fx_file *f)
+{
+    fx_remove(f, NANO_LAYER "experts.4.down_proj.weight");
+}
+static void one_expert_more(fx_file *f)
+{
+    fx_add(f, NANO_LAYER "experts.6.up_proj.weight", QV_BF16, 1, (int64_t[]){1}, (float[]){0});
+}
+static void both_forms(fx_file *f)
+{
+    fx_add(f, MOE_LAYER "experts.0.up_proj.weight", QV_BF16, 1, (int64_t[]){1}, (float[]){0});
+}
+static void transpose_expert(fx_file *f)
+{
+    fx_tensor *t = fx_find(f, NANO_LAYER "experts.3.up_proj.weight");
+    t->shape[0] = 24, t->shape[1] = 10;
+}
+static void too_few_experts(fx_file *f)
+{
+    fx_find(f, MOE_LAYER "experts.gate_up_proj")->shape[0] = 5;
+}
+static void transpose_fused(fx_file *f)
+{
+    fx_tensor *t = fx_find(f, MOE_LAYER "experts.down_proj");
+    t->shape[1] = 10, t->shape[2] = 24;
+}
+static void integer_expert(fx_file *f)
+{
+    fx_find(f, NANO_LAYER "experts.2.down_proj.weight")->dtype = QV_I16;
+}
+static void quantised_expert(fx_file *f)
+{
+    fx_find(f, MOE_LAYER "experts.2.down_proj.weight")->dtype = QV_F8_E4M3;
+}
+static void scaled_expert(fx_file *f)
+{
+    fx_add(f, MOE_LAYER "experts.2.down_proj.weight_scale_inv", QV_BF16, 1, (int64_t[]){1},
+           (float[]){0});
+}
+static void nan_in_fused(fx_file *f) /* element 7 of expert 4 */
+{
+    ((uint16_t *)fx_find(f, MOE_LAYER "experts.gate_up_proj")->data)[4 * 20 * 24 + 7] = 0x7FC0;
+}
+static void drop_bias(fx_file *f)
+{
+    fx_remove(f, NANO_LAYER "gate.e_score_correction_bias");
+}
+static void drop_conv_bias(fx_file *f)
+{
+    fx_remove(f, "backbone.layers.0.mixer.conv1d.bias");
+}
+static void drop_shared_gate(fx_file *f)
+{
+    fx_remove(f, MOE_LAYER "shared_expert_gate.weight");
+}
+static void drop_latent(fx_file *f)
+{
+    fx_remove(f, NANO_LAYER "fc1_latent_proj.weight");
+}
+static void short_in_proj(fx_file *f)
+{
+    fx_find(f, "backbone.layers.0.mixer.in_proj.weight")->shape[0] = 157;
+}
+static void wrong_prefix(fx_file *f)
+{
+    fx_rename(f, "backbone.embeddings.weight", "transformer.embeddings.weight");
+}
+static void dense_layer(fx_file *f)
+{
+    fx_add(f, MOE_LAYER "gate_proj.weight", QV_BF16, 1, (int64_t[]){1}, (float[]){0});
+}
+
+Test(weights, stops_at_experts_that_do_not_fit_and_names_them)
+{
+    static const struct {
+        const char *what;
+        fx_family family;
+        fx_experts experts;
+        void (*spoil)(fx_file *);
+        qv_status status;
+        const char *says;
+    } rows[] = {
+        {"an expert in the middle", FX_MOE, FX_ONE_BY_ONE, drop_expert, QV_ERR_FORMAT,
+         "lacks " MOE_LAYER "experts.3.up_proj.weight (1 missing"},
+        {"an expert in the middle", FX_NANO, FX_ONE_BY_ONE, drop_nano_expert, QV_ERR_FORMAT,
+         "lacks " NANO_LAYER "experts.4.down_proj.weight"},
+        {"an expert too many", FX_NANO, FX_ONE_BY_ONE, one_expert_more, QV_ERR_FORMAT,
+         NANO_LAYER "experts.6.up_proj.weight has no place"},
+        {"both forms at once", FX_MOE, FX_FUSED, both_forms, QV_ERR_FORMAT,
+         MOE_LAYER "experts.0.up_proj.weight has no place"},
+        {"a transposed expert", FX_NANO, FX_ONE_BY_ONE, transpose_expert, QV_ERR_SHAPE,
+         "experts.3.up_proj.weight is BF16[24, 10]; config.json makes it BF16[10, 24]"},
+        {"too few experts in one tensor", FX_MOE, FX_FUSED, too_few_experts, QV_ERR_SHAPE,
+         "experts.gate_up_proj is BF16[5, 20, 24]; config.json makes it BF16[6, 20, 24]"},
+        {"a transposed tensor of experts", FX_MOE, FX_FUSED, transpose_fused, QV_ERR_SHAPE,
+         "experts.down_proj is BF16[6, 10, 24]; config.json makes it BF16[6, 24, 10]"},
+        {"an expert of integers", FX_NANO, FX_ONE_BY_ONE, integer_expert, QV_ERR_UNSUPPORTED,
+         "experts.2.down_proj.weight is I16[24, 10]"},
+        {"a quantised expert", FX_MOE, FX_ONE_BY_ONE, quantised_expert, QV_ERR_UNSUPPORTED,
+         "experts.2.down_proj.weight is F8_E4M3"},
+        {"scales of a quantised expert", FX_MOE, FX_ONE_BY_ONE, scaled_expert, QV_ERR_FORMAT,
+         "experts.2.down_proj.weight_scale_inv has no place"},
+        {"NaN in one tensor of experts", FX_MOE, FX_FUSED, nan_in_fused, QV_ERR_FORMAT,
+         "experts.gate_up_proj: element 1927 is NaN"},
+        {"no correction bias", FX_NANO, FX_ONE_BY_ONE, drop_bias, QV_ERR_FORMAT,
+         "lacks " NANO_LAYER "gate.e_score_correction_bias"},
+        {"no convolution bias", FX_NANO, FX_ONE_BY_ONE, drop_conv_bias, QV_ERR_FORMAT,
+         "conv1d.bias"},
+        {"no gate of the shared expert", FX_MOE, FX_FUSED, drop_shared_gate, QV_ERR_FORMAT,
+         "lacks " MOE_LAYER "shared_expert_gate.weight"},
+        {"no latent projection", FX_SUPER, FX_ONE_BY_ONE, drop_latent, QV_ERR_FORMAT,
+         "lacks " NANO_LAYER "fc1_latent_proj.weight"},
+        {"a short in_proj", FX_NANO, FX_ONE_BY_ONE, short_in_proj, QV_ERR_SHAPE,
+         "in_proj.weight is BF16[157, 24]; config.json makes it BF16[158, 24]"},
+        {"another prefix", FX_NANO, FX_ONE_BY_ONE, wrong_prefix, QV_ERR_FORMAT,
+         "has no backbone.embeddings.weight or model.embeddings.weight"},
+        {"a dense MLP where experts are", FX_MOE, FX_FUSED, dense_layer, QV_ERR_FORMAT,
+         MOE_LAYER "gate_proj.weight has no place"},
+    };
+    qv_backend *be = fx_backend();
+    qv_model_limits limits = fx_limits();
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        fx_file file = {.n = 0};
+        fx_family_model(&file, rows[i].family, NULL, rows[i].experts, QV_BF16, VOCAB, 11);
+        rows[i].spoil(&file);
+        char *config = fx_family_config(rows[i].family, VOCAB);
+        const char *dir = fx_write_model(config, &file);
+        qv_model *model;
+        cr_expect_eq(qv_model_open(dir, be, &limits, NULL, NULL, &model), rows[i].status, "%s",
+                     rows[i].what);
+        cr_expect_not_null(strstr(qv_error(), rows[i].says), "%s: %s", rows[i].what, qv_error());
+        free(config);
         fx_free(&file);
     }
     qv_backend_close(be);

@@ -6,6 +6,7 @@
 #include "models/lora.h"
 #include "models/lora_pool.h"
 #include "models/state.h"
+#include "models/tensor_list.h"
 #include "models/weights.h"
 
 #include <inttypes.h>
@@ -21,11 +22,14 @@ typedef struct {
     qv_string_list adapters;
     const char *backend;
     int64_t running, context, step_tokens, page_tokens, adapter_slots, rank;
+    bool tensors;
 } settings;
 
 static const qv_option table[] = {
     QV_OPTION(settings, adapters, LIST, "adapter", "DIR", NULL,
               "Say what this adapter covers and whether it would load. May be repeated."),
+    QV_OPTION(settings, tensors, FLAG, "tensors", NULL, "no",
+              "List every tensor that a checkpoint of this model holds, experts as released."),
     QV_OPTION(settings, rank, INT, "rank", "R", "64", "Rank of the adapter slots.", .min = 1,
               .max = 4096),
     QV_OPTION(settings, adapter_slots, INT, "adapter-slots", "N", "8", "Adapter slots.",
@@ -50,7 +54,8 @@ static const qv_program program = {
         "targets, memory. config.json alone is enough. Exits with 1 when the model, its "
         "weights or an adapter would not load.",
     .args = "DIR",
-    .epilog = "  inspect_model demo/tiny-qwen3.5 --adapter demo/tiny-qwen3.5/adapters/json\n",
+    .epilog = "  inspect_model demo/tiny-qwen3.5 --adapter demo/tiny-qwen3.5/adapters/json\n"
+              "  inspect_model bench/configs/qwen3.5-35b-a3b --tensors\n",
     .max_args = 1,
 };
 
@@ -90,10 +95,70 @@ static const struct {
     qv_part part;
     const char *name;
 } parts[] = {
-    {QV_PART_ATTENTION, "full attention"},
-    {QV_PART_GDN, "Gated DeltaNet"},
-    {QV_PART_MLP, "SwiGLU MLP"},
+    {QV_PART_ATTENTION, "attention"}, {QV_PART_GDN, "Gated DeltaNet"},
+    {QV_PART_SSM, "Mamba-2"},         {QV_PART_MLP, "MLP"},
+    {QV_PART_MOE, "experts"},
 };
+
+static bool has_part(const qv_model_config *c, qv_part part)
+{
+    return qv_model_config_count(c, part) > 0;
+}
+
+static void print_mixers(const qv_model_config *c)
+{
+    if (has_part(c, QV_PART_ATTENTION)) {
+        printf("  attention: %" PRId64 " heads of %" PRId64 ", %" PRId64 " KV heads, ", c->n_heads,
+               c->head_dim, c->n_kv_heads);
+        if (c->rotary_dim > 0)
+            printf("%" PRId64 " dimensions rotate (theta %g)\n", c->rotary_dim, c->rope_theta);
+        else
+            printf("no positions\n");
+    }
+    if (has_part(c, QV_PART_GDN))
+        printf("  Gated DeltaNet: %" PRId64 " key heads of %" PRId64 ", %" PRId64
+               " value heads of %" PRId64 ", convolution of %" PRId64 "\n",
+               c->gdn_k_heads, c->gdn_k_dim, c->gdn_v_heads, c->gdn_v_dim, c->conv_kernel);
+    if (has_part(c, QV_PART_SSM))
+        printf("  Mamba-2: %" PRId64 " heads of %" PRId64 " in %" PRId64
+               " groups, state of %" PRId64 ", convolution of %" PRId64 "%s\n",
+               c->ssm_heads, c->ssm_head_dim, c->ssm_groups, c->ssm_state, c->conv_kernel,
+               has_part(c, QV_PART_CONV_BIAS) ? " with bias" : "");
+}
+
+static void print_ffn(const qv_model_config *c)
+{
+    if (has_part(c, QV_PART_MLP))
+        printf("  MLP: %" PRId64 " wide\n", c->ffn);
+    if (!has_part(c, QV_PART_MOE))
+        return;
+    printf("  experts: %" PRId64 " of %" PRId64 " for each token, %" PRId64 " wide", c->moe_top_k,
+           c->n_experts, c->moe_ffn);
+    if (c->moe_latent > 0)
+        printf(", behind a projection to %" PRId64, c->moe_latent);
+    if (c->router_groups > 1)
+        printf(", from %" PRId64 " of %" PRId64 " groups", c->router_topk_groups, c->router_groups);
+    if (c->router_scale != 1)
+        printf(", times %g", c->router_scale);
+    if (c->shared_ffn > 0)
+        printf("; shared: %" PRId64 " wide", c->shared_ffn);
+    printf("\n");
+}
+
+static void print_kinds(const qv_model_config *c)
+{
+    printf("\n%" PRId64 " layers\n", c->n_layers);
+    for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) {
+        uint8_t has[QV_MAX_LAYERS];
+        for (int64_t i = 0; i < c->n_layers; i++)
+            has[i] = (c->layer_parts[i] & parts[p].part) != 0;
+        if (!has_part(c, parts[p].part))
+            continue;
+        printf("  %-16s ", parts[p].name);
+        print_layers(has, c->n_layers);
+        printf("\n");
+    }
+}
 
 static void print_config(const char *dir, const qv_layout *layout)
 {
@@ -103,54 +168,41 @@ static void print_config(const char *dir, const qv_layout *layout)
            qv_layout_tensors(layout, layout->config->arch->fused_experts));
     printf("  vocabulary %" PRId64 ", hidden %" PRId64 ", up to %" PRId64 " positions, %s head\n",
            c->vocab, c->hidden, c->max_positions, c->tied_head ? "tied" : "separate");
-    if (qv_model_config_count(c, QV_PART_ATTENTION) > 0)
-        printf("  attention: %" PRId64 " heads of %" PRId64 ", %" PRId64 " KV heads, %" PRId64
-               " dimensions rotate (theta %g)\n",
-               c->n_heads, c->head_dim, c->n_kv_heads, c->rotary_dim, c->rope_theta);
-    if (qv_model_config_count(c, QV_PART_GDN) > 0)
-        printf("  Gated DeltaNet: %" PRId64 " key heads of %" PRId64 ", %" PRId64
-               " value heads of %" PRId64 ", convolution of %" PRId64 "\n",
-               c->gdn_k_heads, c->gdn_k_dim, c->gdn_v_heads, c->gdn_v_dim, c->conv_kernel);
-    if (qv_model_config_count(c, QV_PART_MLP) > 0)
-        printf("  MLP: %" PRId64 " wide\n", c->ffn);
+    print_mixers(c);
+    print_ffn(c);
     printf("  an answer ends at");
     for (int32_t i = 0; i < c->n_eos; i++)
         printf("%s %d", i ? " or" : " token", c->eos[i]);
     printf(c->n_eos ? "\n" : " no token\n");
-
-    printf("\n%" PRId64 " layers\n", c->n_layers);
-    for (size_t p = 0; p < sizeof parts / sizeof *parts; p++) {
-        uint8_t has[QV_MAX_LAYERS];
-        for (int64_t i = 0; i < c->n_layers; i++)
-            has[i] = (c->layer_parts[i] & parts[p].part) != 0;
-        if (qv_model_config_count(c, parts[p].part) == 0)
-            continue;
-        printf("  %-16s ", parts[p].name);
-        print_layers(has, c->n_layers);
-        printf("\n");
-    }
+    print_kinds(c);
 }
 
 static void print_slice(const qv_proj_slice *slice)
 {
     static const char *const splits[] = {"none", "column", "row"};
     const qv_proj_row *row = slice->row;
-    printf("    %-26s %8" PRId64 " %8" PRId64 "  %-24s %-7s %-26s %s\n", row->module,
-           slice->dst_row, slice->n_rows, qv_dim_text(row->out), splits[row->split],
+    char module[128];
+    snprintf(module, sizeof module, "%s%s%s", row->experts ? row->experts : "",
+             row->experts ? ".*." : "", row->module);
+    printf("    %-30s %8" PRId64 " %8" PRId64 "  %-24s %-7s %-26s %s\n", module, slice->dst_row,
+           slice->n_rows, qv_dim_text(row->out), splits[row->split],
            row->split == QV_SPLIT_NONE ? "-" : qv_dim_text(row->unit), row->lora ? "yes" : "no");
 }
 
 static void print_tables(const qv_layout *layout)
 {
     printf("\nProjections (rows of the fused weight; how ranks share it)\n");
-    printf("    %-26s %8s %8s  %-24s %-7s %-26s %s\n", "module", "row", "rows", "", "split", "unit",
+    printf("    %-30s %8s %8s  %-24s %-7s %-26s %s\n", "module", "row", "rows", "", "split", "unit",
            "LoRA");
     for (int p = 0; p < QV_PROJ_COUNT; p++) {
         const qv_proj_shape *shape = &layout->proj[p];
         if (shape->n_slices == 0)
             continue;
-        printf("  %s [%" PRId64 ", %" PRId64 "] x %" PRId64 "\n", qv_proj_name((qv_proj)p),
-               shape->n_out, shape->n_in, qv_layout_part_count(layout, shape->part));
+        printf("  %s [%" PRId64 ", %" PRId64 "] x %" PRId64, qv_proj_name((qv_proj)p), shape->n_out,
+               shape->n_in, qv_layout_part_count(layout, shape->part));
+        if (shape->experts)
+            printf(" x %" PRId64 " experts", layout->config->n_experts);
+        printf("\n");
         for (int32_t i = 0; i < shape->n_slices; i++)
             print_slice(&shape->slices[i]);
     }
@@ -159,11 +211,28 @@ static void print_tables(const qv_layout *layout)
         const qv_vec_shape *shape = &layout->vec[v];
         if (shape->n_slices == 0)
             continue;
-        printf("  %-11s %-32s [", qv_vec_name((qv_vec)v), shape->tensor);
+        printf("  %-11s %-36s [", qv_vec_name((qv_vec)v), shape->tensor);
         for (int32_t i = 0; i < shape->n_dims; i++)
             printf("%s%" PRId64, i ? ", " : "", shape->shape[i]);
         printf("] x %" PRId64 "\n", qv_layout_part_count(layout, shape->part));
     }
+}
+
+static void print_tensor(const char *name, int32_t n_dims, const int64_t *shape, void *user)
+{
+    (void)user;
+    printf("  %s [", name);
+    for (int32_t i = 0; i < n_dims; i++)
+        printf("%s%" PRId64, i ? ", " : "", shape[i]);
+    printf("]\n");
+}
+
+static void print_tensors(const qv_layout *layout)
+{
+    const qv_arch *arch = layout->config->arch;
+    printf("\nTensors of the checkpoint\n");
+    for (int64_t layer = -1; layer < layout->config->n_layers; layer++)
+        qv_layout_list(layout, arch->prefixes[0], layer, arch->fused_experts, print_tensor, NULL);
 }
 
 static qv_status print_memory(const settings *s, const qv_layout *layout, const qv_backend *be)
@@ -342,6 +411,8 @@ static qv_status inspect(const settings *s, const char *dir, qv_backend *be, boo
     QV_TRY(qv_layout_init(&layout, &config, 0, 1));
     print_config(dir, &layout);
     print_tables(&layout);
+    if (s->tensors)
+        print_tensors(&layout);
     QV_TRY(print_memory(s, &layout, be));
     bool present;
     QV_TRY(print_weights(dir, &layout, &present));

@@ -37,7 +37,8 @@ struct qv_engine {
     qv_model *model;
     qv_engine_dump *dump; /* NULL: none, or done */
     qv_tokenizer *tokenizer;
-    qv_chat_template *chat; /* NULL: the model has none */
+    qv_chat_template *chat;          /* NULL: the model has none, or */
+    char chat_refusal[QV_ERROR_MAX]; /* why it was refused; "": it was not */
     qv_request_context context;
 
     qv_kv_cache *pages;

@@ -156,13 +156,16 @@ static qv_status open_text(qv_engine *engine)
     qv_status status = qv_chat_template_open(dir, &engine->chat);
     if (status == QV_ERR_NOMEM)
         return status;
-    if (status != QV_OK && status != QV_ERR_NOT_FOUND)
-        qv_warn("requests with messages will be refused: %s", qv_error());
+    if (status != QV_OK && status != QV_ERR_NOT_FOUND) {
+        snprintf(engine->chat_refusal, sizeof engine->chat_refusal, "%s", qv_error());
+        qv_warn("requests with messages will be refused: %s", engine->chat_refusal);
+    }
     const qv_model_config *config = qv_model_get_config(engine->model);
     int64_t vocab = (int64_t)qv_tokenizer_vocab_size(engine->tokenizer);
     engine->context = (qv_request_context){
         .tokenizer = engine->tokenizer,
         .chat = engine->chat,
+        .chat_refusal = engine->chat_refusal[0] != '\0' ? engine->chat_refusal : NULL,
         .config = config,
         .n_valid = (int32_t)(vocab < config->vocab ? vocab : config->vocab),
         .max_context = engine->sizes.max_context,

@@ -45,6 +45,11 @@ static qv_status read_any(qv_str raw, const char *name, json_t **out, qv_code *c
 static qv_status render_chat(const qv_request_context *context, const qv_msg_submit *submit,
                              char **text, size_t *size, qv_code *code)
 {
+    if (context->chat_refusal != NULL)
+        return REFUSE(code, BAD_REQUEST, UNSUPPORTED,
+                      "messages: the chat template of this model was refused when it was loaded: "
+                      "%s; send prompt or tokens",
+                      context->chat_refusal);
     if (context->chat == NULL)
         return REFUSE(code, BAD_REQUEST, UNSUPPORTED,
                       "messages: this model has no chat template; send prompt or tokens");

@@ -14,7 +14,8 @@
 /* What qv_request_new needs to know; immutable. */
 typedef struct {
     const qv_tokenizer *tokenizer;
-    const qv_chat_template *chat; /* NULL: the model has none */
+    const qv_chat_template *chat; /* NULL: the model has none, or */
+    const char *chat_refusal;     /* why it was refused at load; NULL: it was not */
     const qv_model_config *config;
     int32_t n_valid;     /* token ids below it may be used and chosen */
     int32_t max_context; /* prompt and answer together */

@@ -272,6 +272,111 @@ Test(requests, with_messages_need_a_template)
     drive_close(d);
 }
 
+/* The bundled model with another template. */
+static const char *model_with_template(const char *template)
+{
+    static const char *const files[] = {"config.json", "model.safetensors", "tokenizer.json", NULL};
+    const char *dir = link_model(files);
+    qv_write_text(qv_path(dir, "chat_template.jinja"), template);
+    return dir;
+}
+
+Test(requests, bring_tools_and_options_to_the_template)
+{
+    QV_SKIP_WITHOUT(qv_demo_path(DEMO));
+    qv_engine_options options = drive_options(model_with_template(
+        "{% for t in tools or [] %}tool {{ t.name }} {% endfor %}"
+        "{% if enable_thinking is defined and enable_thinking %}think {% endif %}"
+        "{{ style | default('plain') }} {{ messages[0].content }}"
+        "{% if add_generation_prompt %} answer{% endif %}"));
+    static const struct {
+        const char *fields, *prompt;
+    } rows[] = {
+        {"", "plain Hi. answer"},
+        {",'tools':[{'name':'f'},{'name':'g'}]", "tool f tool g plain Hi. answer"},
+        {",'tools':null", "plain Hi. answer"},
+        {",'chat_template_kwargs':{'enable_thinking':true}", "think plain Hi. answer"},
+        {",'chat_template_kwargs':{'enable_thinking':false}", "plain Hi. answer"},
+        {",'tools':[{'name':'f'}],'chat_template_kwargs':{'enable_thinking':true,'style':'odd'}",
+         "tool f think odd Hi. answer"},
+    };
+    drive *d = drive_open(&options);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        char *json, *plain;
+        cr_assert_gt(asprintf(&json,
+                              "'messages':[{'role':'user','content':'Hi.'}]%s,'temperature':0,"
+                              "'max_tokens':0,'prompt_logprobs':1",
+                              rows[i].fields),
+                     0);
+        cr_assert_gt(asprintf(&plain,
+                              "'prompt':'%s','temperature':0,'max_tokens':0,'prompt_logprobs':1",
+                              rows[i].prompt),
+                     0);
+        uint64_t chat = drive_submit(d, json), want = drive_submit(d, plain);
+        drive_run(d);
+        char *a = drive_signature(d, chat), *b = drive_signature(d, want);
+        cr_expect_str_eq(a, b, "row %zu: %s\n%s", i, a, b);
+        free(a), free(b), free(json), free(plain);
+    }
+    drive_close(d);
+}
+
+Test(requests, that_a_template_refuses_or_does_not_end_are_told_in_its_words)
+{
+    QV_SKIP_WITHOUT(qv_demo_path(DEMO));
+    qv_engine_options options = drive_options(model_with_template(
+        "{% set l = range(9999) %}"
+        "{% if messages[0].role == 'loop' %}{% for i in l %}{% for j in l %}"
+        "{% endfor %}{% endfor %}{% elif messages[0].role == 'long' %}"
+        "{% for i in range(99999) %}{{ 'xxxxxxxxxxxxxxxx' * 99 }}{% endfor %}"
+        "{% elif messages[0].role == 'deep' %}{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"
+        "{% elif messages[0].role != 'user' %}"
+        "{{ raise_exception('No turns of ' ~ messages[0].role ~ ', please.') }}{% endif %}"
+        "{{ messages[0].content }}{{ messages[0].name.first }}"));
+    static const struct {
+        const char *json, *words;
+        qv_code code;
+    } rows[] = {
+        {"'messages':[{'role':'pirate','content':'a'}]", "No turns of pirate, please.",
+         QV_CODE_BAD_REQUEST},
+        {"'messages':[{'role':'user','content':'a'}]", "has no attribute 'name'",
+         QV_CODE_BAD_REQUEST},
+        {"'messages':[]", "messages: empty", QV_CODE_BAD_REQUEST},
+        {"'messages':[7]", "messages[0]: 7 is an integer", QV_CODE_BAD_REQUEST},
+        {"'messages':[{'role':'user'}],'tools':[7],'chat_template_kwargs':{'messages':[]}",
+         "'messages'", QV_CODE_BAD_REQUEST},
+        {"'messages':[{'role':'loop','content':'a'}]", "steps", QV_CODE_TOO_LARGE},
+        {"'messages':[{'role':'long','content':'a'}]", "bytes", QV_CODE_TOO_LARGE},
+        {"'messages':[{'role':'deep','content':'a'}]", "nests deeper", QV_CODE_TOO_LARGE},
+    };
+    drive *d = drive_open(&options);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        expect_error(d, drive_submit(d, rows[i].json), rows[i].code, rows[i].words);
+    drive_close(d);
+}
+
+Test(requests, are_told_what_of_a_template_was_refused_when_the_model_was_loaded)
+{
+    QV_SKIP_WITHOUT(qv_demo_path(DEMO));
+    const char *log = qv_path(qv_temp_dir(), "log");
+    cr_assert_not_null(freopen(log, "w", stderr));
+    qv_engine_options options = drive_options(model_with_template(
+        "{{ messages[0].content }}\n{% if messages[0].rare %}{{ 'a' | xmlattr }}{% endif %}"));
+    drive *d = calloc(1, sizeof *d);
+    cr_assert_eq(qv_engine_open(&options, NULL, &d->engine), QV_OK);
+    fflush(stderr);
+    size_t size;
+    char *text = qv_read_file(log, &size);
+    cr_expect_not_null(strstr(text, "filter 'xmlattr'"), "the log has: %s", text);
+    free(text);
+    expect_error(d, drive_submit(d, "'messages':[{'role':'user','content':'Hi.'}]"),
+                 QV_CODE_BAD_REQUEST, "line 2: filter 'xmlattr' is not supported");
+    uint64_t plain = drive_submit(d, QUESTION ",'max_tokens':2,'ignore_eos':true");
+    drive_run(d);
+    expect_answer(d, plain, "length");
+    drive_close(d);
+}
+
 /* --- Ends from outside ----------------------------------------------------------------------- */
 
 Test(requests, are_ended_at_the_next_step_wherever_they_are)

@@ -96,3 +96,24 @@ Test(inspect_model, says_whether_an_adapter_would_load_and_why_not)
     EXPECT(args, 1, "all are as config.json says", "adapters/json: would not load");
     free(args);
 }
+
+Test(inspect_model, says_what_adapters_cover_of_experts)
+{
+    static const char *const models[] = {"tiny-qwen3.5-moe", "tiny-nemotron3-nano",
+                                         "tiny-nemotron3-super"};
+    static const char *const down[] = {"mlp.experts.down_proj", "mixer.experts.down_proj",
+                                       "mixer.experts.down_proj"};
+    for (int i = 0; i < 3; i++) {
+        const char *dir = qv_golden_path(models[i]);
+        QV_SKIP_WITHOUT(dir);
+        char *args;
+        cr_assert_gt(asprintf(&args,
+                              "%s --adapter %s/adapters/french --adapter %s/adapters/shared-outer "
+                              "--adapter %s/adapters/head",
+                              dir, dir, dir, dir),
+                     0);
+        EXPECT(args, 0, "french: loads", down[i], "shared-outer: loads", "all experts share",
+               "head: loads", "lm_head");
+        free(args);
+    }
+}

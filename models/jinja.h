@@ -2,7 +2,8 @@
  * jinja_*.c and chat_template.c and seen by no one else; chat_template.h is the outside.
  *
  *     jinja_lexer.c    text to tokens, white space control
- *     jinja_parser.c   tokens to a tree; unknown names are refused here
+ *     jinja_parser.c   tokens to a tree; unknown names are refused here (jinja_parse_expr.c has
+ *                      the expressions, jinja_parse_stmt.c the statements)
  *     jinja_eval.c     runs the tree
  *     jinja_value.c    what values are and how they compare
  *     jinja_print.c    values as text and as JSON

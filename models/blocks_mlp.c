@@ -48,6 +48,7 @@ qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, 
     QV_TRY(qv_linear(pass, layer, QV_PROJ_ROUTER, x, logits));
     probe(pass, layer, "router_logits", logits);
     QV_TRY(qv_op_router(pass->be, router, logits, ids, weights));
+    probe(pass, layer, "experts", ids);
     probe(pass, layer, "expert_weights", weights);
     return qv_op_moe_route(pass->be, ids, batch->n_segs, batch->seg_start, batch->seg_slot,
                            pass->list);

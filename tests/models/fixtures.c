@@ -206,6 +206,169 @@ void fx_random_model(fx_file *file, const char *prefix, bool tied, qv_dtype dtyp
     }
 }
 
+fx_moe fx_moe_model(fx_moe_kind kind)
+{
+#define COMMON                                                                                     \
+    "\"vocab_size\": 50, \"hidden_size\": 24, \"num_attention_heads\": 4,"                         \
+    " \"num_key_value_heads\": 2, \"head_dim\": 12, \"max_position_embeddings\": 512,"             \
+    " \"eos_token_id\": 2, \"num_experts_per_tok\": 2, \"moe_intermediate_size\": 10, "
+    static const fx_moe models[] = {
+        {.config = "{\"model_type\": \"qwen3_5_moe_text\", " COMMON
+                   "\"num_hidden_layers\": 2, \"linear_num_key_heads\": 2,"
+                   " \"linear_num_value_heads\": 6, \"linear_key_head_dim\": 8,"
+                   " \"linear_value_head_dim\": 10, \"linear_conv_kernel_dim\": 4,"
+                   " \"layer_types\": [\"linear_attention\", \"full_attention\"],"
+                   " \"rope_parameters\": {\"rope_theta\": 10000, \"partial_rotary_factor\": 0.5},"
+                   " \"num_experts\": 5, \"shared_expert_intermediate_size\": 14}",
+         .prefix = "model.",
+         .experts = "mlp.experts",
+         .n_experts = 5,
+         .n_in = 24,
+         .n_ffn = 10,
+         .gated = true,
+         .layers = {0, 1}},
+        {.config = "{\"model_type\": \"nemotron_h\", " COMMON
+                   "\"hybrid_override_pattern\": \"ME*E-\", \"intermediate_size\": 20,"
+                   " \"mamba_num_heads\": 6, \"mamba_head_dim\": 4, \"ssm_state_size\": 8,"
+                   " \"n_groups\": 2, \"conv_kernel\": 4, \"n_routed_experts\": 6,"
+                   " \"moe_latent_size\": 16, \"moe_shared_expert_intermediate_size\": 14,"
+                   " \"routed_scaling_factor\": 2.5}",
+         .prefix = "backbone.",
+         .experts = "mixer.experts",
+         .n_experts = 6,
+         .n_in = 16,
+         .n_ffn = 10,
+         .layers = {1, 3}},
+    };
+#undef COMMON
+    return models[kind];
+}
+
+typedef struct {
+    const char *name;
+    int64_t rows, cols;
+    float scale;
+} moe_tensor;
+
+static void add_tensors(fx_file *file, const char *prefix, int layer, qv_dtype dtype,
+                        const moe_tensor *tensors, size_t n, qv_rng *rng)
+{
+    for (size_t i = 0; i < n; i++)
+        add_layer(file, prefix, layer, tensors[i].name, dtype, tensors[i].rows, tensors[i].cols,
+                  rng, tensors[i].scale);
+}
+
+static void add_cube(fx_file *file, const char *prefix, int layer, const char *name, qv_dtype dtype,
+                     const int64_t *shape, qv_rng *rng)
+{
+    char full[160];
+    snprintf(full, sizeof full, "%slayers.%d.%s", prefix, layer, name);
+    fx_add_random(file, full, dtype, 3, shape, rng, 0.3f);
+}
+
+static void add_qwen_moe(fx_file *file, qv_dtype dtype, qv_rng *rng)
+{
+    static const moe_tensor linear[] = {
+        {"linear_attn.in_proj_qkv.weight", 92, HIDDEN, 0.2f},
+        {"linear_attn.in_proj_z.weight", 60, HIDDEN, 0.2f},
+        {"linear_attn.in_proj_b.weight", 6, HIDDEN, 0.2f},
+        {"linear_attn.in_proj_a.weight", 6, HIDDEN, 0.2f},
+        {"linear_attn.out_proj.weight", HIDDEN, 60, 0.2f},
+        {"linear_attn.A_log", 6, 0, 0.5f},
+        {"linear_attn.dt_bias", 6, 0, 0.5f},
+        {"linear_attn.norm.weight", 10, 0, 0.5f},
+    };
+    static const moe_tensor full[] = {
+        {"self_attn.q_proj.weight", 96, HIDDEN, 0.2f},
+        {"self_attn.k_proj.weight", 24, HIDDEN, 0.2f},
+        {"self_attn.v_proj.weight", 24, HIDDEN, 0.2f},
+        {"self_attn.o_proj.weight", HIDDEN, 48, 0.2f},
+        {"self_attn.q_norm.weight", 12, 0, 0.2f},
+        {"self_attn.k_norm.weight", 12, 0, 0.2f},
+    };
+    static const moe_tensor every[] = {
+        {"input_layernorm.weight", HIDDEN, 0, 0.2f},
+        {"post_attention_layernorm.weight", HIDDEN, 0, 0.2f},
+        {"mlp.gate.weight", 5, HIDDEN, 0.5f},
+        {"mlp.shared_expert.gate_proj.weight", 14, HIDDEN, 0.2f},
+        {"mlp.shared_expert.up_proj.weight", 14, HIDDEN, 0.2f},
+        {"mlp.shared_expert.down_proj.weight", HIDDEN, 14, 0.2f},
+        {"mlp.shared_expert_gate.weight", 1, HIDDEN, 0.2f},
+    };
+    add_tensors(file, "model.", 0, dtype, linear, sizeof linear / sizeof *linear, rng);
+    add_cube(file, "model.", 0, "linear_attn.conv1d.weight", dtype, (int64_t[]){92, 1, 4}, rng);
+    add_tensors(file, "model.", 1, dtype, full, sizeof full / sizeof *full, rng);
+    for (int i = 0; i < 2; i++) {
+        add_tensors(file, "model.", i, dtype, every, sizeof every / sizeof *every, rng);
+        add_cube(file, "model.", i, "mlp.experts.gate_up_proj", dtype, (int64_t[]){5, 20, HIDDEN},
+                 rng);
+        add_cube(file, "model.", i, "mlp.experts.down_proj", dtype, (int64_t[]){5, HIDDEN, 10},
+                 rng);
+    }
+}
+
+static void add_nemotron(fx_file *file, qv_dtype dtype, qv_rng *rng)
+{
+    static const moe_tensor ssm[] = {
+        {"mixer.in_proj.weight", 86, HIDDEN, 0.2f},
+        {"mixer.out_proj.weight", HIDDEN, 24, 0.2f},
+        {"mixer.conv1d.bias", 56, 0, 0.2f},
+        {"mixer.A_log", 6, 0, 0.5f},
+        {"mixer.dt_bias", 6, 0, 0.5f},
+        {"mixer.D", 6, 0, 0.5f},
+        {"mixer.norm.weight", 24, 0, 0.5f},
+    };
+    static const moe_tensor attention[] = {
+        {"mixer.q_proj.weight", 48, HIDDEN, 0.2f},
+        {"mixer.k_proj.weight", 24, HIDDEN, 0.2f},
+        {"mixer.v_proj.weight", 24, HIDDEN, 0.2f},
+        {"mixer.o_proj.weight", HIDDEN, 48, 0.2f},
+    };
+    static const moe_tensor moe[] = {
+        {"mixer.gate.weight", 6, HIDDEN, 0.5f},
+        {"mixer.gate.e_score_correction_bias", 6, 0, 0.1f},
+        {"mixer.fc1_latent_proj.weight", 16, HIDDEN, 0.3f},
+        {"mixer.fc2_latent_proj.weight", HIDDEN, 16, 0.3f},
+        {"mixer.shared_experts.up_proj.weight", 14, HIDDEN, 0.2f},
+        {"mixer.shared_experts.down_proj.weight", HIDDEN, 14, 0.2f},
+    };
+    static const moe_tensor mlp[] = {
+        {"mixer.up_proj.weight", 20, HIDDEN, 0.2f},
+        {"mixer.down_proj.weight", HIDDEN, 20, 0.2f},
+    };
+    add_tensors(file, "backbone.", 0, dtype, ssm, sizeof ssm / sizeof *ssm, rng);
+    add_cube(file, "backbone.", 0, "mixer.conv1d.weight", dtype, (int64_t[]){56, 1, 4}, rng);
+    add_tensors(file, "backbone.", 2, dtype, attention, sizeof attention / sizeof *attention, rng);
+    add_tensors(file, "backbone.", 4, dtype, mlp, sizeof mlp / sizeof *mlp, rng);
+    for (int i = 1; i <= 3; i += 2) {
+        add_tensors(file, "backbone.", i, dtype, moe, sizeof moe / sizeof *moe, rng);
+        for (int e = 0; e < 6; e++) {
+            char up[64], down[64];
+            snprintf(up, sizeof up, "mixer.experts.%d.up_proj.weight", e);
+            snprintf(down, sizeof down, "mixer.experts.%d.down_proj.weight", e);
+            add_layer(file, "backbone.", i, up, dtype, 10, 16, rng, 0.3f);
+            add_layer(file, "backbone.", i, down, dtype, 16, 10, rng, 0.3f);
+        }
+    }
+    for (int i = 0; i < 5; i++)
+        add_layer(file, "backbone.", i, "norm.weight", dtype, HIDDEN, 0, rng, 1);
+}
+
+void fx_random_moe(fx_file *file, fx_moe_kind kind, qv_dtype dtype, uint64_t seed)
+{
+    bool qwen = kind == FX_QWEN_MOE;
+    qv_rng rng = qv_rng_seed(seed);
+    fx_add_random(file, qwen ? "model.embed_tokens.weight" : "backbone.embeddings.weight", dtype, 2,
+                  (int64_t[]){VOCAB, HIDDEN}, &rng, 1);
+    fx_add_random(file, qwen ? "model.norm.weight" : "backbone.norm_f.weight", dtype, 1,
+                  (int64_t[]){HIDDEN}, &rng, qwen ? 0.2f : 1);
+    fx_add_random(file, "lm_head.weight", dtype, 2, (int64_t[]){VOCAB, HIDDEN}, &rng, 0.3f);
+    if (qwen)
+        add_qwen_moe(file, dtype, &rng);
+    else
+        add_nemotron(file, dtype, &rng);
+}
+
 const char *fx_write_model(const char *config, const fx_file *file)
 {
     const char *dir = qv_temp_dir();

@@ -45,6 +45,24 @@ void fx_copy(fx_file *file, const qv_safetensors *st);
 const char *fx_config_text(bool tied);
 /* The checkpoint that it describes, random, names under `prefix`. */
 void fx_random_model(fx_file *file, const char *prefix, bool tied, qv_dtype dtype, uint64_t seed);
+/* Tiny mixtures of experts: Qwen3.5 (a linear and a full layer, 5 experts of 10 with a gate, 2 a
+ * token) and Nemotron-3 (M, E, *, E and -; 6 experts of 10 in a latent space of 16, 2 a token);
+ * vocab 50, hidden 24, untied. */
+typedef enum { FX_QWEN_MOE, FX_NEMOTRON } fx_moe_kind;
+
+typedef struct {
+    const char *config;
+    const char *prefix;  /* of tensors in the checkpoint */
+    const char *experts; /* "mlp.experts", below a layer */
+    int64_t n_experts, n_in, n_ffn;
+    bool gated;
+    int layers[2]; /* with experts */
+} fx_moe;
+
+fx_moe fx_moe_model(fx_moe_kind kind);
+/* Its checkpoint, random: experts in one tensor (Qwen3.5) or one by one. */
+void fx_random_moe(fx_file *file, fx_moe_kind kind, qv_dtype dtype, uint64_t seed);
+
 /* Write both into a fresh folder; its path. */
 const char *fx_write_model(const char *config, const fx_file *file);
 

@@ -99,19 +99,25 @@ static qv_status check_added_tokens(const qv_adapter_spec *spec, const char *dir
     return status;
 }
 
-/* Open adapter_model.safetensors, or say why there is none to open. */
-static qv_status open_tensors(const qv_adapter_spec *spec, const char *dir, const char *path,
-                              qv_safetensors **out)
+static bool has_file(const char *dir, const char *name)
 {
-    uint64_t max_bytes = spec->max_bytes ? spec->max_bytes : QV_ADAPTER_MAX_BYTES;
-    char other[PATH_MAX];
-    snprintf(other, sizeof other, "%s/adapter_model.bin", dir);
-    if (access(path, F_OK) != 0 && access(other, F_OK) == 0)
+    char path[PATH_MAX];
+    return snprintf(path, sizeof path, "%s/%s", dir, name) < (int)sizeof path &&
+           access(path, F_OK) == 0;
+}
+
+/* Open adapter_model.safetensors or its shards, or say why there is nothing to open. */
+static qv_status open_tensors(const qv_adapter_spec *spec, const char *dir, qv_safetensors **out)
+{
+    if (!has_file(dir, "adapter_model.safetensors") &&
+        !has_file(dir, "adapter_model.safetensors.index.json") &&
+        has_file(dir, "adapter_model.bin"))
         return qv_fail(QV_ERR_UNSUPPORTED,
-                       "%s: pickled weights are not read, because reading them runs their code: "
-                       "save the adapter as safetensors",
-                       other);
-    return qv_safetensors_open_file(path, max_bytes, out);
+                       "%s/adapter_model.bin: pickled weights are not read, because reading them "
+                       "runs their code: save the adapter as safetensors",
+                       dir);
+    uint64_t max_bytes = spec->max_bytes ? spec->max_bytes : QV_ADAPTER_MAX_BYTES;
+    return qv_safetensors_open_set(dir, "adapter_model", max_bytes, out);
 }
 
 qv_status qv_adapter_read(const qv_adapter_spec *spec, const char *dir, qv_adapter **out)
@@ -127,7 +133,7 @@ qv_status qv_adapter_read(const qv_adapter_spec *spec, const char *dir, qv_adapt
     if (status == QV_OK)
         status = check_added_tokens(spec, dir);
     if (status == QV_OK)
-        status = open_tensors(spec, dir, path, &st);
+        status = open_tensors(spec, dir, &st);
     if (status == QV_OK)
         status = read_adapter(spec, path, config_path, config, st, out);
     qv_safetensors_close(st);

@@ -403,20 +403,43 @@ qv_status qv_safetensors_open_memory(const void *data, size_t size, const char *
     return QV_OK;
 }
 
+/* All shards together count. */
+static qv_status check_bytes(const qv_safetensors *st, const char *index_path, uint64_t max_bytes)
+{
+    if (max_bytes > 0 && st->bytes > max_bytes)
+        return qv_fail(QV_ERR_LIMIT, "%s: its shards hold %" PRIu64 " bytes, more than %" PRIu64,
+                       index_path, st->bytes, max_bytes);
+    return QV_OK;
+}
+
+qv_status qv_safetensors_open_set(const char *dir, const char *stem, uint64_t max_bytes,
+                                  qv_safetensors **out)
+{
+    char single[PATH_MAX], index[PATH_MAX];
+    if (snprintf(index, sizeof index, "%s/%s.safetensors.index.json", dir, stem) >=
+        (int)sizeof index)
+        return qv_fail(QV_ERR_ARG, "%.80s...: path too long", dir);
+    snprintf(single, sizeof single, "%s/%s.safetensors", dir, stem);
+    if (access(single, F_OK) == 0)
+        return qv_safetensors_open_file(single, max_bytes, out);
+    qv_safetensors *st;
+    qv_status status = open_index(dir, index, &st);
+    if (status == QV_ERR_NOT_FOUND && access(index, F_OK) != 0)
+        return qv_fail(QV_ERR_NOT_FOUND, "%s: neither %s.safetensors nor %s.safetensors.index.json",
+                       dir, stem, stem);
+    QV_TRY(status);
+    status = check_bytes(st, index, max_bytes);
+    if (status != QV_OK) {
+        qv_safetensors_close(st);
+        return status;
+    }
+    *out = st;
+    return QV_OK;
+}
+
 qv_status qv_safetensors_open_dir(const char *dir, qv_safetensors **out)
 {
-    char path[PATH_MAX];
-    if (snprintf(path, sizeof path, "%s/model.safetensors.index.json", dir) >= (int)sizeof path)
-        return qv_fail(QV_ERR_ARG, "%.80s...: path too long", dir);
-    char single[PATH_MAX];
-    snprintf(single, sizeof single, "%s/model.safetensors", dir);
-    if (access(single, F_OK) == 0)
-        return qv_safetensors_open_file(single, 0, out);
-    qv_status status = open_index(dir, path, out);
-    if (status == QV_ERR_NOT_FOUND && access(path, F_OK) != 0)
-        return qv_fail(QV_ERR_NOT_FOUND,
-                       "%s: neither model.safetensors nor model.safetensors.index.json", dir);
-    return status;
+    return qv_safetensors_open_set(dir, "model", 0, out);
 }
 
 size_t qv_safetensors_count(const qv_safetensors *st)

@@ -34,6 +34,11 @@ typedef struct {
  * `dir`/model.safetensors.index.json. Errors: NOT_FOUND, IO, FORMAT, UNSUPPORTED, LIMIT, NOMEM. */
 qv_status qv_safetensors_open_dir(const char *dir, qv_safetensors **out);
 
+/* The same for `dir`/STEM.safetensors or the shards of its index, of at most `max_bytes` together
+ * (0 = no limit). */
+qv_status qv_safetensors_open_set(const char *dir, const char *stem, uint64_t max_bytes,
+                                  qv_safetensors **out);
+
 /* Open one file of at most `max_bytes` (0 = no limit). Errors: as above. */
 qv_status qv_safetensors_open_file(const char *path, uint64_t max_bytes, qv_safetensors **out);
 

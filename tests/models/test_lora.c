@@ -872,6 +872,40 @@ Test(lora, says_which_file_is_missing_or_too_large)
     fx_free(&d.file);
 }
 
+Test(lora, reads_the_shards_of_an_index)
+{
+    draft d = small_draft(), parts[2] = {{.file = {.n = 0}}, {.file = {.n = 0}}};
+    const char *dir = qv_temp_dir();
+    qv_write_text(qv_path(dir, "adapter_config.json"), d.config);
+    for (int i = 0; i < 2; i++) {
+        const fx_tensor *t = &d.file.tensors[i];
+        fx_add(&parts[i].file, t->name, QV_F32, 2, t->shape, t->data);
+        fx_write(&parts[i].file, qv_path(dir, "adapter_model-0000%d-of-00002.safetensors", i + 1));
+    }
+    char index[1024];
+    snprintf(index, sizeof index,
+             "{\"weight_map\": {\"%s\": \"adapter_model-00001-of-00002.safetensors\","
+             " \"%s\": \"adapter_model-00002-of-00002.safetensors\"}}",
+             small_a, small_b);
+    qv_adapter_spec spec = spec_of(false);
+    qv_adapter *whole, *sharded;
+    cr_expect_eq(qv_adapter_read(&spec, dir, &sharded), QV_ERR_NOT_FOUND);
+    cr_expect_not_null(strstr(qv_error(), "adapter_model.safetensors.index.json"), "%s",
+                       qv_error());
+    qv_write_text(qv_path(dir, "adapter_model.safetensors.index.json"), index);
+    cr_assert_eq(qv_adapter_read(&spec, dir, &sharded), QV_OK, "%s", qv_error());
+    cr_assert_eq(qv_adapter_read(&spec, write_draft(&d), &whole), QV_OK, "%s", qv_error());
+    cr_expect_str_eq(qv_adapter_digest(whole), qv_adapter_digest(sharded));
+    spec.max_bytes = 1000; /* the shards hold 384 and 640 */
+    qv_adapter *none;
+    cr_expect_eq(qv_adapter_read(&spec, dir, &none), QV_ERR_LIMIT);
+    remove(qv_path(dir, "adapter_model-00002-of-00002.safetensors"));
+    spec.max_bytes = 0;
+    cr_expect_eq(qv_adapter_read(&spec, dir, &none), QV_ERR_NOT_FOUND);
+    qv_adapter_close(whole), qv_adapter_close(sharded);
+    fx_free(&d.file), fx_free(&parts[0].file), fx_free(&parts[1].file);
+}
+
 Test(lora, refuses_every_truncation_of_a_file)
 {
     draft d = small_draft();

@@ -91,12 +91,15 @@ static qv_status view_experts(const qv_lora_reader *r, qv_lora_pair *p)
     return QV_OK;
 }
 
-/* The name that patterns match: of the module, or of the parameter that a wrapper stands for. */
+/* The name that patterns match: of the module, or of the parameter where that is what was targeted,
+ * as experts always are. */
 static void name_module(const qv_lora_reader *r, const qv_lora_pair *p, char *buf, size_t size)
 {
     qv_lora_key key = qv_lora_key_parse(p->a->name);
     if (p->place.kind != QV_PLACE_WRAPPER) {
-        snprintf(buf, size, "%.*s", (int)key.size, key.module);
+        snprintf(buf, size, "%.*s.weight", (int)key.size, key.module);
+        if (!qv_lora_config_targets(&r->config, buf))
+            snprintf(buf, size, "%.*s", (int)key.size, key.module);
         return;
     }
     const qv_proj_shape *shape = &r->spec->layout->proj[p->place.target.proj];

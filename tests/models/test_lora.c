@@ -508,6 +508,9 @@ Test(lora, the_scale_follows_alpha_rank_and_patterns)
         {"\"r\": 9, \"lora_alpha\": 8, \"rank_pattern\": {\"mlp.up_proj\": 4}", 2},
         {"\"r\": 9, \"lora_alpha\": 8, \"rank_pattern\": {\"layers\\\\.1\\\\..*\": 4}", 2},
         {"\"r\": 9, \"lora_alpha\": 8, \"rank_pattern\": {\"^model.layers.1.mlp.up_proj\": 4}", 2},
+        {"\"r\": 9, \"lora_alpha\": 8, \"target_parameters\": [\"up_proj.weight\"],"
+         " \"rank_pattern\": {\"up_proj.weight\": 4}",
+         2},
         {"\"r\": 4, \"lora_alpha\": 8, \"alpha_pattern\": {\"up_proj\": 2}", 0.5},
         {"\"r\": 4, \"lora_alpha\": 8, \"alpha_pattern\": {\"p_proj\": 2, \"up_proj\": 6}", 1.5},
         {"\"r\": 4, \"lora_alpha\": 8, \"alpha_pattern\": {\".*_proj\": 12, \"up_proj\": 6}", 3},

@@ -375,6 +375,17 @@ static qv_status reserve(qv_lora_parts *parts, uint64_t bytes)
                    bytes, before, parts->max_bytes);
 }
 
+qv_status qv_lora_parts_check(const qv_lora_parts *parts, const qv_adapter *adapter)
+{
+    uint64_t bytes = qv_lora_parts_bytes(parts->layout, adapter, parts->dtype);
+    return bytes <= parts->max_bytes
+               ? QV_OK
+               : qv_fail(QV_ERR_LIMIT,
+                         "its pairs of experts and of the embedding take %" PRIu64
+                         " bytes, but adapter-memory allows %" PRIu64 " for all slots",
+                         bytes, parts->max_bytes);
+}
+
 qv_status qv_lora_parts_install(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter)
 {
     block *b = &parts->blocks[slot];

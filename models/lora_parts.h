@@ -36,6 +36,9 @@ const qv_embed_lora_site *qv_lora_parts_embedding(const qv_lora_parts *parts);
 qv_status qv_lora_parts_install(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter);
 qv_status qv_lora_parts_clear(qv_lora_parts *parts, int32_t slot);
 
+/* Whether an adapter fits an empty pool. Any thread. Errors: LIMIT. */
+qv_status qv_lora_parts_check(const qv_lora_parts *parts, const qv_adapter *adapter);
+
 /* Bytes of all blocks now. Any thread. */
 uint64_t qv_lora_parts_used(const qv_lora_parts *parts);
 

@@ -371,7 +371,15 @@ qv_status qv_adapter_open(const qv_model *model, const char *dir, qv_adapter **o
                             .model_dir = model->dir};
     if (model->limits.n_adapter_slots == 0)
         return qv_fail(QV_ERR_LIMIT, "%s: the model was opened without adapter slots", dir);
-    return qv_adapter_read(&spec, dir, out);
+    QV_TRY(qv_adapter_read(&spec, dir, out));
+    if (model->n_ranks > 1) /* a rank has less of it; installing says */
+        return QV_OK;
+    qv_status status = qv_lora_parts_check(qv_lora_pool_parts(model->ranks[0].lora), *out);
+    if (status != QV_OK) {
+        qv_adapter_close(*out);
+        return qv_fail_prefix(status, "%s", dir);
+    }
+    return QV_OK;
 }
 
 static qv_status check_slot(const qv_model *model, int32_t slot)

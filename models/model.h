@@ -104,7 +104,8 @@ qv_status qv_model_state_restore(qv_model *model, const int32_t *pages, int32_t 
 
 /* Read and check an adapter directory (PEFT) against the model: every tensor must find its place,
  * every field of adapter_config.json that changes the result is honoured or refused. Any thread.
- * Errors: NOT_FOUND, IO, FORMAT, SHAPE, UNSUPPORTED, LIMIT (rank above the pool's, file too large).
+ * Errors: NOT_FOUND, IO, FORMAT, SHAPE, UNSUPPORTED, LIMIT (rank above the pool's, file too large,
+ * more memory on demand than all slots may have).
  */
 qv_status qv_adapter_open(const qv_model *model, const char *dir, qv_adapter **out);
 void qv_adapter_close(qv_adapter *adapter);

@@ -479,6 +479,30 @@ Test(lora_formats, experts_that_an_adapter_lacks_stay_as_they_are)
     }
 }
 
+Test(lora_formats, an_adapter_that_no_slot_could_hold_is_refused_when_it_is_opened)
+{
+    delta x = new_delta(FX_QWEN_MOE);
+    fx_file model_file = {.n = 0};
+    fx_random_moe(&model_file, FX_QWEN_MOE, QV_F32, 35);
+    draft d = write_form(write_w, &(how){.dtype = QV_F32}, &x, CONFIG(""));
+    const char *dir = fx_write_model(x.m.config, &model_file), *adapter_dir = write_draft(&d);
+    qv_backend *be = fx_backend();
+    for (int enough = 0; enough < 2; enough++) {
+        qv_model_limits limits = fx_limits();
+        limits.adapter_memory = enough ? 100000 : 1000;
+        qv_model *model = fx_open(be, dir, &limits);
+        qv_adapter *adapter;
+        cr_expect_eq(qv_adapter_open(model, adapter_dir, &adapter), enough ? QV_OK : QV_ERR_LIMIT);
+        if (enough)
+            qv_adapter_close(adapter);
+        else
+            cr_expect_not_null(strstr(qv_error(), "adapter-memory allows 1000"), "%s", qv_error());
+        qv_model_close(model);
+    }
+    qv_backend_close(be);
+    fx_free(&d.file), fx_free(&model_file);
+}
+
 /* --- Reading alone ---------------------------------------------------------------------------- */
 
 static const qv_layout *layout_of(const char *config_text)

@@ -94,6 +94,8 @@ Test(ranks, golden_cases_of_base_and_adapters_agree_however_the_model_is_split, 
             int64_t vocab = qv_model_get_config(s.model)->vocab;
             double worst = 0;
             for (int c = 0; c < n; c++) {
+                if (c > 0 && strcmp(cases[c].adapter, cases[c - 1].adapter) == 0)
+                    continue; /* one case of each adapter in a row */
                 int32_t slot = install(&s, dir, cases[c].adapter);
                 float *logits = fx_run(s.model, cases[c].tokens, cases[c].n, 0, slot, 0, 0);
                 for (int32_t t = 0; t + 1 < cases[c].n; t++)

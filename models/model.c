@@ -360,6 +360,13 @@ qv_status qv_model_state_restore(qv_model *model, const int32_t *pages, int32_t 
     return QV_OK;
 }
 
+qv_status qv_model_state_copy(qv_model *model, int32_t from, int32_t to)
+{
+    for (int32_t i = 0; i < model->n_ranks; i++)
+        QV_TRY(qv_state_copy_slot(&model->ranks[i].state, from, to));
+    return QV_OK;
+}
+
 /* --- Adapters --------------------------------------------------------------------------------- */
 
 qv_status qv_adapter_open(const qv_model *model, const char *dir, qv_adapter **out)

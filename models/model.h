@@ -100,6 +100,10 @@ qv_status qv_model_state_save(qv_model *model, const int32_t *pages, int32_t n_p
 qv_status qv_model_state_restore(qv_model *model, const int32_t *pages, int32_t n_pages,
                                  int32_t slot, const void *in);
 
+/* Copy what slot `from` holds to slot `to`, another one, on the device and in the order of steps.
+ * Pages are not touched. Errors: DEVICE. */
+qv_status qv_model_state_copy(qv_model *model, int32_t from, int32_t to);
+
 /* --- Adapters --------------------------------------------------------------------------------- */
 
 /* Read and check an adapter directory (PEFT) against the model: every tensor must find its place,

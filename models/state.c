@@ -150,3 +150,21 @@ qv_status qv_state_restore(const qv_state *state, const int32_t *pages, int32_t 
     transfer t = {.be = state->be, .host = (uint8_t *)in, .save = false};
     return move_sequence(state, &t, pages, n_pages, slot);
 }
+
+static qv_status copy_entry(qv_backend *be, const qv_tensor *tensor, int32_t from, int32_t to)
+{
+    if (tensor->data == NULL)
+        return QV_OK;
+    size_t bytes = (size_t)tensor->stride[0] * qv_dtype_size(tensor->dtype);
+    uint8_t *data = tensor->data;
+    return qv_backend_copy(be, data + (size_t)to * bytes, data + (size_t)from * bytes, bytes);
+}
+
+qv_status qv_state_copy_slot(const qv_state *state, int32_t from, int32_t to)
+{
+    for (int64_t i = 0; i < state->n_layers; i++) {
+        QV_TRY(copy_entry(state->be, &state->layers[i].conv, from, to));
+        QV_TRY(copy_entry(state->be, &state->layers[i].recurrent, from, to));
+    }
+    return QV_OK;
+}

@@ -39,4 +39,7 @@ qv_status qv_state_save(const qv_state *state, const int32_t *pages, int32_t n_p
 qv_status qv_state_restore(const qv_state *state, const int32_t *pages, int32_t n_pages,
                            int32_t slot, const void *in);
 
+/* Copy what slot `from` holds to slot `to`, another one, on the device. Errors: DEVICE. */
+qv_status qv_state_copy_slot(const qv_state *state, int32_t from, int32_t to);
+
 #endif

@@ -72,6 +72,7 @@ typedef struct {
     qv_status (*upload)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*download)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*zero)(qv_backend *be, void *dst, size_t bytes);
+    qv_status (*copy)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*sync)(qv_backend *be);
     /* Only called on a backend that has joined a group of more than one. */
     qv_status (*all_reduce)(qv_backend *be, qv_tensor x);

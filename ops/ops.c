@@ -102,6 +102,11 @@ qv_status qv_backend_zero(qv_backend *be, void *dst, size_t bytes)
     return bytes ? be->table->zero(be, dst, bytes) : QV_OK;
 }
 
+qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
+{
+    return bytes ? be->table->copy(be, dst, src, bytes) : QV_OK;
+}
+
 qv_status qv_backend_sync(qv_backend *be)
 {
     return be->table->sync(be);

@@ -67,6 +67,9 @@ void qv_backend_free(qv_backend *be, void *ptr);
 qv_status qv_backend_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_backend_download(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_backend_zero(qv_backend *be, void *dst, size_t bytes);
+/* Backend to backend; the two do not overlap. In the order of ops: it sees what was enqueued before
+ * and is seen by what comes after, without anybody waiting. Engine thread. */
+qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t bytes);
 /* Wait until everything enqueued so far has finished (CPU: nothing to wait for). */
 qv_status qv_backend_sync(qv_backend *be);
 

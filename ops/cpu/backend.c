@@ -227,9 +227,9 @@ static qv_status cpu_open(const qv_backend_options *options, qv_backend **out)
         .name = "cpu", .activation_dtype = QV_F32, .lora_dtype = lora, .kv_dtype = QV_F32,         \
         .open = cpu_open, .close = cpu_close, .reserve = cpu_reserve, .alloc = cpu_alloc,          \
         .free = cpu_free, .upload = cpu_copy, .download = cpu_copy, .zero = cpu_zero,              \
-        .sync = cpu_sync, .all_reduce = qv_cpu_all_reduce, .gather_cols = qv_cpu_gather_cols,      \
-        .weight_new = qv_cpu_weight_new, .weight_free = qv_cpu_weight_free,                        \
-        .weight_load = qv_cpu_weight_load,                                                         \
+        .copy = cpu_copy, .sync = cpu_sync, .all_reduce = qv_cpu_all_reduce,                       \
+        .gather_cols = qv_cpu_gather_cols, .weight_new = qv_cpu_weight_new,                        \
+        .weight_free = qv_cpu_weight_free, .weight_load = qv_cpu_weight_load,                      \
     }
 
 const qv_backend_table qv_cpu_backend_table = CPU_TABLE(QV_F32);

@@ -62,6 +62,27 @@ Test(kv_cache, frees_a_shared_page_with_its_last_hold)
     qv_kv_cache_free(cache);
 }
 
+Test(kv_cache, keeps_a_page_beyond_its_last_hold)
+{
+    qv_kv_cache *cache;
+    int32_t page;
+    cr_assert_eq(qv_kv_cache_new(2, 16, &cache), QV_OK);
+    cr_assert(qv_kv_cache_acquire(cache, 1, &page));
+    qv_kv_cache_keep(cache, page);
+    cr_assert_eq(qv_kv_cache_n_idle(cache), 0, "it is held");
+    qv_kv_cache_release(cache, &page, 1);
+    cr_assert_eq(qv_kv_cache_n_free(cache), 1);
+    cr_assert_eq(qv_kv_cache_n_idle(cache), 1);
+    qv_kv_cache_share(cache, page);
+    cr_assert_eq(qv_kv_cache_n_idle(cache), 0);
+    qv_kv_cache_drop(cache, page);
+    cr_assert_eq(qv_kv_cache_n_free(cache), 1, "it is held");
+    qv_kv_cache_release(cache, &page, 1);
+    cr_assert_eq(qv_kv_cache_n_free(cache), 2);
+    cr_assert_eq(qv_kv_cache_n_kept(cache), 0);
+    qv_kv_cache_free(cache);
+}
+
 Test(kv_cache, stops_the_process_on_a_double_release, .signal = SIGABRT)
 {
     qv_kv_cache *cache;

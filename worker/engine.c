@@ -35,6 +35,15 @@ static void queue_stream(qv_engine *engine, qv_request_stream *stream)
     qv_scheduler_add(engine->scheduler, &stream->sequence, stream->sequence.request->arrival_ms);
 }
 
+/* Where the streams of a request part: with the prefix cache at the end of a page, so that they
+ * share pages, else at the prompt's last token. */
+static int32_t fork_point(const qv_engine *engine, const qv_request *request)
+{
+    int32_t last = request->n_prompt - 1;
+    int32_t page_end = last - last % engine->sizes.limits.page_tokens;
+    return request->scope != NULL && page_end > 0 ? page_end : last;
+}
+
 /* Queue the streams; those that need not run end at once. When there are several and a prompt worth
  * it, the first of them goes ahead. */
 static void start_streams(qv_engine *engine, qv_request *request)
@@ -52,28 +61,47 @@ static void start_streams(qv_engine *engine, qv_request *request)
             queue_stream(engine, stream);
         } else if (request->leader == NULL) {
             request->leader = stream;
-            stream->sequence.fork_at = request->n_prompt - 1;
+            stream->sequence.fork_at = fork_point(engine, request);
             queue_stream(engine, stream);
         }
     }
 }
 
-/* The leader has come to the prompt's last token: the streams that waited for it begin there, each
- * from the same snapshot. Without room for one they compute the prompt themselves. */
+/* Whether the prefix cache has what the leader has computed, for the others to find. */
+static bool others_will_find(const qv_engine *engine, const qv_sequence *leader)
+{
+    if (leader->scope == NULL)
+        return false;
+    int32_t n = leader->fork_at;
+    qv_prefix_match match =
+        qv_prefix_cache_find(engine->prefix, leader->scope, leader->tokens, n, n);
+    return match.n_pages * engine->sizes.limits.page_tokens == n;
+}
+
+/* Save the leader's state where the streams part. NULL: there is no room. */
+static qv_status save_leader(qv_engine *engine, const qv_sequence *from, qv_snapshot **out)
+{
+    int32_t n_pages = qv_kv_cache_pages_for(engine->pages, from->n_computed);
+    *out = qv_state_cache_save(engine->states, qv_model_state_bytes(engine->model, n_pages),
+                               from->n_computed, n_pages);
+    if (*out == NULL)
+        return QV_OK;
+    qv_status status =
+        qv_model_state_save(engine->model, from->pages, n_pages, from->state_slot, (*out)->data);
+    if (status != QV_OK)
+        qv_state_cache_drop(engine->states, *out);
+    return status;
+}
+
+/* The leader has come to where the streams part: those that waited for it begin there, from the
+ * prefix cache or each from the same snapshot. Without either they compute the prompt themselves.
+ */
 static qv_status fork_streams(qv_engine *engine, qv_request *request)
 {
     qv_sequence *from = &request->leader->sequence;
-    int32_t n_pages = qv_kv_cache_pages_for(engine->pages, from->n_computed);
-    qv_snapshot *snapshot = qv_state_cache_save(
-        engine->states, qv_model_state_bytes(engine->model, n_pages), from->n_computed, n_pages);
-    if (snapshot != NULL) {
-        qv_status status = qv_model_state_save(engine->model, from->pages, n_pages,
-                                               from->state_slot, snapshot->data);
-        if (status != QV_OK) {
-            qv_state_cache_drop(engine->states, snapshot);
-            return status;
-        }
-    }
+    qv_snapshot *snapshot = NULL;
+    if (from->n_computed == from->fork_at && !others_will_find(engine, from))
+        QV_TRY(save_leader(engine, from, &snapshot));
     request->leader = NULL;
     from->fork_at = 0;
     uint32_t n_streams = request->n_streams;
@@ -82,9 +110,9 @@ static qv_status fork_streams(qv_engine *engine, qv_request *request)
         qv_sequence *seq = &stream->sequence;
         if (stream->queued || stream->finished)
             continue;
+        seq->next_score = from->next_score;
         if (snapshot != NULL) {
             seq->n_computed = stream->n_cached = from->n_computed;
-            seq->next_score = from->next_score;
             seq->snapshot = qv_state_cache_share(snapshot);
         }
         queue_stream(engine, stream);
@@ -109,6 +137,7 @@ static qv_status start_request(qv_engine *engine, qv_request *request, qv_code *
             return status == QV_ERR_BUSY ? QV_OK : status;
     }
     qv_engine_unpark(engine, request);
+    qv_engine_join_prefixes(engine, request);
     start_streams(engine, request);
     return QV_OK;
 }
@@ -200,6 +229,7 @@ void qv_engine_on_adapter_event(void *user, const qv_adapter_event *event)
 {
     qv_engine *engine = user;
     qv_outbox_event(&engine->outbox, event);
+    engine->adapters_changed = true;
 }
 
 /* What the scheduler asks about adapters. */
@@ -227,7 +257,19 @@ const qv_adapter_slots qv_engine_adapter_slots = {
 
 /* --- Step ------------------------------------------------------------------------------------ */
 
-/* Save what lost its place, as far as the swap budget lasts, and bring back what got one again. */
+static qv_request_stream *stream_of(const qv_sequence *seq)
+{
+    return &seq->request->streams[seq->index];
+}
+
+/* Whether this sequence is one that others wait for, and has come to where they begin. */
+static bool leads_to_fork(const qv_request *request, const qv_sequence *seq)
+{
+    return request->leader == stream_of(seq) && seq->n_computed >= seq->fork_at;
+}
+
+/* Save what lost its place, as far as the swap budget lasts; copy known beginnings to those that
+ * were admitted with one, and bring back what got its place again. */
 static qv_status swap(qv_engine *engine, const qv_plan *plan)
 {
     for (int32_t i = 0; i < plan->n_preempted; i++) {
@@ -243,12 +285,19 @@ static qv_status swap(qv_engine *engine, const qv_plan *plan)
         else
             seq->n_computed = 0; /* to be computed again */
     }
+    QV_TRY(qv_engine_load_prefixes(engine, plan));
     for (int32_t i = 0; i < plan->n_restored; i++) {
         qv_sequence *seq = plan->restored[i];
         QV_TRY(qv_model_state_restore(engine->model, seq->pages, seq->snapshot->n_pages,
                                       seq->state_slot, seq->snapshot->data));
         qv_state_cache_drop(engine->states, seq->snapshot);
         seq->snapshot = NULL;
+    }
+    for (int32_t i = 0; i < plan->n_loads;
+         i++) { /* a leader that found all that it was to compute */
+        qv_request *request = plan->loads[i].seq->request;
+        if (leads_to_fork(request, plan->loads[i].seq))
+            QV_TRY(fork_streams(engine, request));
     }
     return QV_OK;
 }
@@ -294,11 +343,6 @@ static qv_status sample(qv_engine *engine, const qv_plan *plan, qv_tensor logits
     return status;
 }
 
-static qv_request_stream *stream_of(const qv_sequence *seq)
-{
-    return &seq->request->streams[seq->index];
-}
-
 static void keep_prompt_scores(const qv_plan_item *item, const qv_sample_result *results)
 {
     qv_request *request = item->seq->request;
@@ -335,6 +379,8 @@ static qv_status commit(qv_engine *engine, const qv_plan_item *item,
                  "the model gave logits that are not finite after %d tokens; its weights or those "
                  "of the adapter may be broken",
                  seq->n_computed + item->n_tokens);
+        if (seq->scope != NULL) /* whatever went wrong, nobody shall begin from it */
+            qv_prefix_cache_clear(engine->prefix, seq->scope);
         qv_engine_fail_request(engine, seq->request, QV_CODE_INTERNAL, message);
         return QV_OK;
     }
@@ -342,8 +388,10 @@ static qv_status commit(qv_engine *engine, const qv_plan_item *item,
     *(seq->state == QV_SEQ_PREFILL ? &engine->stats.tokens_prefilled
                                    : &engine->stats.tokens_decoded) += (uint64_t)item->n_tokens;
     const qv_sample_result *chosen = item->rows.choose ? &results[item->rows.count - 1] : NULL;
+    bool was_prefill = seq->state == QV_SEQ_PREFILL;
     qv_scheduler_commit(engine->scheduler, item, chosen != NULL ? chosen->token : -1);
-    if (seq->request->leader == stream_of(seq) && seq->n_computed == seq->fork_at)
+    QV_TRY(qv_engine_keep_prefix(engine, seq, was_prefill && seq->state == QV_SEQ_DECODE));
+    if (leads_to_fork(seq->request, seq))
         QV_TRY(fork_streams(engine, seq->request));
     if (chosen != NULL) {
         engine->stats.tokens_generated++;
@@ -375,6 +423,22 @@ static qv_status run(qv_engine *engine, const qv_plan *plan)
     return QV_OK;
 }
 
+static void count_prefixes(qv_engine *engine, const qv_engine_stats *before)
+{
+    const qv_engine_metrics *m = &engine->metrics;
+    const qv_prefix_stats *now = &engine->stats.prefix, *old = &before->prefix;
+    if (engine->prefix == NULL)
+        return;
+    engine->stats.prefix = qv_prefix_cache_stats(engine->prefix);
+    qv_counter_add(m->prefix_lookups, now->lookups - old->lookups);
+    qv_counter_add(m->prefix_hits, now->hits - old->hits);
+    qv_counter_add(m->prefix_tokens, now->hit_tokens - old->hit_tokens);
+    qv_counter_add(m->prefix_snapshots_evicted, now->snapshots_evicted - old->snapshots_evicted);
+    qv_counter_add(m->prefix_pages_evicted, now->pages_evicted - old->pages_evicted);
+    qv_gauge_set(m->prefix_snapshots, now->n_snapshots);
+    qv_gauge_set(m->prefix_pages, now->n_pages);
+}
+
 static void count_step(qv_engine *engine, const qv_engine_stats *before, int32_t n_tokens,
                        uint64_t start_ns)
 {
@@ -390,6 +454,7 @@ static void count_step(qv_engine *engine, const qv_engine_stats *before, int32_t
     qv_counter_add(m->prefilled, now->tokens_prefilled - before->tokens_prefilled);
     qv_counter_add(m->generated, now->tokens_generated - before->tokens_generated);
     qv_counter_add(m->preemptions, now->preemptions - before->preemptions);
+    count_prefixes(engine, before);
 
     qv_engine_stats stats;
     qv_engine_get_stats(engine, &stats);
@@ -411,6 +476,7 @@ qv_status qv_engine_step(qv_engine *engine, qv_step_result *result)
         retry_parked(engine);
         qv_scheduler_notify(engine->scheduler);
     }
+    qv_engine_forget_prefixes(engine);
     const qv_plan *plan = qv_scheduler_plan(engine->scheduler);
     QV_TRY(swap(engine, plan));
     if (plan->n_items > 0)

@@ -15,6 +15,7 @@
 #include "models/chat_template.h"
 #include "models/model.h"
 #include "models/tokenizer.h"
+#include "worker/prefix_cache.h"
 
 typedef struct qv_engine qv_engine;
 
@@ -40,7 +41,10 @@ typedef struct {
     int64_t adapter_memory; /* on demand, for experts and embedding; 0 = planned */
     int64_t max_adapter_bytes;   /* largest adapter file */
     int64_t adapter_cache_bytes; /* host copies of all adapters; beyond it a load fails */
-    int64_t swap_bytes;     /* host memory for states of preempted sequences; beyond it recompute */
+    int64_t swap_bytes; /* host memory for states of preempted sequences; beyond it recompute */
+    bool prefix_cache;  /* begin from what earlier prompts left in pages and snapshots */
+    int64_t prefix_snapshots; /* state slots for snapshots, beside those of running sequences */
+    int64_t prefix_every;     /* tokens from one snapshot of a sequence to the next */
     int64_t preempt_every;  /* preempt a running sequence every so many steps (tests); 0 = never */
     const char *dump;       /* file for the intermediates of the first step; empty = none */
     const char *break_rank; /* "RANK@STEP": that rank fails at that step (tests); empty = none */
@@ -146,9 +150,10 @@ typedef struct {
     uint64_t steps, tokens_prefilled, tokens_decoded; /* run by steps: of prompts, of answers */
     uint64_t tokens_generated;                        /* chosen */
     uint64_t preemptions;
-    int32_t running, waiting; /* sequences */
-    int32_t free_pages, free_state_slots;
-    int32_t free_adapter_slots; /* that hold nothing; idle adapters give way too */
+    int32_t running, waiting;             /* sequences */
+    int32_t free_pages, free_state_slots; /* with what the prefix cache would give back */
+    int32_t free_adapter_slots;           /* that hold nothing; idle adapters give way too */
+    qv_prefix_stats prefix;               /* zero: switched off */
 } qv_engine_stats;
 void qv_engine_get_stats(const qv_engine *engine, qv_engine_stats *out);
 

@@ -29,6 +29,7 @@ void qv_engine_unpark(qv_engine *engine, qv_request *request)
 void qv_engine_end_request(qv_engine *engine, qv_request *request)
 {
     qv_engine_unpark(engine, request);
+    qv_engine_leave_prefixes(engine, request);
     if (request->version != NULL)
         qv_adapter_cache_release(engine->adapters, request->version);
     request->version = NULL;
@@ -116,6 +117,7 @@ static void add_finish(qv_engine *engine, qv_request_stream *stream, qv_msg_delt
     for (size_t i = 0; i < QV_N_FINISH_REASONS; i++)
         if (strcmp(reason, qv_finish_reasons[i]) == 0)
             qv_counter_add(engine->metrics.finished[i], 1);
+    qv_engine_keep_answer(engine, &stream->sequence);
     qv_engine_end_stream(engine, stream);
 }
 

@@ -1,6 +1,7 @@
 /* What the parts of the engine share:
  *
  *   engine.c        requests in, adapters, the step
+ *   engine_prefix.c what sequences take from the prefix cache and leave in it
  *   engine_emit.c   how streams and requests end, and the deltas that say so
  *   engine_open.c   opening and closing, facts, metrics
  */
@@ -25,7 +26,10 @@ typedef struct {
     qv_counter *steps, *prefilled, *generated, *preemptions;
     qv_counter *finished[QV_N_FINISH_REASONS]; /* streams */
     qv_counter *failed;                        /* requests that ended in an error */
+    qv_counter *prefix_lookups, *prefix_hits, *prefix_tokens;
+    qv_counter *prefix_snapshots_evicted, *prefix_pages_evicted;
     qv_gauge *running, *waiting, *free_pages, *empty_slots;
+    qv_gauge *prefix_snapshots, *prefix_pages;
     qv_histogram *step_seconds, *step_tokens;
 } qv_engine_metrics;
 
@@ -43,7 +47,9 @@ struct qv_engine {
 
     qv_kv_cache *pages;
     qv_state_cache *states;
+    qv_prefix_cache *prefix; /* NULL: switched off */
     qv_adapter_cache *adapters;
+    bool adapters_changed; /* since the prefix cache last heard which are known */
     qv_scheduler *scheduler;
     qv_batch_builder *builder;
     qv_sample_row *rows;       /* [max_logits] */
@@ -84,6 +90,25 @@ void qv_engine_emit_token(qv_engine *engine, qv_request_stream *stream,
 
 /* The delta of a stream that ends without another token. Text that was held back comes with it. */
 void qv_engine_emit_end(qv_engine *engine, qv_request_stream *stream, const char *reason);
+
+/* --- engine_prefix.c -------------------------------------------------------------------------- */
+
+/* Hold the scope that the request shares beginnings in, and give it back. */
+void qv_engine_join_prefixes(qv_engine *engine, qv_request *request);
+void qv_engine_leave_prefixes(qv_engine *engine, qv_request *request);
+
+/* Drop the beginnings of adapters that have no name any more. */
+void qv_engine_forget_prefixes(qv_engine *engine);
+
+/* Carry out the loads of a plan. Errors: DEVICE. */
+qv_status qv_engine_load_prefixes(qv_engine *engine, const qv_plan *plan);
+
+/* A sequence ran some tokens: keep its pages if that finished its prompt, and a snapshot if one is
+ * due. Errors: DEVICE. */
+qv_status qv_engine_keep_prefix(qv_engine *engine, qv_sequence *seq, bool prompt_done);
+
+/* A stream ends well: keep the pages of its prompt and answer. */
+void qv_engine_keep_answer(qv_engine *engine, qv_sequence *seq);
 
 /* --- engine.c, for the caches ----------------------------------------------------------------- */
 

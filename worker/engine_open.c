@@ -56,8 +56,8 @@ void qv_engine_get_stats(const qv_engine *engine, qv_engine_stats *out)
     *out = engine->stats;
     out->running = qv_scheduler_n_running(engine->scheduler);
     out->waiting = (int32_t)(engine->n_sequences - out->running);
-    out->free_pages = qv_kv_cache_n_free(engine->pages);
-    out->free_state_slots = qv_state_cache_n_free(engine->states);
+    out->free_pages = qv_kv_cache_n_free(engine->pages) + qv_kv_cache_n_idle(engine->pages);
+    out->free_state_slots = (int32_t)engine->options.max_running - out->running;
     out->free_adapter_slots = qv_adapter_cache_n_empty(engine->adapters);
 }
 
@@ -76,6 +76,15 @@ static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
         {&m->generated, "quiver_engine_generated_tokens_total", "Tokens chosen."},
         {&m->preemptions, "quiver_engine_preemptions_total", "Answers that lost their place."},
         {&m->failed, "quiver_engine_failed_requests_total", "Requests that ended in an error."},
+        {&m->prefix_lookups, "quiver_engine_prefix_lookups_total",
+         "Answers that were looked up in the prefix cache."},
+        {&m->prefix_hits, "quiver_engine_prefix_hits_total", "Those that found a beginning."},
+        {&m->prefix_tokens, "quiver_engine_prefix_hit_tokens_total",
+         "Tokens that were found and not computed."},
+        {&m->prefix_snapshots_evicted, "quiver_engine_prefix_evicted_snapshots_total",
+         "Snapshots dropped from the prefix cache to make room."},
+        {&m->prefix_pages_evicted, "quiver_engine_prefix_evicted_pages_total",
+         "KV pages dropped from the prefix cache to make room."},
     };
     const struct {
         qv_gauge **gauge;
@@ -83,7 +92,9 @@ static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
     } gauges[] = {
         {&m->running, "quiver_engine_running", "Answers that hold pages and a state slot."},
         {&m->waiting, "quiver_engine_waiting", "Answers queued."},
-        {&m->free_pages, "quiver_engine_free_pages", "KV pages nobody holds."},
+        {&m->free_pages, "quiver_engine_free_pages", "KV pages no answer holds."},
+        {&m->prefix_snapshots, "quiver_engine_prefix_snapshots", "Snapshots of the prefix cache."},
+        {&m->prefix_pages, "quiver_engine_prefix_pages", "KV pages that the prefix cache knows."},
         {&m->empty_slots, "quiver_engine_empty_adapter_slots", "Adapter slots that are empty."},
     };
     for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
@@ -181,6 +192,9 @@ static qv_status open_caches(qv_engine *engine)
     QV_TRY(qv_kv_cache_new(limits->n_pages, limits->page_tokens, &engine->pages));
     QV_TRY(qv_state_cache_new(limits->n_state_slots, (uint64_t)o->swap_bytes, &engine->states));
 
+    if (o->prefix_cache)
+        QV_TRY(qv_prefix_cache_new(engine->pages, engine->states, &engine->prefix));
+
     qv_adapter_source source = qv_adapter_source_of_model(engine->model);
     qv_adapter_cache_options adapters = {
         .n_slots = limits->n_adapter_slots,
@@ -199,6 +213,7 @@ static qv_status open_caches(qv_engine *engine)
         .max_overtakes = MAX_OVERTAKES,
         .aging_ms = AGING_MS,
         .preempt_every = o->preempt_every,
+        .prefix = engine->prefix,
     };
     qv_adapter_slots slots = qv_engine_adapter_slots;
     slots.user = engine;
@@ -284,6 +299,7 @@ void qv_engine_close(qv_engine *engine)
     qv_batch_builder_free(engine->builder);
     qv_scheduler_free(engine->scheduler);
     qv_adapter_cache_free(engine->adapters);
+    qv_prefix_cache_free(engine->prefix);
     qv_state_cache_free(engine->states);
     qv_kv_cache_free(engine->pages);
     free(engine->rows);

@@ -71,6 +71,18 @@
                   "Host memory for the state of preempted answers, and of prompts that the n "     \
                   "answers of a request share. Beyond it tokens are computed again.",              \
                   .min = 0, .section = "Memory"),                                                  \
+        QV_OPTION(st, m.prefix_cache, FLAG, "prefix-cache", NULL, "true",                          \
+                  "Begin a prompt where an earlier one of the same adapter content has been. "     \
+                  "Takes KV pages and state slots that nobody needs.",                             \
+                  .section = "Memory"),                                                            \
+        QV_OPTION(st, m.prefix_snapshots, INT, "prefix-snapshots", "N", "32",                      \
+                  "State slots for the prefix cache, beyond those of running answers, which it "   \
+                  "uses too while they are free.",                                                 \
+                  .min = 0, .max = 65536, .section = "Memory"),                                    \
+        QV_OPTION(st, m.prefix_every, INT, "prefix-every", "TOKENS", "1024",                       \
+                  "The prefix cache takes a snapshot of a long prompt or answer every so many "    \
+                  "tokens, besides those at the end of a prompt and where prompts part.",          \
+                  .min = 1, .max = 16777216, .section = "Memory"),                                 \
         QV_OPTION(st, m.adapter_slots, INT, "adapter-slots", "N", "8",                             \
                   "Adapters on the device at once; more may be loaded and take turns. 0: serve "   \
                   "the base model alone.",                                                         \

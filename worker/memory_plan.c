@@ -150,7 +150,7 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
         .max_logits = (int32_t)max_i64(logits, o->max_running),
         .page_tokens = (int32_t)o->page_tokens,
         .n_pages = 1,
-        .n_state_slots = (int32_t)o->max_running,
+        .n_state_slots = (int32_t)(o->max_running + (o->prefix_cache ? o->prefix_snapshots : 0)),
         .n_adapter_slots = (int32_t)o->adapter_slots,
         .max_lora_rank = (int32_t)o->max_lora_rank,
         .max_adapter_bytes = (uint64_t)o->max_adapter_bytes,
@@ -168,7 +168,8 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
             QV_ERR_LIMIT,
             "the memory plan of %.0f MiB (weights %.0f, KV %.0f, state %.0f, adapters "
             "%.0f, activations %.0f) does not fit the %.0f MiB that are available: lower "
-            "max-running, kv-bytes, adapter-slots, adapter-memory, max-lora-rank or step-tokens",
+            "max-running, kv-bytes, prefix-snapshots, adapter-slots, adapter-memory, max-lora-rank "
+            "or step-tokens",
             mib(plan->total), mib(plan->weights), mib(plan->kv), mib(plan->state),
             mib(plan->adapters), mib(plan->activations), mib(available));
 
@@ -188,12 +189,13 @@ void qv_engine_sizes_log(const qv_engine_sizes *sizes)
     const qv_memory_plan *plan = &sizes->plan;
     const qv_model_limits *limits = &sizes->limits;
     qv_info("memory plan: %.1f MiB = weights %.1f + KV %.1f (%d pages of %d tokens) + state %.1f "
-            "(%d slots) + adapters %.1f (%d slots, rank %d; %.1f of it on demand for experts and "
+            "(%d slots, %d of them for prefixes) + adapters %.1f (%d slots, rank %d; %.1f of it on "
+            "demand for experts and "
             "embedding, of which an adapter of that rank takes up to %.1f) + activations %.1f (%d "
             "tokens); context %d tokens",
             mib(plan->total), mib(plan->weights), mib(plan->kv), limits->n_pages,
-            limits->page_tokens, mib(plan->state), limits->n_state_slots, mib(plan->adapters),
-            limits->n_adapter_slots, limits->max_lora_rank, mib(plan->adapter_memory),
-            mib(plan->adapter_parts), mib(plan->activations), limits->max_tokens,
-            sizes->max_context);
+            limits->page_tokens, mib(plan->state), limits->n_state_slots,
+            limits->n_state_slots - limits->max_seqs, mib(plan->adapters), limits->n_adapter_slots,
+            limits->max_lora_rank, mib(plan->adapter_memory), mib(plan->adapter_parts),
+            mib(plan->activations), limits->max_tokens, sizes->max_context);
 }

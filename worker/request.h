@@ -30,7 +30,7 @@ typedef struct {
     qv_sequence sequence;
     qv_stream stream;
     int64_t next_seq; /* number of its next message */
-    int32_t n_cached; /* prompt tokens that another stream computed for it */
+    int32_t n_cached; /* prompt tokens that it did not have to compute */
     bool queued;      /* the scheduler has it, or had it */
     bool finished;    /* its last delta is out, here or on an earlier worker */
 } qv_request_stream;
@@ -41,6 +41,7 @@ struct qv_request {
     uint64_t number;
     qv_str adapter;              /* empty: the base model */
     qv_adapter_version *version; /* held while the engine has the request and it is loaded */
+    qv_prefix_scope *scope;      /* held likewise; NULL: it shares no beginnings */
     bool parked;                 /* in the list above; its sequences are in no queue yet */
     uint64_t arrival_ms;
 

@@ -3,6 +3,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Sequences that a plan looks up in the prefix cache although pages are short: sharing may make one
+ * fit, but a lookup reads the whole prompt, and every sequence of a long queue may ask. */
+#define MAX_PROBES 8
+
+/* Tokens that a known path must have beyond what can be gone on from, to be worth a step that ends
+ * where the sequence leaves it. */
+#define MIN_BRANCH_TOKENS 32
+
 /* A list linked through the sequences. */
 typedef struct {
     qv_sequence *head, *tail;
@@ -20,12 +28,14 @@ struct qv_scheduler {
     seq_list decode;  /* least recently run first */
     uint64_t n_added;
     uint64_t n_plans, n_forced, n_preemptions;
-    bool retry; /* something changed since the queue was scanned */
+    bool retry;       /* something changed since the queue was scanned */
+    int32_t n_probes; /* sequences of this plan that were looked up although pages are short */
 
     /* The plan, and what it is made in. */
     qv_plan plan;
     qv_plan_item *items, *sorted; /* [max_running] */
     qv_preemption *preempted;     /* [max_running] */
+    qv_plan_load *loads;          /* [max_running] */
     qv_sequence **restored;       /* [max_running] */
     int32_t *slot_count;          /* [adapter_slots + 2] for the sort by slot */
     int64_t *slot_remaining; /* [adapter_slots] tokens until a slot may be free; -1 = not used */
@@ -103,12 +113,14 @@ qv_status qv_scheduler_new(const qv_scheduler_options *options, qv_kv_cache *pag
     s->items = calloc(n, sizeof *s->items);
     s->sorted = calloc(n, sizeof *s->sorted);
     s->preempted = calloc(n, sizeof *s->preempted);
+    s->loads = calloc(n, sizeof *s->loads);
     s->restored = calloc(n, sizeof *s->restored);
     s->slot_count = calloc(n_slots + 2, sizeof *s->slot_count);
     s->slot_remaining = calloc(n_slots + 1, sizeof *s->slot_remaining);
     s->slot_draining = calloc(n_slots + 1, sizeof *s->slot_draining);
-    if (s->items == NULL || s->sorted == NULL || s->preempted == NULL || s->restored == NULL ||
-        s->slot_count == NULL || s->slot_remaining == NULL || s->slot_draining == NULL) {
+    if (s->items == NULL || s->sorted == NULL || s->preempted == NULL || s->loads == NULL ||
+        s->restored == NULL || s->slot_count == NULL || s->slot_remaining == NULL ||
+        s->slot_draining == NULL) {
         qv_scheduler_free(s);
         return qv_fail(QV_ERR_NOMEM, "no memory for plans of %d sequences", options->max_running);
     }
@@ -124,6 +136,7 @@ void qv_scheduler_free(qv_scheduler *s)
     free(s->items);
     free(s->sorted);
     free(s->preempted);
+    free(s->loads);
     free(s->restored);
     free(s->slot_count);
     free(s->slot_remaining);
@@ -177,6 +190,40 @@ void qv_scheduler_finish(qv_scheduler *s, qv_sequence *seq)
     qv_state_cache_drop(s->states, seq->snapshot);
     seq->snapshot = NULL;
     qv_sequence_apply(seq, QV_SEQ_FINISH);
+}
+
+/* --- Room ------------------------------------------------------------------------------------ */
+
+/* Free pages and slots, and those that the prefix cache can give back. */
+static int32_t n_free_pages(const qv_scheduler *s)
+{
+    return qv_kv_cache_n_free(s->pages) + qv_kv_cache_n_idle(s->pages);
+}
+
+static bool has_free_slot(const qv_scheduler *s)
+{
+    if (qv_scheduler_n_running(s) >= s->options.max_running)
+        return false;
+    return qv_state_cache_n_free(s->states) > 0 ||
+           (s->options.prefix != NULL && qv_prefix_cache_stats(s->options.prefix).n_snapshots > 0);
+}
+
+/* Give a sequence n more pages, which are known to be free. */
+static void take_pages(qv_scheduler *s, qv_sequence *seq, int32_t n)
+{
+    if (n > qv_kv_cache_n_free(s->pages))
+        qv_prefix_cache_free_pages(s->options.prefix, n);
+    bool got = qv_kv_cache_acquire(s->pages, n, seq->pages + seq->n_pages);
+    QV_ASSERT(got);
+    seq->n_pages += n;
+}
+
+static void take_slot(qv_scheduler *s, qv_sequence *seq)
+{
+    if (qv_state_cache_n_free(s->states) == 0)
+        qv_prefix_cache_free_slot(s->options.prefix);
+    seq->state_slot = qv_state_cache_acquire(s->states);
+    QV_ASSERT(seq->state_slot >= 0);
 }
 
 /* --- Preemption ------------------------------------------------------------------------------ */
@@ -246,16 +293,12 @@ static void grow_answers(qv_scheduler *s)
         int32_t wanted = 0;
         for (qv_sequence *seq = s->decode.head; seq != NULL; seq = seq->next)
             wanted += pages_wanted(s, seq);
-        if (wanted <= qv_kv_cache_n_free(s->pages))
+        if (wanted <= n_free_pages(s))
             break;
         preempt(s, last_running(s));
     }
-    for (qv_sequence *seq = s->decode.head; seq != NULL; seq = seq->next) {
-        int32_t n = pages_wanted(s, seq);
-        bool got = qv_kv_cache_acquire(s->pages, n, seq->pages + seq->n_pages);
-        QV_ASSERT(got);
-        seq->n_pages += n;
-    }
+    for (qv_sequence *seq = s->decode.head; seq != NULL; seq = seq->next)
+        take_pages(s, seq, pages_wanted(s, seq));
 }
 
 /* --- Items ----------------------------------------------------------------------------------- */
@@ -267,9 +310,29 @@ static int32_t tokens_left(const qv_scheduler *s)
 
 static void plan_item(qv_scheduler *s, qv_sequence *seq, int32_t n_tokens, qv_logit_rows rows)
 {
+    int32_t first_written = seq->pages[seq->n_computed / qv_kv_cache_page_tokens(s->pages)];
+    QV_ASSERT(qv_kv_cache_refs(s->pages, first_written) == 1 &&
+              !qv_kv_cache_is_kept(s->pages, first_written));
     s->items[s->plan.n_items++] = (qv_plan_item){.seq = seq, .n_tokens = n_tokens, .rows = rows};
     s->plan.n_tokens += n_tokens;
     s->plan.n_logits += rows.count;
+}
+
+/* Cut n tokens short where a chunk has to end: at a fork, at a branch and, unless the prompt ends
+ * with it, at a page. */
+static int32_t cut_chunk(const qv_scheduler *s, const qv_sequence *seq, int32_t n)
+{
+    int32_t begin = seq->n_computed, end = begin + n;
+    if (s->options.prefix != NULL && seq->scope != NULL && n < qv_sequence_remaining(seq)) {
+        int32_t page_end = end - end % qv_kv_cache_page_tokens(s->pages);
+        if (page_end > begin)
+            end = page_end;
+    }
+    if (begin < seq->fork_at && end > seq->fork_at)
+        end = seq->fork_at;
+    if (begin < seq->branch_at && end > seq->branch_at)
+        end = seq->branch_at;
+    return end - begin;
 }
 
 /* The next chunk of a prompt, as far as tokens and rows of logits last; 0 tokens: nothing fits. */
@@ -280,8 +343,7 @@ static void plan_chunk(qv_scheduler *s, qv_sequence *seq)
         n = s->options.prefill_chunk;
     if (n > tokens_left(s))
         n = tokens_left(s);
-    if (seq->n_computed < seq->fork_at && n > seq->fork_at - seq->n_computed)
-        n = seq->fork_at - seq->n_computed;
+    n = cut_chunk(s, seq, n);
     int32_t max_rows = s->options.max_logits - s->plan.n_logits;
     qv_logit_rows rows = {0};
     while (n > 0 && (rows = qv_sequence_logit_rows(seq, n)).count > max_rows)
@@ -355,20 +417,58 @@ static admission acquire_adapter(qv_scheduler *s, qv_sequence *seq)
     return ADMITTED;
 }
 
-static admission admit(qv_scheduler *s, qv_sequence *seq)
+/* What the prefix cache has of a sequence that begins from nothing. Prompt tokens whose rows are
+ * still to be scored must run, and so must the last token. */
+static qv_prefix_match find_prefix(const qv_scheduler *s, const qv_sequence *seq)
+{
+    int32_t n_known = qv_sequence_goal(seq) - 1, n_take = n_known;
+    if (s->options.prefix == NULL || seq->scope == NULL || seq->n_computed > 0)
+        return (qv_prefix_match){.state_slot = -1};
+    if (seq->score_prompt && seq->next_score < n_take)
+        n_take = seq->next_score;
+    return qv_prefix_cache_find(s->options.prefix, seq->scope, seq->tokens, n_take, n_known);
+}
+
+/* Whether there is room for the sequence, given what it can share. */
+static bool has_room(qv_scheduler *s, const qv_sequence *seq)
 {
     int32_t n_pages = qv_kv_cache_pages_for(s->pages, qv_sequence_goal(seq));
-    if (n_pages + spare_pages(s) > qv_kv_cache_n_free(s->pages))
+    int32_t lacking = n_pages + spare_pages(s) - n_free_pages(s);
+    if (lacking <= 0)
+        return true;
+    if (s->options.prefix == NULL || lacking >= n_pages || s->n_probes == MAX_PROBES)
+        return false;
+    s->n_probes++;
+    return find_prefix(s, seq).n_held >= lacking;
+}
+
+/* Pages for the sequence: those of its beginning that are known, and free ones for the rest. */
+static void begin_sequence(qv_scheduler *s, qv_sequence *seq)
+{
+    int32_t page_tokens = qv_kv_cache_page_tokens(s->pages);
+    qv_prefix_match match = find_prefix(s, seq);
+    bool looked = s->options.prefix != NULL && seq->scope != NULL && seq->n_computed == 0;
+    if (looked) {
+        qv_prefix_cache_take(s->options.prefix, &match, seq->pages);
+        seq->n_pages = match.n_pages;
+        seq->n_computed = seq->kept_at = match.n_pages * page_tokens;
+        bool branches = (match.n_known - match.n_pages) * page_tokens >= MIN_BRANCH_TOKENS;
+        seq->branch_at = branches ? match.n_known * page_tokens : 0;
+    }
+    take_pages(s, seq, qv_kv_cache_pages_for(s->pages, qv_sequence_goal(seq)) - seq->n_pages);
+    take_slot(s, seq);
+    if (match.n_pages > 0)
+        s->loads[s->plan.n_loads++] = (qv_plan_load){.seq = seq, .from_slot = match.state_slot};
+}
+
+static admission admit(qv_scheduler *s, qv_sequence *seq)
+{
+    if (!has_room(s, seq))
         return NO_PAGES;
     admission adapter = acquire_adapter(s, seq);
     if (adapter != ADMITTED)
         return adapter;
-
-    bool got = qv_kv_cache_acquire(s->pages, n_pages, seq->pages);
-    QV_ASSERT(got);
-    seq->n_pages = n_pages;
-    seq->state_slot = qv_state_cache_acquire(s->states);
-    QV_ASSERT(seq->state_slot >= 0);
+    begin_sequence(s, seq);
     list_remove(&s->queue, seq);
     if (seq->state == QV_SEQ_WAITING) {
         qv_sequence_apply(seq, QV_SEQ_ADMIT);
@@ -426,7 +526,7 @@ static void plan_admissions(qv_scheduler *s)
     measure_slots(s);
     for (qv_sequence *seq = s->queue.head, *next; seq != NULL; seq = next) {
         next = seq->next;
-        if (tokens_left(s) == 0 || qv_state_cache_n_free(s->states) == 0)
+        if (tokens_left(s) == 0 || !has_free_slot(s))
             return; /* something runs, so there is a next plan */
         qv_sequence *ahead = seq->prev;
         bool starving = seq->overtaken >= s->options.max_overtakes;
@@ -467,8 +567,10 @@ static void sort_items(qv_scheduler *s)
 
 const qv_plan *qv_scheduler_plan(qv_scheduler *s)
 {
-    s->plan = (qv_plan){.items = s->sorted, .preempted = s->preempted, .restored = s->restored};
+    s->plan = (qv_plan){
+        .items = s->sorted, .preempted = s->preempted, .loads = s->loads, .restored = s->restored};
     s->n_plans++;
+    s->n_probes = 0;
     preempt_for_practice(s);
     grow_answers(s);
     plan_decodes(s);

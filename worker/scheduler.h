@@ -14,6 +14,10 @@
  * When pages run out, the last in that same order is preempted: lowest priority, youngest. Pages
  * are taken for the whole prompt at admission, so only answers that grow can run out.
  *
+ * With a prefix cache, a sequence that is admitted takes the pages of the longest beginning that it
+ * can go on from, and chunks end at pages, so that snapshots can be taken there. What the cache
+ * keeps counts as free: it gives way to sequences.
+ *
  * Data in, data out: no tensors, no clock, no threads. It calls the page and slot tables and, for
  * adapters, the functions it is given. Nothing here allocates after qv_scheduler_new. Engine
  * thread.
@@ -22,6 +26,7 @@
 #define QV_WORKER_SCHEDULER_H
 
 #include "worker/kv_cache.h"
+#include "worker/prefix_cache.h"
 #include "worker/sequence.h"
 #include "worker/state_cache.h"
 
@@ -37,6 +42,7 @@ typedef struct {
     int64_t aging_ms;      /* what one level of priority is worth */
     int64_t
         preempt_every; /* preempt a running sequence every so many plans; 0 = only when needed */
+    qv_prefix_cache *prefix; /* NULL: none */
 } qv_scheduler_options;
 
 /* What qv_adapter_slots.acquire says instead of a slot. */
@@ -52,7 +58,9 @@ typedef struct {
     void *user;
 } qv_adapter_slots;
 
-/* The caches are borrowed and outlive the scheduler. Errors: ARG, NOMEM. */
+/* The caches are borrowed and outlive the scheduler; options->prefix may be NULL. Errors: ARG,
+ * NOMEM.
+ */
 qv_status qv_scheduler_new(const qv_scheduler_options *options, qv_kv_cache *pages,
                            qv_state_cache *states, const qv_adapter_slots *adapters,
                            qv_scheduler **out);
@@ -84,18 +92,27 @@ typedef struct {
     int32_t state_slot;
 } qv_preemption;
 
+/* A sequence was admitted with a beginning that was known: its first n_computed tokens are in pages
+ * that it holds, and the state after them is to be copied into its slot. */
+typedef struct {
+    qv_sequence *seq;
+    int32_t from_slot; /* may be its own: then there is nothing to copy */
+} qv_plan_load;
+
 typedef struct {
     const qv_plan_item *items; /* [n_items] by adapter slot, base first */
     int32_t n_items;
     int32_t n_tokens, n_logits; /* of all items */
     const qv_preemption *preempted;
     int32_t n_preempted;
+    const qv_plan_load *loads; /* in order: a slot is read before a later load writes it */
+    int32_t n_loads;
     qv_sequence *const *restored; /* admitted: load seq->snapshot into its pages and slot */
     int32_t n_restored;
 } qv_plan;
 
-/* Plan the next step. To be carried out in the order: save what is preempted, restore, run the
- * items, then commit or finish each item's sequence. Borrowed until the next call. */
+/* Plan the next step. To be carried out in the order: save what is preempted, load, restore, run
+ * the items, then commit or finish each item's sequence. Borrowed until the next call. */
 const qv_plan *qv_scheduler_plan(qv_scheduler *s);
 
 /* The step ran this item. `token` is what was chosen, -1 if its rows chose none. */

@@ -44,7 +44,8 @@ const char *qv_seq_event_name(qv_seq_event event);
 /* The state that `event` leads to from `state`, or -1 if it may not happen there. */
 int qv_seq_next_state(qv_seq_state state, qv_seq_event event);
 
-typedef struct qv_snapshot qv_snapshot; /* worker/state_cache.h */
+typedef struct qv_snapshot qv_snapshot;         /* worker/state_cache.h */
+typedef struct qv_prefix_scope qv_prefix_scope; /* worker/prefix_cache.h */
 
 typedef struct qv_sequence {
     qv_seq_state state;
@@ -54,6 +55,7 @@ typedef struct qv_sequence {
     uint32_t index;             /* which of the request's n streams */
     int32_t priority;           /* higher goes first */
     bool has_adapter;           /* false: the base model */
+    qv_prefix_scope *scope;     /* whom it shares beginnings with; NULL = nobody. The request's */
 
     /* Tokens: the prompt, then the answer. */
     int32_t *tokens; /* [max_tokens], the first n_tokens are set; owned by the request */
@@ -62,6 +64,8 @@ typedef struct qv_sequence {
     int32_t max_tokens; /* prompt and answer together */
     int32_t n_computed; /* tokens whose keys, values and recurrent state exist */
     int32_t fork_at;    /* a chunk ends here, so that others can go on from it; 0 = nobody does */
+    int32_t branch_at;  /* the same, where it leaves a path that the prefix cache knows */
+    int32_t kept_at;    /* tokens before which the prefix cache has its latest snapshot */
 
     /* Logits wanted while the prompt is computed: the row of position p scores prompt token p + 1.
      * Rows below next_score have been seen already, also when they are computed again. */

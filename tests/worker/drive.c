@@ -55,6 +55,9 @@ qv_engine_options drive_options(const char *model_dir)
         .max_adapter_bytes = 64 << 20,
         .adapter_cache_bytes = 256 << 20,
         .swap_bytes = 256 << 20,
+        .prefix_cache = true,
+        .prefix_snapshots = 8,
+        .prefix_every = 64,
     };
 }
 

@@ -58,6 +58,7 @@ static char **alone(void)
 {
     static char *signatures[N_CASES];
     qv_engine_options options = drive_options(qv_demo_path(DEMO));
+    options.prefix_cache = false;
     drive *d = open_demo(&options);
     for (int i = 0; i < N_CASES; i++) {
         uint64_t number = drive_submit(d, cases[i]);
@@ -365,6 +366,7 @@ Test(engine, computes_a_prompt_once_for_all_its_answers)
     for (int saves = 0; saves < 2; saves++) {
         qv_engine_options options = drive_options(qv_demo_path(DEMO));
         options.swap_bytes = saves ? 64 << 20 : 0;
+        options.prefix_cache = false; /* test_prefix.c has the other way */
         drive *d = open_demo(&options);
         uint64_t number = drive_submit(d, json);
         drive_run(d);

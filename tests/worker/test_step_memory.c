@@ -119,7 +119,10 @@ Test(engine, a_warm_step_allocates_nothing)
                                  .adapter_slots = 2,
                                  .max_lora_rank = 16,
                                  .max_adapter_bytes = 64 << 20,
-                                 .adapter_cache_bytes = 64 << 20};
+                                 .adapter_cache_bytes = 64 << 20,
+                                 .prefix_cache = true,
+                                 .prefix_snapshots = 4,
+                                 .prefix_every = 8};
     qv_engine *engine;
     cr_assert_eq(qv_engine_open(&options, NULL, &engine), QV_OK, "%s", qv_error());
     const char *const adapters[] = {"json", "french"};

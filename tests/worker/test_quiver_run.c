@@ -157,6 +157,35 @@ Test(quiver_run, answers_a_mixed_batch)
     json_decref(replies);
 }
 
+Test(quiver_run, says_how_much_of_a_prompt_was_cached)
+{
+    QV_SKIP_WITHOUT(qv_demo_path(DEMO));
+    static const struct {
+        const char *option;
+        int64_t cached; /* of 50 tokens: whole pages of 16 before the last token */
+    } rows[] = {{"--prefix-cache", 48}, {"--no-prefix-cache", 0}};
+    char submit[512] = "{\"type\":\"submit\",\"id\":\"a\",\"max_tokens\":1,\"tokens\":[300";
+    for (int i = 1; i < 50; i++)
+        sprintf(submit + strlen(submit), ",%d", 300 + i);
+    strcat(submit, "]}\n");
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const char *const args[] = {rows[i].option, NULL};
+        process p = start(args);
+        for (int round = 0; round < 3; round++) {
+            put(&p, submit);
+            json_t *reply = get(&p);
+            const json_t *usage = json_object_get(reply, "usage");
+            cr_expect_eq(num(usage, "prompt_tokens"), 50);
+            cr_expect_eq(num(usage, "cached_tokens"), round == 2 ? rows[i].cached : 0,
+                         "%s: %d cached at the %d. time", rows[i].option,
+                         (int)num(usage, "cached_tokens"), round + 1);
+            json_decref(reply);
+        }
+        close(p.in);
+        cr_expect_eq(wait_exit(&p), 0);
+    }
+}
+
 Test(quiver_run, streams_when_asked)
 {
     QV_SKIP_WITHOUT(qv_demo_path(DEMO));

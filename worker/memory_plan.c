@@ -190,9 +190,8 @@ void qv_engine_sizes_log(const qv_engine_sizes *sizes)
     const qv_model_limits *limits = &sizes->limits;
     qv_info("memory plan: %.1f MiB = weights %.1f + KV %.1f (%d pages of %d tokens) + state %.1f "
             "(%d slots, %d of them for prefixes) + adapters %.1f (%d slots, rank %d; %.1f of it on "
-            "demand for experts and "
-            "embedding, of which an adapter of that rank takes up to %.1f) + activations %.1f (%d "
-            "tokens); context %d tokens",
+            "demand for experts and embedding, of which an adapter of that rank takes up to %.1f) "
+            "+ activations %.1f (%d tokens); context %d tokens",
             mib(plan->total), mib(plan->weights), mib(plan->kv), limits->n_pages,
             limits->page_tokens, mib(plan->state), limits->n_state_slots,
             limits->n_state_slots - limits->max_seqs, mib(plan->adapters), limits->n_adapter_slots,

@@ -232,6 +232,28 @@ Test(prefix, n_answers_share_the_pages_of_their_prompt)
     free(want);
 }
 
+Test(prefix, is_kept_by_every_rank)
+{
+    QV_SKIP_WITHOUT(qv_demo_path(DEMO));
+    char *signature[2];
+    for (int on = 0; on < 2; on++) {
+        qv_engine_options options = small(on);
+        options.tp = 2;
+        options.ep = 1;
+        options.adapter_slots = 0;
+        drive *d = drive_open(&options);
+        ask(d, questions[0]);
+        ask(d, questions[1]);
+        uint64_t third = ask(d, questions[2]);
+        cr_expect_eq(cached(d, third) > 0, on);
+        signature[on] = drive_signature(d, third);
+        drive_close(d);
+    }
+    cr_expect_str_eq(signature[0], signature[1]);
+    free(signature[0]);
+    free(signature[1]);
+}
+
 /* --- What is never skipped -------------------------------------------------------------------- */
 
 Test(prefix, is_never_shared_across_adapters)

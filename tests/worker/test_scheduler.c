@@ -24,6 +24,8 @@ typedef struct {
     qv_scheduler *scheduler;
     qv_kv_cache *pages;
     qv_state_cache *states;
+    qv_prefix_cache *prefix; /* NULL: none */
+    qv_prefix_scope *scope;  /* of all sequences; their tokens are all 0 */
     adapter_table adapters;
     qv_sequence seqs[MAX_SEQS];
     int32_t adapter[MAX_SEQS]; /* -1 = base */
@@ -87,8 +89,10 @@ static const qv_scheduler_options defaults = {
     .aging_ms = 1000,
 };
 
-static world *world_new(const qv_scheduler_options *options, int32_t n_pages, int32_t page_tokens)
+static world *world_open(const qv_scheduler_options *options, int32_t n_pages, int32_t page_tokens,
+                         bool with_prefix)
 {
+    qv_scheduler_options o = *options;
     world *w = calloc(1, sizeof *w);
     the_world = w;
     w->saves = true;
@@ -97,14 +101,27 @@ static world *world_new(const qv_scheduler_options *options, int32_t n_pages, in
         w->adapters.slot[i] = -1;
     cr_assert_eq(qv_kv_cache_new(n_pages, page_tokens, &w->pages), QV_OK);
     cr_assert_eq(qv_state_cache_new(options->max_running, 1 << 30, &w->states), QV_OK);
+    if (with_prefix) {
+        cr_assert_eq(qv_prefix_cache_new(w->pages, w->states, &w->prefix), QV_OK);
+        cr_assert_eq(qv_prefix_cache_join(w->prefix, NULL, &w->scope), QV_OK);
+        o.prefix = w->prefix;
+    }
     qv_adapter_slots slots = {acquire, release, is_pinned, &w->adapters};
-    cr_assert_eq(qv_scheduler_new(options, w->pages, w->states, &slots, &w->scheduler), QV_OK);
+    cr_assert_eq(qv_scheduler_new(&o, w->pages, w->states, &slots, &w->scheduler), QV_OK);
     return w;
+}
+
+static world *world_new(const qv_scheduler_options *options, int32_t n_pages, int32_t page_tokens)
+{
+    return world_open(options, n_pages, page_tokens, false);
 }
 
 /* Everything has ended: nothing is held any more. */
 static void world_free(world *w)
 {
+    if (w->prefix != NULL)
+        qv_prefix_cache_leave(w->prefix, w->scope);
+    qv_prefix_cache_free(w->prefix);
     cr_expect_eq(qv_kv_cache_n_free(w->pages), qv_kv_cache_n_pages(w->pages));
     cr_expect_eq(qv_state_cache_n_free(w->states), qv_state_cache_n_slots(w->states));
     cr_expect_eq(qv_state_cache_swapped(w->states), 0);
@@ -131,6 +148,7 @@ static qv_sequence *add(world *w, int32_t n_prompt, int32_t n_answer, int32_t ad
         .state = QV_SEQ_WAITING,
         .priority = priority,
         .has_adapter = adapter >= 0,
+        .scope = w->scope,
         .tokens = calloc((size_t)max_tokens, sizeof(int32_t)),
         .n_prompt = n_prompt,
         .n_tokens = n_prompt,
@@ -191,11 +209,16 @@ static int32_t step(world *w, const qv_scheduler_options *o)
         qv_state_cache_drop(w->states, seq->snapshot);
         seq->snapshot = NULL;
     }
+    for (int32_t i = 0; i < plan->n_loads; i++)
+        cr_assert_gt(plan->loads[i].seq->n_computed, 0);
     int32_t n_tokens = plan->n_tokens;
     for (int32_t i = 0; i < plan->n_items; i++) {
         const qv_plan_item *item = &plan->items[i];
         qv_sequence *seq = item->seq;
         qv_scheduler_commit(w->scheduler, item, item->rows.choose ? 1 : -1);
+        if (w->prefix != NULL)
+            qv_prefix_cache_insert(w->prefix, w->scope, seq->tokens, seq->n_computed, seq->pages,
+                                   seq->n_computed % qv_kv_cache_page_tokens(w->pages) == 0);
         if (seq->n_tokens == seq->max_tokens || (seq->score_only && !qv_sequence_remaining(seq)))
             qv_scheduler_finish(w->scheduler, seq);
     }
@@ -587,10 +610,68 @@ Test(scheduler, gives_everything_back_whatever_state_a_sequence_ends_in)
     }
 }
 
+/* --- Known beginnings ------------------------------------------------------------------------ */
+
+Test(scheduler, ends_chunks_at_pages_and_begins_where_a_snapshot_is)
+{
+    qv_scheduler_options o = defaults;
+    o.prefill_chunk = 21;
+    world *w = world_open(&o, 40, 8, true);
+    qv_sequence *first = add(w, 50, 1, -1, 0, 0);
+    static const int32_t chunks[] = {16, 16, 18}; /* the last one ends the prompt */
+    for (int i = 0; i < 3; i++) {
+        cr_expect_eq(planned(qv_scheduler_plan(w->scheduler), first), chunks[i], "chunk %d", i);
+        qv_plan_item item = {.seq = first, .n_tokens = chunks[i]};
+        qv_scheduler_commit(w->scheduler, &item, i < 2 ? -1 : 1);
+        if (i == 1) /* of the prompt's six full pages, four end in a snapshot */
+            cr_expect_geq(
+                qv_prefix_cache_insert(w->prefix, w->scope, first->tokens, 32, first->pages, true),
+                0);
+    }
+    qv_prefix_cache_insert(w->prefix, w->scope, first->tokens, 50, first->pages, false);
+    qv_scheduler_finish(w->scheduler, first);
+
+    qv_sequence *second = add(w, 90, 1, -1, 0, 0);
+    const qv_plan *plan = qv_scheduler_plan(w->scheduler);
+    cr_assert_eq(plan->n_loads, 1);
+    cr_expect_eq(plan->loads[0].seq, second);
+    cr_expect_eq(second->n_computed, 32);
+    cr_expect_eq(second->pages[0], first->pages[0]);
+    cr_expect_neq(second->pages[4], first->pages[4], "it writes this one");
+    cr_expect_eq(planned(plan, second), 16);
+    qv_scheduler_finish(w->scheduler, second);
+    world_free(w);
+}
+
+Test(scheduler, ends_a_chunk_where_a_prompt_leaves_a_known_path)
+{
+    static const struct {
+        int32_t n_same, chunk; /* tokens as before, tokens of the first chunk */
+    } rows[] = {{43, 40}, {40, 40}, {39, 32}, {32, 32}, {31, 50}, {0, 50}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qv_scheduler_options o = defaults;
+        o.step_tokens = 64;
+        world *w = world_open(&o, 40, 8, true);
+        qv_sequence *first = add(w, 50, 1, -1, 0, 0);
+        run_to_end(w, &o);
+        while (qv_prefix_cache_free_slot(w->prefix)) {
+        }
+        qv_sequence *second = add(w, 50, 1, -1, 0, 0);
+        for (int32_t k = rows[i].n_same; k < 50; k++)
+            second->tokens[k] = 7;
+        cr_expect_eq(planned(qv_scheduler_plan(w->scheduler), second), rows[i].chunk,
+                     "%d tokens as before", rows[i].n_same);
+        cr_expect_eq(first->state, QV_SEQ_FINISHED);
+        qv_scheduler_finish(w->scheduler, second);
+        world_free(w);
+    }
+}
+
 /* --- Drawn loads ----------------------------------------------------------------------------- */
 
 Test(scheduler, comes_to_an_end_on_drawn_loads)
 {
+    uint64_t n_hits = 0; /* half of the loads run with a prefix cache */
     for (uint64_t seed = 0; seed < 60; seed++) {
         qv_rng rng = qv_rng_seed(seed);
         qv_scheduler_options o = {
@@ -604,7 +685,7 @@ Test(scheduler, comes_to_an_end_on_drawn_loads)
         };
         o.max_logits = o.max_running + (int32_t)qv_rng_range(&rng, 0, 8);
         int32_t page_tokens = (int32_t)qv_rng_range(&rng, 1, 9);
-        world *w = world_new(&o, 60 / page_tokens + 1, page_tokens);
+        world *w = world_open(&o, 60 / page_tokens + 1, page_tokens, seed % 2 > 0);
         w->saves = qv_rng_uniform(&rng) < 0.5;
         for (int i = 0; i < 120; i++) {
             if (qv_rng_uniform(&rng) < 0.6) {
@@ -622,6 +703,8 @@ Test(scheduler, comes_to_an_end_on_drawn_loads)
             step(w, &o);
         }
         run_to_end(w, &o);
+        n_hits += w->prefix != NULL ? qv_prefix_cache_stats(w->prefix).hits : 0;
         world_free(w);
     }
+    cr_expect_gt(n_hits, 100);
 }

@@ -60,6 +60,7 @@ static void check_family(fx_family family)
     char *want[N_CASES];
     qv_engine_options options = drive_options(dir);
     options.adapter_slots = 0;
+    options.prefix_cache = false;
     drive *alone = drive_open(&options);
     for (int i = 0; i < N_CASES; i++) {
         uint64_t number = drive_submit(alone, cases[i]);
@@ -68,6 +69,7 @@ static void check_family(fx_family family)
         want[i] = drive_signature(alone, number);
     }
     drive_close(alone);
+    options.prefix_cache = true;
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
         options.prefill_chunk = variants[v].prefill_chunk;
         options.preempt_every = variants[v].preempt_every;
@@ -94,6 +96,8 @@ static void check_family(fx_family family)
         qv_engine_get_stats(d->engine, &stats);
         cr_expect_eq(stats.preemptions > 0, variants[v].preempts, "%s, %s: %d preemptions",
                      fx_family_name(family), variants[v].what, (int)stats.preemptions);
+        cr_expect_gt(stats.prefix.hits, 0, "%s, %s: no beginning was found", fx_family_name(family),
+                     variants[v].what);
         drive_close(d);
     }
     for (int i = 0; i < N_CASES; i++)

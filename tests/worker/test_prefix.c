@@ -419,14 +419,14 @@ static const struct {
     uint64_t min_hits;
     bool evicts_pages, evicts_snapshots;
 } pressures[] = {
-    {"room for all", 128, 16, 0, 1 << 28, 0, 16, 0, 15, false, false},
+    {"room for all", 128, 16, 0, 1 << 28, 0, 16, 0, 8, false, false},
     {"no slots of its own", 0, 4, 0, 1 << 28, 16, 16, 0, 0, false, true},
     {"one running", 1, 1, 0, 1 << 28, 16, 8, 0, 0, false, true},
-    {"few pages", 8, 8, 0, 1 << 28, 24, 32, 70, 8, true, true},
-    {"few pages, computed again", 8, 8, 0, 0, 24, 32, 70, 8, true, true},
-    {"preempted, saved", 16, 8, 2, 1 << 28, 16, 16, 0, 8, false, true},
-    {"preempted, computed again", 16, 8, 3, 0, 16, 16, 0, 8, false, true},
-    {"preempted, few pages", 3, 6, 3, 1 << 20, 16, 16, 90, 2, true, true},
+    {"few pages", 8, 8, 0, 1 << 28, 24, 32, 70, 3, true, true},
+    {"few pages, computed again", 8, 8, 0, 0, 24, 32, 70, 3, true, true},
+    {"preempted, saved", 16, 8, 2, 1 << 28, 16, 16, 0, 3, false, true},
+    {"preempted, computed again", 16, 8, 3, 0, 16, 16, 0, 3, false, true},
+    {"preempted, few pages", 3, 6, 3, 1 << 20, 16, 16, 90, 0, true, true},
 };
 
 Test(prefix, changes_no_bit_under_pressure, .timeout = 300)

@@ -1,9 +1,11 @@
 /* Names, help texts and labels are here and nowhere else. */
 #include "broker/broker_metrics.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #define MAX_ADAPTERS 128 /* with a queue depth of their own; the rest is "other" */
+#define MAX_TENANTS  128 /* the same */
 
 /* What the broker adds to a request: well below a millisecond, or something is wrong. */
 static const double handle_bounds[] = {10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6,
@@ -22,6 +24,9 @@ static qv_status init_gauges(qv_broker_metrics *m, qv_metrics *r)
     QV_TRY(qv_metrics_gauge(r, "quiver_broker_spill_bytes",
                             "Memory held by messages that wait for slow clients.", QV_NO_LABELS,
                             &m->spill_bytes));
+    QV_TRY(qv_metrics_gauge(r, "quiver_broker_service_gap_tokens",
+                            "How far apart in served tokens, by weight, the tenants that wait are.",
+                            QV_NO_LABELS, &m->service_gap));
     QV_TRY(qv_metrics_gauge(r, "quiver_broker_redis_up", "Whether the registry can be reached.",
                             QV_NO_LABELS, &m->redis_up));
     for (qv_member_state state = 0; state < QV_MEMBER_GONE; state++)
@@ -97,7 +102,8 @@ qv_status qv_broker_metrics_init(qv_broker_metrics *metrics, qv_metrics *registr
     if (registry == NULL)
         return QV_OK;
     metrics->depth = qv_map_new(0);
-    if (metrics->depth == NULL)
+    metrics->tenants = qv_map_new(0);
+    if (metrics->depth == NULL || metrics->tenants == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for metrics");
     QV_TRY(init_gauges(metrics, registry));
     QV_TRY(init_counters(metrics, registry));
@@ -107,6 +113,7 @@ qv_status qv_broker_metrics_init(qv_broker_metrics *metrics, qv_metrics *registr
 void qv_broker_metrics_deinit(qv_broker_metrics *metrics)
 {
     qv_map_free(metrics->depth, NULL);
+    qv_map_free(metrics->tenants, free);
     *metrics = (qv_broker_metrics){0};
 }
 
@@ -132,7 +139,62 @@ static void update_depths(qv_broker_metrics *m, const qv_core *core)
     QV_MAP_EACH(m->depth, entry)
     qv_gauge_set(entry->value, 0);
     QV_LIST_EACH(&qv_core_pool(core)->groups, qv_group, link, group)
-    qv_gauge_add(find_depth(m, group), group->queue.n);
+    qv_gauge_add(find_depth(m, group), group->n_queued);
+}
+
+typedef struct {
+    qv_gauge *queued, *running, *tokens;
+} tenant_metrics;
+
+/* The metrics of a tenant; tenants beyond the bound share one set. */
+static tenant_metrics *find_tenant(qv_broker_metrics *m, const char *name)
+{
+    name = name[0] != '\0' ? name : "(none)";
+    tenant_metrics *found = qv_map_get_str(m->tenants, name);
+    if (found != NULL)
+        return found;
+    if (qv_map_count(m->tenants) >= MAX_TENANTS) {
+        name = "(other)";
+        if ((found = qv_map_get_str(m->tenants, name)) != NULL)
+            return found;
+    }
+    found = calloc(1, sizeof *found);
+    if (found == NULL ||
+        qv_metrics_gauge(m->registry, "quiver_broker_tenant_queued",
+                         "Requests that wait for a worker, by tenant.", QV_LABELS({"tenant", name}),
+                         &found->queued) != QV_OK ||
+        qv_metrics_gauge(m->registry, "quiver_broker_tenant_running",
+                         "Requests that workers run, by tenant.", QV_LABELS({"tenant", name}),
+                         &found->running) != QV_OK ||
+        qv_metrics_gauge(m->registry, "quiver_broker_tenant_tokens",
+                         "Tokens that a tenant was served, those of answers twice, since it came.",
+                         QV_LABELS({"tenant", name}), &found->tokens) != QV_OK ||
+        qv_map_set_str(m->tenants, name, found) != QV_OK) {
+        free(found);
+        return NULL;
+    }
+    return found;
+}
+
+static void update_tenants(qv_broker_metrics *m, const qv_fair *fair)
+{
+    QV_MAP_EACH(m->tenants, entry)
+    {
+        tenant_metrics *tenant = entry->value;
+        qv_gauge_set(tenant->queued, 0);
+        qv_gauge_set(tenant->running, 0);
+        qv_gauge_set(tenant->tokens, 0);
+    }
+    QV_LIST_EACH(&fair->all, qv_tenant, link, tenant)
+    {
+        tenant_metrics *row = find_tenant(m, tenant->name);
+        if (row == NULL)
+            continue;
+        qv_gauge_add(row->queued, (double)tenant->n_queued);
+        qv_gauge_add(row->running, (double)tenant->n_running);
+        qv_gauge_add(row->tokens, tenant->served);
+    }
+    qv_gauge_set(m->service_gap, qv_fair_gap(fair));
 }
 
 void qv_broker_metrics_update(qv_broker_metrics *m, const qv_core *core, bool redis_up)
@@ -149,6 +211,7 @@ void qv_broker_metrics_update(qv_broker_metrics *m, const qv_core *core, bool re
     for (qv_member_state state = 0; state < QV_MEMBER_GONE; state++)
         qv_gauge_set(m->workers[state], qv_core_pool(core)->n_members[state]);
     update_depths(m, core);
+    update_tenants(m, &requests->fair);
 
     uint64_t deadline = now->finished_deadline - last->finished_deadline;
     qv_counter_add(m->accepted, now->accepted - last->accepted);

@@ -13,7 +13,7 @@ qv_core_options qv_core_default_options(void)
         .id = "broker",
         .version = QV_VERSION,
         .seed = 1,
-        .policy = &qv_route_affinity,
+        .policy = &qv_route_score,
         .requests = {.max_queued = 16384,
                      .max_queued_per_adapter = 4096,
                      .max_bytes = 2048 * MIB,
@@ -36,6 +36,7 @@ qv_core_options qv_core_default_options(void)
         .max_total_spill_bytes = 512 * MIB,
         .stalled_client_ms = 60000,
         .startup_grace_ms = 3000,
+        .max_explained = 4096,
     };
 }
 
@@ -117,13 +118,14 @@ qv_status qv_core_new(const qv_core_options *options, const qv_core_actions *act
     };
     qv_core_set_redis(core, "none");
     /* Epochs stay below 2^63, so that any msgpack library of a worker can hold them. */
-    qv_status status =
-        qv_pool_init(&core->pool, qv_core_random(core) >> 2, QV_JOB_QUEUE_PLACE, qv_job_before);
+    qv_status status = qv_pool_init(&core->pool, qv_core_random(core) >> 2);
     if (status == QV_OK)
         status = qv_requests_init(&core->requests, &options->requests);
     if (status == QV_OK)
         status = qv_callers_init(&core->callers, options->max_spill_bytes,
                                  options->max_total_spill_bytes, send_to_client, core);
+    if (status == QV_OK)
+        status = qv_explain_init(&core->explain, (uint32_t)options->max_explained);
     if (status != QV_OK) {
         qv_core_free(core);
         return status;
@@ -139,6 +141,7 @@ void qv_core_free(qv_core *core)
     qv_requests_deinit(&core->requests);
     qv_pool_deinit(&core->pool);
     qv_callers_deinit(&core->callers);
+    qv_explain_deinit(&core->explain);
     qv_arena_deinit(&core->arena);
     free(core->redis);
     free(core);
@@ -212,6 +215,7 @@ bool qv_core_tell(qv_core *core, qv_member *member, const qv_message *message, u
 static void requeue(qv_core *core, qv_job *job, uint64_t now_us)
 {
     qv_job_apply(job, QV_JOB_REQUEUE);
+    qv_explain_returned(&core->explain, job, "given back", now_us);
     /* One that workers refuse again and again has waited since it came. */
     uint64_t since_us = qv_job_has_begun(job) ? now_us : job->received_us;
     uint64_t at = since_us + (uint64_t)core->options.max_queue_wait_ms * QV_MS;
@@ -322,6 +326,11 @@ static bool run_job(qv_core *core, qv_job *job, qv_member *member, uint64_t now_
     qv_job_apply(job, QV_JOB_DISPATCH);
     if (resident != NULL)
         memcpy(job->digest, resident->digest, sizeof job->digest);
+    qv_fair_charge(job);
+    attempt->work = qv_fair_cost(job->n_prompt, job->n_answer - (double)job->n_out);
+    member->work += attempt->work;
+    qv_prefix_remember(member->prefix, &job->prefix);
+    qv_explain_sent(&core->explain, job, member, now_us);
     core->stats.dispatched++;
     if (job->dispatched_us == 0) {
         job->dispatched_us = now_us;
@@ -343,47 +352,64 @@ static bool is_stranded(const qv_job *job)
     return true;
 }
 
-/* Give the first request of a group to a member. False: it has to wait. */
-static bool dispatch_group(qv_core *core, qv_group *group, uint64_t now_us)
+static qv_route choose(qv_core *core, qv_job *job, bool has_begun, uint64_t now_us)
 {
-    qv_job *job = qv_heap_top(&group->queue);
+    qv_route_trace trace = {0};
+    const qv_route_query query = {.pool = &core->pool,
+                                  .group = job->group,
+                                  .digest = has_begun ? job->digest : "",
+                                  .prompt_tokens = job->n_prompt,
+                                  .prefix = &job->prefix,
+                                  .random = qv_core_random(core),
+                                  .now_us = now_us,
+                                  .trace = &trace};
+    qv_route route = core->options.policy->choose(&query);
+    qv_explain_decided(&core->explain, job, &route, &trace, now_us);
+    return route;
+}
+
+static qv_wait reason_to_wait(const qv_core *core, const qv_group *group)
+{
+    if (core->pool.n_members[QV_MEMBER_READY] == 0)
+        return QV_WAIT_WORKER;
+    return group == core->pool.base || group->n_ready > 0 ? QV_WAIT_CREDIT : QV_WAIT_LOAD;
+}
+
+/* Give the first request of a lane to a member, or block the lane. */
+static void dispatch_job(qv_core *core, qv_job *job, uint64_t now_us)
+{
+    qv_group *group = job->group;
     bool has_begun = job->digest[0] != '\0' && qv_job_has_begun(job);
     if (has_begun && is_stranded(job)) {
         qv_core_fail_job(core, job, QV_CODE_WORKER_LOST,
                          "the worker was lost, and its version of the adapter with it", 0, now_us);
-        return true;
+        return;
     }
-    qv_route route = core->options.policy->choose(&core->pool, group, has_begun ? job->digest : "");
-    switch (route.verdict) {
-    case QV_ROUTE_SEND:
+    qv_route route = choose(core, job, has_begun, now_us);
+    if (route.verdict == QV_ROUTE_SEND) {
         QV_ASSERT(qv_member_credit(route.member) > 0);
         run_job(core, job, route.member, now_us);
-        return true;
-    case QV_ROUTE_LOAD:
-        qv_placement_demand(&core->placement, group, route.member, now_us);
-        return false;
-    case QV_ROUTE_WAIT:
-        break;
+        return;
     }
-    return false;
+    if (route.verdict == QV_ROUTE_LOAD)
+        qv_placement_demand(&core->placement, group, route.member, now_us);
+    qv_explain_waits(&core->explain, job, reason_to_wait(core, group), now_us);
+    qv_fair_block(job);
 }
 
-/* Groups take turns, one request each, until a whole round has nothing to send. */
+/* Send what can be sent, in the order of broker/fair.h. Without any credit everything waits as it
+ * is: the first credit to come back wakes whoever waits for it. */
 static void dispatch(qv_core *core, uint64_t now_us)
 {
-    qv_list *waiting = &core->pool.waiting;
-    qv_group *first_idle = NULL;
-    while (core->pool.free_credit > 0 && !qv_list_is_empty(waiting)) {
-        qv_group *group = QV_LIST_ITEM(waiting->next, qv_group, waiting);
-        if (group == first_idle)
-            break;
-        qv_list_remove(&group->waiting);
-        qv_list_append(waiting, &group->waiting);
-        if (dispatch_group(core, group, now_us))
-            first_idle = NULL;
-        else if (first_idle == NULL)
-            first_idle = group;
+    qv_list *woken = &core->pool.woken;
+    while (!qv_list_is_empty(woken)) {
+        qv_group *group = QV_LIST_ITEM(woken->next, qv_group, woken);
+        qv_list_remove(&group->woken);
+        qv_fair_unblock(group);
     }
+    qv_job *job;
+    while (core->pool.free_credit > 0 && (job = qv_fair_next(&core->requests.fair)) != NULL)
+        dispatch_job(core, job, now_us);
 }
 
 /* --- Settling ---------------------------------------------------------------------------------*/
@@ -395,13 +421,14 @@ static void fail_hopeless(qv_core *core, qv_group *group, uint64_t now_us)
     const char *why;
     int64_t retry_ms;
     bool is_forgotten = qv_placement_is_forgotten(&core->placement, group, now_us);
-    if (group->queue.n == 0 ||
+    if (group->n_queued == 0 ||
         (qv_group_accepts(group, now_us, &code, &why, &retry_ms) && !is_forgotten))
         return;
     char text[512];
     snprintf(text, sizeof text, "adapter %s: %s", group->name, why != NULL ? why : "not there");
-    while (group->queue.n > 0)
-        qv_core_fail_job(core, qv_heap_top(&group->queue), code, text, retry_ms, now_us);
+    qv_job *job;
+    while ((job = qv_fair_any(group)) != NULL)
+        qv_core_fail_job(core, job, code, text, retry_ms, now_us);
 }
 
 static void reconcile(qv_core *core, qv_group *group, uint64_t now_us)
@@ -409,6 +436,7 @@ static void reconcile(qv_core *core, qv_group *group, uint64_t now_us)
     qv_list_remove(&group->dirty_link);
     qv_placement_reconcile(&core->placement, group, now_us);
     fail_hopeless(core, group, now_us);
+    qv_group_wake(group);
     bool is_forgotten = group->orphan_us == 0 || group->deleted ||
                         qv_placement_is_forgotten(&core->placement, group, now_us);
     if (qv_group_is_idle(group) && is_forgotten) {
@@ -427,6 +455,7 @@ static void drop_caller(qv_core *core, qv_caller *caller, uint64_t now_us)
     {
         qv_core_abort(core, job, "cancelled", now_us);
         qv_job_end(job, QV_JOB_FAIL, now_us);
+        qv_explain_ended(&core->explain, job, "its client is gone", now_us);
         core->stats.ended[QV_JOB_FAILED]++;
     }
     qv_requests_bury(&core->requests);
@@ -548,6 +577,11 @@ void qv_core_tick(qv_core *core, uint64_t now_us)
     }
     tick_orphans(core, now_us);
     qv_requests_tick(&core->requests, now_us);
+    qv_measure_tick(&core->pool, now_us);
+    if (now_us - core->second_us >= 1000 * QV_MS) {
+        core->second_us = now_us;
+        qv_fair_tick(&core->requests.fair);
+    }
     if (now_us - core->placed_us >= PLACEMENT_TICK_US) {
         core->placed_us = now_us;
         qv_placement_tick(&core->placement, now_us);

@@ -43,6 +43,7 @@ typedef struct {
     int64_t max_total_spill_bytes;
     int64_t stalled_client_ms; /* a client that takes nothing for so long is given up */
     int64_t startup_grace_ms;  /* an unknown adapter may be one whose worker is not back yet */
+    int64_t max_explained;     /* requests that `explain` remembers */
 } qv_core_options;
 
 qv_core_options qv_core_default_options(void);

@@ -1,4 +1,4 @@
-/* Messages of clients: submit, cancel, status. */
+/* Messages of clients: submit, cancel, status, explain. */
 #include "broker/core_internal.h"
 
 #include <stdlib.h>
@@ -139,15 +139,27 @@ static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *m
     qv_caller *caller = qv_callers_require(&core->callers, peer);
     if (caller == NULL)
         return; /* no memory to talk to it either */
+    qv_tenant *tenant =
+        qv_fair_require_tenant(&core->requests.fair, submit->tenant.data, submit->tenant.size);
+    if (tenant == NULL)
+        return;
     qv_job *job;
-    qv_status status = qv_requests_accept(&core->requests, caller, group, submit, data, size,
-                                          qv_core_random(core) >> 1, now_us, &job);
+    qv_status status = qv_requests_accept(&core->requests, caller, group, tenant, submit, data,
+                                          size, qv_core_random(core) >> 1, now_us, &job);
     if (status != QV_OK) {
         refuse_limit(core, peer, submit->id, status, now_us);
         return;
     }
     core->stats.accepted++;
     job->stream = stream;
+    qv_core_estimate(core, job, submit, (qv_str){group->name, (uint32_t)group->name_size});
+    qv_explain_accepted(&core->explain, job, submit->adapter);
+    int64_t retry_ms;
+    const char *hopeless = qv_core_is_hopeless(core, job, &retry_ms, now_us);
+    if (hopeless != NULL) {
+        qv_core_fail_job(core, job, QV_CODE_DEADLINE, hopeless, retry_ms, now_us);
+        return;
+    }
     qv_strs warnings = make_warnings(core, &message->unknown_keys);
     if (peer->delimiter && !stream)
         keep_warnings(job, &warnings);
@@ -203,6 +215,25 @@ static void on_status(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
         qv_core_reply(core, peer, &message, now_us);
 }
 
+/* --- explain ----------------------------------------------------------------------------------*/
+
+static void on_explain(qv_core *core, const qv_mq_peer *peer, qv_str id, uint64_t now_us)
+{
+    const qv_explain_record *record = qv_explain_find(&core->explain, id.data, id.size);
+    qv_message message = {.type = QV_MSG_EXPLAIN};
+    if (record == NULL) {
+        const char *text = qv_arena_printf(
+            &core->arena, "no request with id '%.*s' is remembered; the latest %u are",
+            (int)id.size, id.data, core->explain.n);
+        qv_core_refuse(core, peer, id, QV_CODE_BAD_REQUEST, text != NULL ? text : "no such request",
+                       0, now_us);
+    } else if (qv_core_fill_explain(core, record, &message.explain, now_us) != QV_OK) {
+        qv_core_refuse(core, peer, id, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+    } else {
+        qv_core_reply(core, peer, &message, now_us);
+    }
+}
+
 void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
                            const void *data, size_t size, uint64_t now_us)
 {
@@ -215,6 +246,9 @@ void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_messa
         break;
     case QV_MSG_STATUS_REQUEST:
         on_status(core, peer, now_us);
+        break;
+    case QV_MSG_EXPLAIN_REQUEST:
+        on_explain(core, peer, message->explain_request.id, now_us);
         break;
     default:
         QV_ASSERT(!"a message that the decoder does not take from clients");

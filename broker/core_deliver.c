@@ -54,8 +54,12 @@ bool qv_job_has_begun(const qv_job *job)
 
 static void end_job(qv_core *core, qv_job *job, qv_job_event how, uint64_t now_us)
 {
+    if (job->dispatched_us != 0)
+        qv_fair_settle(job, qv_fair_cost(job->n_prompt, (double)job->n_out));
     core->stats.finished_deadline += job->abort == QV_ABORT_DEADLINE && how == QV_JOB_FINISH;
     qv_job_end(job, how, now_us);
+    if (how != QV_JOB_FAIL)
+        qv_explain_ended(&core->explain, job, NULL, now_us);
     core->stats.ended[job->state]++;
     core->actions.observe(core->actions.user, QV_CORE_TOTAL, now_us - job->received_us);
 }
@@ -90,7 +94,10 @@ void qv_core_fail_job(qv_core *core, qv_job *job, qv_code code, const char *text
     qv_caller_drop_spill(job->caller, job->serial);
     qv_message message = make_error(core, job_id(job), code, text, retry_ms);
     qv_caller_send(job->caller, job->serial, &message, true, now_us, NULL);
+    char error[sizeof((qv_explain_record *)0)->error];
+    snprintf(error, sizeof error, "%s: %s", qv_code_name(code), text);
     end_job(core, job, QV_JOB_FAIL, now_us);
+    qv_explain_ended(&core->explain, job, error, now_us);
 }
 
 /* --- Streams ----------------------------------------------------------------------------------*/

@@ -5,6 +5,7 @@
  *   core_worker.c   messages of workers
  *   core_deliver.c  what clients are told, and how requests end
  *   core_status.c   `status`, and the checks
+ *   core_explain.c  `explain`, and estimates
  *
  * An event may find out in its middle that a client or a worker is gone. That is only noted then,
  * and acted on in qv_core_settle, which ends every event; and what has ended stays readable until
@@ -14,6 +15,8 @@
 #define QV_BROKER_CORE_INTERNAL_H
 
 #include "broker/core.h"
+#include "broker/explain.h"
+#include "broker/measure.h"
 
 #define QV_MS UINT64_C(1000) /* of our time unit */
 
@@ -25,11 +28,13 @@ struct qv_core {
     qv_requests requests;
     qv_callers callers;
     qv_placement placement;
+    qv_explain explain;
     qv_arena arena;  /* of the event at hand */
     qv_list lost;    /* members to take out */
     uint64_t random; /* state of the generator */
     uint64_t started_us, ticked_us;
     uint64_t placed_us; /* placement's last tick */
+    uint64_t second_us; /* of what happens once a second */
     bool draining;
     bool wants_known;
     char *redis; /* owned */
@@ -101,6 +106,18 @@ void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_messa
                            const void *data, size_t size, uint64_t now_us);
 void qv_core_handle_worker(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
                            uint64_t now_us);
+
+/* How much a job will cost, from what was measured so far. */
+void qv_core_estimate(qv_core *core, qv_job *job, const qv_msg_submit *submit, qv_str adapter);
+
+/* A waiting job will not begin before its deadline, as far as can be told: the sentence for its
+ * client, and when to try again. NULL: it may. */
+const char *qv_core_is_hopeless(qv_core *core, const qv_job *job, int64_t *retry_ms,
+                                uint64_t now_us);
+
+/* Fill `explain` from the arena. Errors: NOMEM. */
+qv_status qv_core_fill_explain(qv_core *core, const qv_explain_record *record, qv_msg_explain *out,
+                               uint64_t now_us);
 
 /* Fill `status` from the arena. Errors: NOMEM. */
 qv_status qv_core_fill_status(qv_core *core, qv_msg_status *out, uint64_t now_us);

@@ -78,7 +78,7 @@ static qv_status fill_adapter(qv_core *core, const qv_group *group, qv_msg_adapt
     QV_LIST_EACH(&group->residents, qv_resident, group_link, resident)
     if (resident->state == QV_RESIDENT_READY)
         out->workers.data[out->workers.count++] = qv_str_from(resident->member->id);
-    out->queued = group->queue.n;
+    out->queued = group->n_queued;
     if (reason != NULL)
         qv_set(out, adapter_status, reason, qv_str_from(reason));
     return QV_OK;
@@ -168,11 +168,10 @@ static qv_status check_groups(const qv_core *core)
         }
         CHECK(n_ready == group->n_ready, "%s: %u ready, counted %u", group->name, n_ready,
               group->n_ready);
-        CHECK((group->queue.n > 0) == qv_list_has(&group->waiting),
-              "%s: %u queued, in the round %d", group->name, group->queue.n,
-              qv_list_has(&group->waiting));
+        CHECK(!qv_list_has(&group->woken) || core->pool.free_credit == 0 || group->n_queued == 0,
+              "%s: woken but not looked at", group->name);
         CHECK(!qv_list_has(&group->dirty_link), "%s: not reconciled", group->name);
-        queued += group->queue.n;
+        queued += group->n_queued;
         jobs += group->n_jobs;
     }
     CHECK((int64_t)queued == core->requests.n_queued, "%zu queued, counted %lld", queued,
@@ -246,5 +245,5 @@ qv_status qv_core_check(const qv_core *core)
     QV_TRY(check_groups(core));
     QV_TRY(check_jobs(core, n_attempts));
     QV_TRY(check_callers(core));
-    return QV_OK;
+    return qv_fair_check(&core->requests.fair);
 }

@@ -257,6 +257,45 @@ static bool is_same_adapter(qv_core *core, qv_job *job, const qv_msg_delta *delt
     return true;
 }
 
+/* --- Measuring
+ * ----------------------------------------------------------------------------------*/
+
+#define CHARGE_STEP 64.0 /* cost that a request beyond its estimate is charged at once */
+
+/* Tokens came: less to do for the member, more served to the tenant. */
+static void measure_tokens(qv_attempt *attempt, uint32_t n, uint64_t now_us)
+{
+    qv_job *job = attempt->job;
+    double cost = qv_fair_cost(0, n);
+    if (attempt->first_us == 0) {
+        attempt->first_us = now_us;
+        cost += job->n_prompt;
+    }
+    job->n_out += n;
+    qv_measure_served(attempt->member, cost);
+    double less = cost < attempt->work ? cost : attempt->work;
+    attempt->work -= less;
+    attempt->member->work -= less;
+    double served = qv_fair_cost(job->n_prompt, (double)job->n_out);
+    if (served > job->charged)
+        qv_fair_charge_more(job, served - job->charged + CHARGE_STEP);
+}
+
+/* A stream ended: now the worker has counted the prompt's tokens. */
+static void measure_end(qv_attempt *attempt, const qv_job_stream *stream, const qv_msg_delta *delta)
+{
+    qv_job *job = attempt->job;
+    qv_measure_answer(job->group, (double)stream->n_tokens);
+    if (!qv_has(delta, delta, usage))
+        return;
+    double computed = (double)(delta->usage.prompt_tokens - delta->usage.cached_tokens);
+    if (delta->usage.prompt_tokens > 0)
+        job->n_prompt = (double)delta->usage.prompt_tokens;
+    if (attempt->first_us != 0 && delta->index == 0)
+        qv_measure_prefill(attempt->member, computed,
+                           (double)(attempt->first_us - attempt->sent_us));
+}
+
 static void on_delta(qv_core *core, qv_member *member, const qv_msg_delta *delta, uint64_t now_us)
 {
     qv_attempt *attempt = qv_requests_find_attempt(&core->requests, delta->request);
@@ -299,12 +338,14 @@ static void on_delta(qv_core *core, qv_member *member, const qv_msg_delta *delta
         stream->seq_in++;
         stream->n_tokens += delta->tokens.count;
         core->stats.tokens += delta->tokens.count;
+        measure_tokens(attempt, delta->tokens.count, now_us);
         if (job->stream && !forward(core, job, stream, delta, now_us))
             return;
     }
     if (delta->finish_reason.size > 0) {
         attempt->finished |= UINT64_C(1) << delta->index;
         attempt->n_left--;
+        measure_end(attempt, stream, delta);
         qv_core_finish_stream(core, job, (uint32_t)delta->index, delta->finish_reason, delta,
                               now_us);
     }

@@ -54,17 +54,25 @@ void qv_heap_deinit(qv_heap *heap)
     heap->n = heap->capacity = 0;
 }
 
+qv_status qv_heap_reserve(qv_heap *heap, uint32_t n)
+{
+    uint32_t capacity = heap->capacity ? heap->capacity : 4;
+    if (n <= heap->capacity)
+        return QV_OK;
+    while (capacity < n)
+        capacity *= 2;
+    void **items = realloc(heap->items, capacity * sizeof *items);
+    if (items == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for a heap of %u items", capacity);
+    heap->items = items;
+    heap->capacity = capacity;
+    return QV_OK;
+}
+
 qv_status qv_heap_push(qv_heap *heap, void *item)
 {
     QV_ASSERT(*place_of(heap, item) == QV_HEAP_NONE);
-    if (heap->n == heap->capacity) {
-        uint32_t capacity = heap->capacity ? heap->capacity * 2 : 16;
-        void **items = realloc(heap->items, capacity * sizeof *items);
-        if (items == NULL)
-            return qv_fail(QV_ERR_NOMEM, "no memory for a heap of %u items", capacity);
-        heap->items = items;
-        heap->capacity = capacity;
-    }
+    QV_TRY(qv_heap_reserve(heap, heap->n + 1));
     sift_up(heap, heap->n++, item);
     return QV_OK;
 }

@@ -28,6 +28,9 @@ static inline void *qv_heap_top(const qv_heap *heap)
     return heap->n > 0 ? heap->items[0] : NULL;
 }
 
+/* Make room for n items in all, so that no push up to there can fail. Errors: NOMEM. */
+qv_status qv_heap_reserve(qv_heap *heap, uint32_t n);
+
 /* Add an item that is in no heap. Errors: NOMEM. */
 qv_status qv_heap_push(qv_heap *heap, void *item);
 

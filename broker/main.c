@@ -21,6 +21,7 @@ typedef struct {
     int64_t client_queue, max_spill_bytes, max_total_spill_bytes, stalled_client_ms,
         cancel_confirm_ms;
     int64_t load_backoff_ms, load_timeout_ms, surplus_ms, adapter_grace_ms, startup_grace_ms;
+    int64_t max_explained;
     int log_level;
     bool log_json;
 } settings;
@@ -55,10 +56,12 @@ static const qv_option table[] = {
               "Registry of wanted adapters: redis://[[user]:password@]host[:port][/db], "
               "unix:///path, or none. Without it only the adapters that workers bring are served.",
               .section = PLACEMENT),
-    QV_OPTION(settings, policy, STRING, "policy", "NAME", "affinity",
-              "Which worker gets a request: affinity (one that holds the adapter, the least loaded "
-              "of those with room) or least-loaded (the one with the most room, loading the "
-              "adapter there first).",
+    QV_OPTION(settings, policy, STRING, "policy", "NAME", "score",
+              "Which worker gets a request: score (the one whose first token comes soonest, by its "
+              "queue, the part of the prompt that it has not cached, and a load if the adapter is "
+              "not there), affinity (one that holds the adapter, the least loaded of those with "
+              "room) or least-loaded (the one with the most room, loading the adapter there "
+              "first).",
               .section = PLACEMENT),
     QV_OPTION(settings, load_backoff_ms, DURATION, "load-backoff", "TIME", "10s",
               "After a failed load the same worker is not asked again for this time, doubled with "
@@ -129,6 +132,9 @@ static const qv_option table[] = {
               .section = LOGGING, .min = 0, .max = 65535),
     QV_OPTION(settings, metrics_address, STRING, "metrics-address", "ADDRESS", "127.0.0.1",
               "Address of that port.", .section = LOGGING),
+    QV_OPTION(settings, max_explained, INT, "explain", "N", "4096",
+              "Requests that `quiver explain` remembers, of about 3 KB each.", .section = LOGGING,
+              .min = 0, .max = 1 << 20),
     QV_OPTION(settings, log_level, ENUM, "log-level", "LEVEL", "info", "What is logged to stderr.",
               .section = LOGGING, .choices = qv_log_level_names),
     QV_OPTION(settings, log_json, FLAG, "log-json", NULL, NULL, "One JSON object per line.",
@@ -245,6 +251,7 @@ static qv_status fill(const settings *set, const char *id, qv_metrics *metrics,
     core.max_total_spill_bytes = set->max_total_spill_bytes;
     core.stalled_client_ms = set->stalled_client_ms;
     core.startup_grace_ms = set->startup_grace_ms;
+    core.max_explained = set->max_explained;
     size_t worker_bytes = core.worker_limits.max_bytes;
     int64_t cut_off = 4 * set->max_message_bytes;
     *out = (qv_broker_options){

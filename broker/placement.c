@@ -2,6 +2,8 @@
  * looks at one group at a time and is cheap enough to run at each change. */
 #include "broker/placement.h"
 
+#include "broker/measure.h"
+
 #include <stdlib.h>
 #include <string.h>
 
@@ -67,6 +69,7 @@ static void load(qv_placement *placement, qv_group *group, qv_member *member, co
     }
     resident->digest[0] = '\0';
     resident->pin = false;
+    resident->asked = true;
     qv_resident_set(resident, QV_RESIDENT_LOADING, now_us);
     say(placement, "adapter_loading", group, member, why);
     placement->actions.load(placement->actions.user, resident);
@@ -106,12 +109,22 @@ static bool may_load(const qv_group *group, const qv_member *member, uint64_t no
            (resident->state == QV_RESIDENT_FAILED && resident->retry_us <= now_us);
 }
 
+bool qv_group_may_grow(const qv_group *group)
+{
+    return group->wanted && !group->deleted && group->path != NULL;
+}
+
 static bool has_room(const qv_group *group, const qv_member *member)
 {
     const qv_resident *resident = qv_resident_find(group, member);
     bool is_leaving = resident != NULL && resident->state == QV_RESIDENT_UNLOADING;
     return member->n_slots - is_leaving <
            member->adapter_slots; /* its own slot is as good as free */
+}
+
+bool qv_placement_has_room(const qv_group *group, const qv_member *member, uint64_t now_us)
+{
+    return may_load(group, member, now_us) && has_room(group, member);
 }
 
 /* The member with the most free slots, then the least load. */
@@ -252,7 +265,7 @@ void qv_placement_reconcile(qv_placement *placement, qv_group *group, uint64_t n
             break;
         load(placement, group, member, "wanted", now_us);
     }
-    if (group->queue.n > 0 && group->n_ready + group->n_loading == 0)
+    if (group->n_queued > 0 && group->n_ready + group->n_loading == 0)
         qv_placement_demand(placement, group, NULL, now_us);
     drop_surplus(placement, group, now_us);
 }
@@ -316,8 +329,9 @@ void qv_placement_tick(qv_placement *placement, uint64_t now_us)
                 qv_group_touch(group);
             }
         }
-        if (group->surplus_us != 0 || (group->queue.n > 0 && group->n_ready == 0))
+        if (group->surplus_us != 0 || (group->n_queued > 0 && group->n_ready == 0))
             qv_group_touch(group);
+        qv_group_wake(group); /* whatever it waits for: never for longer than this */
         if (qv_placement_is_forgotten(placement, group, now_us))
             qv_group_touch(group);
     }
@@ -489,6 +503,9 @@ static void report_ready(qv_placement *placement, qv_resident *resident,
     resident->n_failures = 0;
     qv_text_set(&resident->reason, NULL, 0);
     bool is_news = resident->state != QV_RESIDENT_READY;
+    if (resident->state == QV_RESIDENT_LOADING && resident->asked)
+        qv_measure_load(resident->group, (double)(now_us - resident->since_us) / MS);
+    resident->asked = false;
     qv_resident_set(resident, QV_RESIDENT_READY, now_us);
     if (is_news)
         say(placement, "adapter_loaded", resident->group, resident->member, resident->digest);

@@ -82,6 +82,11 @@ bool qv_placement_is_forgotten(const qv_placement *placement, const qv_group *gr
 /* Timeouts, back-offs that ended, surplus, orphans: touches the groups that need a look. */
 void qv_placement_tick(qv_placement *placement, uint64_t now_us);
 
+/* Whether a member may be asked for the adapter now and has a free slot; and whether there may be
+ * more replicas than there are. */
+bool qv_placement_has_room(const qv_group *group, const qv_member *member, uint64_t now_us);
+bool qv_group_may_grow(const qv_group *group);
+
 /* --- Views ------------------------------------------------------------------------------------*/
 
 /* wanted, loading, ready, partial, failed, invalid or unloading. */

@@ -56,13 +56,25 @@ static void set_str(char **text, qv_str value)
     qv_text_set(text, value.data, value.size);
 }
 
+/* Whoever waits for this member. */
+static void wake_groups_of(qv_member *member)
+{
+    qv_group_wake(member->pool->base);
+    QV_LIST_EACH(&member->residents, qv_resident, member_link, resident)
+    if (resident->state == QV_RESIDENT_READY)
+        qv_group_wake(resident->group);
+}
+
 static void update_credit(qv_member *member)
 {
     int64_t credit = member->state == QV_MEMBER_READY && !member->paused
                          ? member->capacity - member->n_attempts
                          : 0;
+    bool was_full = member->credit == 0;
     member->pool->free_credit += credit - member->credit;
     member->credit = credit;
+    if (was_full && credit > 0)
+        wake_groups_of(member);
 }
 
 static void recount(qv_group *group)
@@ -85,13 +97,12 @@ static bool takes_slot(qv_resident_state state)
 
 /* --- Pool -------------------------------------------------------------------------------------*/
 
-qv_status qv_pool_init(qv_pool *pool, uint64_t first_epoch, size_t place,
-                       bool (*before)(const void *a, const void *b))
+qv_status qv_pool_init(qv_pool *pool, uint64_t first_epoch)
 {
-    *pool = (qv_pool){.next_epoch = first_epoch, .queue_place = place, .queue_before = before};
+    *pool = (qv_pool){.next_epoch = first_epoch};
     qv_list_init(&pool->members);
     qv_list_init(&pool->groups);
-    qv_list_init(&pool->waiting);
+    qv_list_init(&pool->woken);
     qv_list_init(&pool->dirty);
     pool->by_peer = qv_map_new(0);
     pool->by_id = qv_map_new(0);
@@ -171,6 +182,7 @@ qv_status qv_pool_join(qv_pool *pool, const qv_mq_peer *peer, const qv_msg_ready
     member->max_rank = ready->max_rank;
     member->max_context = ready->max_context;
     member->total_pages = member->free_pages = ready->total_pages;
+    member->prefix = calloc(1, sizeof *member->prefix);
     qv_list_init(&member->attempts);
     qv_list_init(&member->residents);
     if (member->model == NULL || qv_map_set(pool->by_peer, peer->id, peer->size, member) != QV_OK ||
@@ -221,6 +233,7 @@ void qv_member_free(qv_member *member)
     free(member->backend);
     free(member->devices);
     free(member->version);
+    free(member->prefix);
     free(member);
 }
 
@@ -270,7 +283,7 @@ qv_group *qv_pool_require_group(qv_pool *pool, const char *name, size_t size)
     group->name = copy;
     group->name_size = size;
     qv_list_init(&group->residents);
-    qv_heap_init(&group->queue, pool->queue_place, pool->queue_before);
+    qv_list_init(&group->lanes);
     qv_list_append(&pool->groups, &group->link);
     entry->value = group;
     return group;
@@ -287,9 +300,9 @@ void qv_group_free(qv_group *group)
     qv_pool *pool = group->pool;
     qv_map_remove(pool->by_name, group->name, group->name_size);
     qv_list_remove(&group->link);
-    qv_list_remove(&group->waiting);
+    qv_list_remove(&group->woken);
     qv_list_remove(&group->dirty_link);
-    qv_heap_deinit(&group->queue);
+    qv_fair_forget_group(group);
     for (size_t i = 0; i < group->n_workers; i++)
         free(group->workers[i]);
     free(group->workers);
@@ -298,6 +311,12 @@ void qv_group_free(qv_group *group)
     free(group->reason);
     free(group->name);
     free(group);
+}
+
+void qv_group_wake(qv_group *group)
+{
+    if (group->n_queued > 0 && !qv_list_has(&group->woken))
+        qv_list_append(&group->pool->woken, &group->woken);
 }
 
 void qv_group_touch(qv_group *group)
@@ -346,6 +365,8 @@ void qv_resident_set(qv_resident *resident, qv_resident_state state, uint64_t no
     resident->state = state;
     resident->since_us = now_us;
     recount(resident->group);
+    if (state == QV_RESIDENT_READY)
+        qv_group_wake(resident->group);
 }
 
 void qv_resident_free(qv_resident *resident)

@@ -15,8 +15,9 @@
 #ifndef QV_BROKER_POOL_H
 #define QV_BROKER_POOL_H
 
-#include "broker/heap.h"
+#include "broker/fair.h"
 #include "broker/list.h"
+#include "broker/prefix.h"
 #include "common/map.h"
 #include "common/mq.h"
 #include "common/protocol.h"
@@ -27,7 +28,7 @@
 
 typedef struct qv_pool qv_pool;
 typedef struct qv_member qv_member;
-typedef struct qv_group qv_group;
+typedef struct qv_group qv_group; /* broker/fair.h names it too */
 typedef struct qv_resident qv_resident;
 
 /* --- Members ----------------------------------------------------------------------------------*/
@@ -81,6 +82,16 @@ struct qv_member {
     bool paused;           /* it refused work for lack of room: nothing new until its heartbeat */
     int64_t credit;        /* as counted in pool->free_credit */
     uint64_t n_dispatched; /* requests ever sent here */
+    bool drain_ordered; /* people asked for it (quiver:drain): DRAINING whatever it says itself */
+
+    /* What it has to do and how fast it is (broker/measure.h). */
+    double work;         /* cost of what it runs, less what was delivered; about */
+    double rate;         /* cost a second when it is busy; 0 = not known */
+    double prefill_rate; /* prompt tokens a second; 0 = not known */
+    double served;       /* cost delivered since window_us */
+    uint64_t window_us;
+    bool was_idle;            /* at some time since window_us */
+    qv_prefix_memory *prefix; /* owned; prompts that were sent here lately; NULL: no memory */
 
     qv_list residents; /* of qv_resident.member_link */
     int64_t n_slots;   /* residents that are loading, ready or unloading */
@@ -109,6 +120,7 @@ struct qv_resident {
     char *reason;                        /* owned; of a failure */
     qv_code code;                        /* of a failure */
     int64_t rank, bytes;
+    bool asked;          /* LOADING since we asked for it */
     bool pin;            /* the worker itself keeps it: announced so, not by our wish */
     uint64_t since_us;   /* in this state */
     uint64_t retry_us;   /* FAILED: earliest next try */
@@ -142,10 +154,14 @@ struct qv_group {
     uint64_t orphan_us;  /* not wanted and nowhere since; 0 = not */
     uint64_t demand_us;  /* no load on demand before this: the last try found no room */
 
-    /* Who waits. */
-    qv_heap queue;      /* of qv_job, by priority and arrival */
-    qv_list waiting;    /* in pool->waiting while the queue is not empty */
+    /* Who waits (broker/fair.h), and what they need. */
+    qv_list lanes; /* of qv_lane.group_link */
+    uint32_t n_queued;
+    double queued_cost;
+    qv_list woken;      /* in pool->woken: its requests may have better luck now */
     uint32_t n_jobs;    /* requests that refer to this group, running ones too */
+    double answer_mean; /* tokens of an answer; 0 = not known (broker/measure.h) */
+    double load_ms;     /* how long a load takes; 0 = not known */
     qv_list dirty_link; /* in pool->dirty: placement looks at it and its record is published */
 };
 
@@ -157,21 +173,18 @@ struct qv_pool {
     qv_list members; /* in order of joining */
     qv_map *by_name; /* adapter name → group */
     qv_list groups;  /* in order of creation, base first */
-    qv_list waiting; /* groups with a queue, in order of their turn */
+    qv_list woken;   /* groups whose waiting requests are to be looked at again */
     qv_list dirty;   /* groups that changed */
     qv_group *base;
     uint64_t next_epoch;
     int64_t free_credit; /* sum over members that may get work */
     uint32_t n_members[QV_MEMBER_STATE_COUNT];
-    size_t queue_place; /* how the queues of new groups are ordered */
-    bool (*queue_before)(const void *a, const void *b);
+    double answer_mean, load_ms, prefill_rate, rate; /* over all, where one has no own yet */
 };
 
-/* `first_epoch` is random, so that no session of an earlier broker has an epoch of ours. `before`
- * orders the requests of a queue, `place` is where a request keeps its place in it. Errors: NOMEM.
- */
-qv_status qv_pool_init(qv_pool *pool, uint64_t first_epoch, size_t place,
-                       bool (*before)(const void *a, const void *b));
+/* `first_epoch` is random, so that no session of an earlier broker has an epoch of ours. Errors:
+ * NOMEM. */
+qv_status qv_pool_init(qv_pool *pool, uint64_t first_epoch);
 void qv_pool_deinit(qv_pool *pool);
 
 /* Open a session for a worker that said `ready`. The caller has taken an earlier session of the
@@ -210,6 +223,9 @@ qv_group *qv_pool_require_group(qv_pool *pool, const char *name, size_t size);
  */
 bool qv_group_is_idle(const qv_group *group);
 void qv_group_free(qv_group *group);
+
+/* Have its waiting requests be looked at again. */
+void qv_group_wake(qv_group *group);
 
 /* Have placement look at it and its record be published. */
 void qv_group_touch(qv_group *group);

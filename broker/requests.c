@@ -55,18 +55,15 @@ void qv_job_apply(qv_job *job, qv_job_event event)
     qv_job_state next = job->state;
     bool is_allowed = qv_job_next(job->state, event, &next);
     QV_ASSERT(is_allowed);
+    int n_running = is_running(next) - is_running(job->state);
     job->requests->n_queued += (next == QV_JOB_QUEUED) - (job->state == QV_JOB_QUEUED);
-    job->requests->n_running += is_running(next) - is_running(job->state);
+    job->requests->n_running += n_running;
+    if (n_running != 0)
+        qv_fair_running(job, n_running);
     job->state = next;
 }
 
 /* --- Table ------------------------------------------------------------------------------------*/
-
-bool qv_job_before(const void *a, const void *b)
-{
-    const qv_job *x = a, *y = b;
-    return x->priority != y->priority ? x->priority > y->priority : x->serial < y->serial;
-}
 
 static bool timer_before(const void *a, const void *b)
 {
@@ -81,12 +78,14 @@ qv_status qv_requests_init(qv_requests *requests, const qv_requests_limits *limi
     qv_list_init(&requests->dead);
     qv_list_init(&requests->orphans);
     requests->by_id = qv_map_new(0);
-    return requests->by_id != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for requests");
+    if (requests->by_id == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for requests");
+    return qv_fair_init(&requests->fair);
 }
 
 void qv_requests_deinit(qv_requests *requests)
 {
-    if (requests->dead.next == NULL)
+    if (requests->by_id == NULL)
         return;
     QV_MAP_EACH(requests->by_id, entry)
     qv_job_end(entry->value, QV_JOB_FAIL, 0);
@@ -95,6 +94,7 @@ void qv_requests_deinit(qv_requests *requests)
     qv_attempt_free(attempt);
     qv_heap_deinit(&requests->timers);
     qv_map_free(requests->by_id, NULL);
+    qv_fair_deinit(&requests->fair);
     for (uint32_t i = 0; i < requests->n_slots; i++)
         free(requests->attempts[i]);
     free(requests->attempts);
@@ -120,7 +120,7 @@ static id_key make_key(const qv_caller *caller, const char *id, size_t size)
 }
 
 static qv_status check_limits(const qv_requests *requests, const qv_caller *caller,
-                              const qv_group *group, int64_t bytes)
+                              const qv_group *group, const qv_tenant *tenant, int64_t bytes)
 {
     const qv_requests_limits *limits = &requests->limits;
     if (bytes > limits->max_client_bytes || bytes > limits->max_bytes)
@@ -135,10 +135,11 @@ static qv_status check_limits(const qv_requests *requests, const qv_caller *call
     if (requests->n_queued >= limits->max_queued)
         return qv_fail(QV_ERR_BUSY, "the queue is full: %lld requests wait",
                        (long long)requests->n_queued);
-    if (group->queue.n >= limits->max_queued_per_adapter)
+    QV_TRY(qv_tenant_check(tenant));
+    if (group->n_queued >= limits->max_queued_per_adapter)
         return qv_fail(QV_ERR_BUSY, "the queue of %s%s is full: %u requests wait",
                        group->name_size ? "adapter " : "the base model", group->name,
-                       group->queue.n);
+                       group->n_queued);
     if (requests->bytes + bytes > limits->max_bytes)
         return qv_fail(QV_ERR_BUSY, "requests hold %lld bytes, the limit is %lld",
                        (long long)requests->bytes, (long long)limits->max_bytes);
@@ -185,8 +186,8 @@ static void free_job(qv_job *job)
 }
 
 qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group *group,
-                             const qv_msg_submit *submit, const void *data, size_t size,
-                             uint64_t seed, uint64_t now_us, qv_job **out)
+                             qv_tenant *tenant, const qv_msg_submit *submit, const void *data,
+                             size_t size, uint64_t seed, uint64_t now_us, qv_job **out)
 {
     id_key key = make_key(caller, submit->id.data, submit->id.size);
     if (qv_map_find(requests->by_id, key.bytes, key.size) != NULL)
@@ -194,7 +195,7 @@ qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group 
                        submit->id.data);
     int64_t bytes = (int64_t)(sizeof(qv_job) + size +
                               (size_t)(submit->n > 1 ? submit->n : 0) * sizeof(qv_job_stream));
-    QV_TRY(check_limits(requests, caller, group, bytes));
+    QV_TRY(check_limits(requests, caller, group, tenant, bytes));
     qv_job *job = new_job(submit, data, size);
     qv_map_entry *entry = job != NULL ? qv_map_require(requests->by_id, key.bytes, key.size) : NULL;
     if (entry == NULL) {
@@ -207,6 +208,8 @@ qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group 
     job->requests = requests;
     job->caller = caller;
     job->group = group;
+    job->tenant = tenant;
+    job->rank_us = (int64_t)now_us - job->priority * QV_FAIR_PRIORITY_US;
     job->serial = requests->next_serial++;
     job->seed = qv_has(submit, submit, seed) ? submit->seed : seed;
     job->received_us = now_us;
@@ -253,18 +256,12 @@ qv_job *qv_requests_find_any(const qv_requests *requests, const char *id, size_t
 qv_status qv_job_enqueue(qv_job *job)
 {
     QV_ASSERT(job->state == QV_JOB_QUEUED);
-    qv_group *group = job->group;
-    QV_TRY(qv_heap_push(&group->queue, job));
-    if (!qv_list_has(&group->waiting))
-        qv_list_append(&group->pool->waiting, &group->waiting);
-    return QV_OK;
+    return qv_fair_push(&job->requests->fair, job);
 }
 
 void qv_job_dequeue(qv_job *job)
 {
-    qv_heap_remove(&job->group->queue, job);
-    if (job->group->queue.n == 0)
-        qv_list_remove(&job->group->waiting);
+    qv_fair_remove(&job->requests->fair, job);
 }
 
 qv_status qv_job_set_timer(qv_job *job, uint64_t at_us)
@@ -362,7 +359,7 @@ qv_status qv_attempt_new(qv_job *job, qv_member *member, uint64_t now_us, qv_att
     attempt->number = requests->next_attempt++ << SLOT_BITS | attempt->slot;
     attempt->job = job;
     attempt->member = member;
-    attempt->active_us = now_us;
+    attempt->active_us = attempt->sent_us = now_us;
     for (uint32_t i = 0; i < job->n; i++)
         attempt->finished |= (uint64_t)job->streams[i].finished << i;
     attempt->n_left = job->n - job->n_finished;
@@ -400,7 +397,10 @@ void qv_attempt_free(qv_attempt *attempt)
         requests->n_orphans--;
     qv_list_remove(&attempt->orphan_link);
     qv_list_remove(&attempt->member_link);
+    attempt->member->work -= attempt->work;
     qv_member_add_attempt(attempt->member, -1);
+    if (attempt->member->n_attempts == 0)
+        attempt->member->work = 0; /* sums of floats drift */
     *attempt = (qv_attempt){.requests = requests, .slot = attempt->slot};
     requests->free_slots[requests->n_free++] = attempt->slot;
 }

@@ -15,6 +15,7 @@
 #define QV_BROKER_REQUESTS_H
 
 #include "broker/callers.h"
+#include "broker/fair.h"
 #include "broker/heap.h"
 #include "broker/list.h"
 #include "broker/pool.h"
@@ -85,6 +86,17 @@ struct qv_job {
     qv_group *group;
     qv_attempt *attempt; /* NULL unless DISPATCHED or STREAMING */
 
+    qv_tenant *tenant;
+    qv_lane *lane;    /* while it waits */
+    int64_t rank_us;  /* its place in the lane: arrival, earlier by its priority */
+    double cost;      /* expected (broker/fair.h) */
+    double charged;   /* to the tenant so far */
+    double n_prompt;  /* tokens, estimated until a worker has counted them */
+    double n_answer;  /* tokens expected, of all streams */
+    int64_t n_out;    /* tokens delivered, of all streams */
+    qv_prefix prefix; /* of the prompt */
+    uint32_t explain; /* its record in broker/explain.h, while that is of its serial */
+
     uint64_t serial; /* in order of arrival; never used again */
     uint64_t seed;   /* drawn if the submit has none, so that a replay draws the same */
     int32_t priority;
@@ -100,7 +112,7 @@ struct qv_job {
     uint64_t deadline_us;                                /* 0 = none */
     uint64_t timer_us;    /* when something must happen if nothing does */
     uint32_t timer_place; /* in requests->timers */
-    uint32_t queue_place; /* in group->queue */
+    uint32_t queue_place; /* in lane->jobs */
     qv_list dead_link;    /* in requests->dead: ended, freed at the end of the event */
 
     size_t bytes;           /* counted for the caller and in all */
@@ -119,7 +131,10 @@ struct qv_attempt {
     qv_member *member;
     qv_list member_link; /* in member->attempts */
     qv_list orphan_link; /* in requests->orphans, oldest first */
+    uint64_t sent_us;    /* dispatched */
+    uint64_t first_us;   /* its first delta; 0 = not yet */
     uint64_t active_us;  /* dispatched, or heard of last */
+    double work;         /* counted in member->work */
     uint64_t orphan_us;
     uint64_t finished; /* bit per stream that ended in this attempt */
     uint32_t n_left;   /* streams that have not */
@@ -139,6 +154,7 @@ typedef struct {
 
 struct qv_requests {
     qv_requests_limits limits;
+    qv_fair fair;   /* who waits */
     qv_map *by_id;  /* caller serial and id → job */
     qv_heap timers; /* jobs with a timer */
     qv_list dead;
@@ -167,18 +183,14 @@ qv_status qv_requests_init(qv_requests *requests, const qv_requests_limits *limi
 /* Free everything that is left without telling anybody. */
 void qv_requests_deinit(qv_requests *requests);
 
-/* The order of a queue: higher priority first, then arrival. And the place of a job in it. */
-bool qv_job_before(const void *a, const void *b);
-#define QV_JOB_QUEUE_PLACE offsetof(qv_job, queue_place)
-
 /* --- Life of a job ----------------------------------------------------------------------------*/
 
-/* Take a submit of a client for a group, QUEUED, not in the group's queue yet. Limits are checked
- * first. Errors: EXISTS (id in flight), BUSY (a limit; retry can help), LIMIT (can never fit),
- * NOMEM. */
+/* Take a submit of a client for a group, QUEUED, not in a queue yet. Limits are checked first,
+ * those of the tenant too. Errors: EXISTS (id in flight), BUSY (a limit; retry can help), LIMIT
+ * (can never fit), NOMEM. */
 qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group *group,
-                             const qv_msg_submit *submit, const void *data, size_t size,
-                             uint64_t seed, uint64_t now_us, qv_job **out);
+                             qv_tenant *tenant, const qv_msg_submit *submit, const void *data,
+                             size_t size, uint64_t seed, uint64_t now_us, qv_job **out);
 
 /* The job of a client by its id, or of any client (NULL if there are none or several). */
 qv_job *qv_requests_find(const qv_requests *requests, const qv_caller *caller, const char *id,
@@ -188,7 +200,7 @@ qv_job *qv_requests_find_any(const qv_requests *requests, const char *id, size_t
 /* Apply an event, which must be allowed. */
 void qv_job_apply(qv_job *job, qv_job_event event);
 
-/* Put it into its group's queue, or out. Errors: NOMEM. */
+/* Put it into its lane, or out. Errors: NOMEM. */
 qv_status qv_job_enqueue(qv_job *job);
 void qv_job_dequeue(qv_job *job);
 

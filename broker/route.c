@@ -1,9 +1,12 @@
 /* The table of policies, and what they share. */
 #include "broker/route.h"
 
+#include "broker/measure.h"
+
 #include <string.h>
 
 const qv_route_policy *const qv_route_policies[] = {
+    &qv_route_score,
     &qv_route_affinity,
     &qv_route_least_loaded,
     NULL,
@@ -34,23 +37,59 @@ bool qv_route_better(const qv_member *a, const qv_member *b)
     return a->n_dispatched < b->n_dispatched;
 }
 
-qv_member *qv_route_best_member(const qv_pool *pool)
+bool qv_route_serves(const qv_route_query *query, const qv_resident *resident)
+{
+    return qv_resident_serves(resident) &&
+           (query->digest[0] == '\0' || strcmp(resident->digest, query->digest) == 0);
+}
+
+void qv_route_note(const qv_route_query *query, const qv_route_row *row)
+{
+    qv_route_trace *trace = query->trace;
+    if (trace == NULL)
+        return;
+    if (trace->n < QV_ROUTE_MAX_ROWS)
+        trace->n++;
+    trace->rows[trace->n - 1] = *row;
+}
+
+qv_route_row qv_route_score_of(const qv_route_query *query, const qv_member *member)
+{
+    const qv_group *group = query->group;
+    qv_route_row row = {.member = member, .has_credit = qv_member_credit(member) > 0};
+    double rate = qv_expect_rate(member), prefill_rate = qv_expect_prefill_rate(member);
+    if (rate > 0)
+        row.queue_ms = member->work * 1000 / rate;
+    const qv_resident *resident =
+        group != query->pool->base ? qv_resident_find(group, member) : NULL;
+    if (group != query->pool->base && (resident == NULL || resident->state != QV_RESIDENT_READY))
+        row.load_ms = qv_expect_load_ms(group);
+    if (query->prompt_tokens > 0 && prefill_rate > 0) {
+        double known = query->prefix != NULL
+                           ? qv_expect_tokens(qv_prefix_match(member->prefix, query->prefix))
+                           : 0;
+        double missing = known < query->prompt_tokens ? query->prompt_tokens - known : 0;
+        row.prefill_ms = missing * 1000 / prefill_rate;
+    }
+    return row;
+}
+
+qv_member *qv_route_best_member(const qv_route_query *query)
 {
     qv_member *best = NULL;
-    QV_LIST_EACH(&pool->members, qv_member, link, member)
+    QV_LIST_EACH(&query->pool->members, qv_member, link, member)
     if (qv_member_credit(member) > 0 && (best == NULL || qv_route_better(member, best)))
         best = member;
     return best;
 }
 
-qv_member *qv_route_best_holder(const qv_group *group, const char *digest)
+qv_member *qv_route_best_holder(const qv_route_query *query)
 {
     qv_member *best = NULL;
-    QV_LIST_EACH(&group->residents, qv_resident, group_link, resident)
+    QV_LIST_EACH(&query->group->residents, qv_resident, group_link, resident)
     {
         qv_member *member = resident->member;
-        if (qv_resident_serves(resident) && qv_member_credit(member) > 0 &&
-            (digest[0] == '\0' || strcmp(resident->digest, digest) == 0) &&
+        if (qv_route_serves(query, resident) && qv_member_credit(member) > 0 &&
             (best == NULL || qv_route_better(member, best)))
             best = member;
     }

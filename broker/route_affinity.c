@@ -5,13 +5,17 @@
  */
 #include "broker/route.h"
 
-static qv_route choose(const qv_pool *pool, const qv_group *group, const char *digest)
+static qv_route choose(const qv_route_query *query)
 {
-    qv_member *member =
-        group == pool->base ? qv_route_best_member(pool) : qv_route_best_holder(group, digest);
-    if (member != NULL)
+    const qv_group *group = query->group;
+    bool is_base = group == query->pool->base;
+    qv_member *member = is_base ? qv_route_best_member(query) : qv_route_best_holder(query);
+    if (member != NULL) {
+        qv_route_row row = qv_route_score_of(query, member);
+        qv_route_note(query, &row);
         return (qv_route){QV_ROUTE_SEND, member};
-    bool held = group == pool->base || group->n_ready + group->n_loading > 0;
+    }
+    bool held = is_base || group->n_ready + group->n_loading > 0;
     return (qv_route){held ? QV_ROUTE_WAIT : QV_ROUTE_LOAD, NULL};
 }
 

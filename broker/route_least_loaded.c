@@ -4,24 +4,24 @@
  */
 #include "broker/route.h"
 
-#include <string.h>
-
-static qv_route choose(const qv_pool *pool, const qv_group *group, const char *digest)
+static qv_route choose(const qv_route_query *query)
 {
-    qv_member *member = qv_route_best_member(pool);
+    const qv_group *group = query->group;
+    qv_member *member = qv_route_best_member(query);
     if (member == NULL)
         return (qv_route){QV_ROUTE_WAIT, NULL};
-    if (group == pool->base)
+    qv_route_row row = qv_route_score_of(query, member);
+    qv_route_note(query, &row);
+    if (group == query->pool->base)
         return (qv_route){QV_ROUTE_SEND, member};
     const qv_resident *resident = qv_resident_find(group, member);
-    if (resident != NULL && qv_resident_serves(resident) &&
-        (digest[0] == '\0' || strcmp(resident->digest, digest) == 0))
+    if (resident != NULL && qv_route_serves(query, resident))
         return (qv_route){QV_ROUTE_SEND, member};
     if (resident != NULL && resident->state == QV_RESIDENT_LOADING)
         return (qv_route){QV_ROUTE_WAIT, NULL};
 
     /* It cannot serve this one, or not yet: a holder is better than an idle wait. */
-    qv_member *holder = qv_route_best_holder(group, digest);
+    qv_member *holder = qv_route_best_holder(query);
     bool can_load = resident == NULL && group->path != NULL && qv_group_allows(group, member) &&
                     member->n_slots < member->adapter_slots;
     if (holder != NULL && !can_load)

@@ -19,6 +19,7 @@ enum {
 int cli_submit(int argc, char **argv);
 int cli_cancel(int argc, char **argv);
 int cli_status(int argc, char **argv);
+int cli_explain(int argc, char **argv);
 int cli_adapters(int argc, char **argv);
 
 /* Print "quiver: <the thread's error sentence>" and return `code`. */

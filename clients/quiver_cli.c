@@ -17,6 +17,7 @@ static const struct {
     {"submit", cli_submit, "publish one or many jobs and print the answers as they arrive"},
     {"cancel", cli_cancel, "stop a request by its id"},
     {"status", cli_status, "show workers, adapters and queues"},
+    {"explain", cli_explain, "why a request went where it went"},
     {"adapters", cli_adapters, "list, add and remove adapters"},
 };
 #define N_COMMANDS (sizeof commands / sizeof commands[0])

@@ -115,6 +115,13 @@ qv_status qv_client_request_status(qv_client *client)
     return send_message(client, &message);
 }
 
+qv_status qv_client_request_explain(qv_client *client, const char *id)
+{
+    qv_message message = {.type = QV_MSG_EXPLAIN_REQUEST};
+    qv_set(&message.explain_request, explain_request, id, qv_str_from(id));
+    return send_message(client, &message);
+}
+
 /* Receive without waiting. BUSY: nothing is there. */
 static qv_status receive(qv_client *client)
 {

@@ -41,6 +41,7 @@ void qv_client_close(qv_client *client);
 qv_status qv_client_submit(qv_client *client, const qv_msg_submit *job);
 qv_status qv_client_cancel(qv_client *client, const char *id);
 qv_status qv_client_request_status(qv_client *client);
+qv_status qv_client_request_explain(qv_client *client, const char *id);
 
 /* The next message, waiting at most timeout_ms (0 = do not wait, -1 = for ever). *out is borrowed
  * until the next call. Errors: TIMEOUT, CANCELLED (a signal arrived while waiting), FORMAT (the

@@ -90,6 +90,10 @@ struct descriptor {
 #define ROW_OBJS_held_adapter   KIND_OBJS, &struct_held_adapter
 #define ROW_OBJS_delta          KIND_OBJS, &struct_delta
 #define ROW_OBJS_resume         KIND_OBJS, &struct_resume
+#define ROW_OBJS_explain_attempt   KIND_OBJS, &struct_explain_attempt
+#define ROW_OBJS_explain_decision   KIND_OBJS, &struct_explain_decision
+#define ROW_OBJS_explain_candidate   KIND_OBJS, &struct_explain_candidate
+#define ROW_OBJS_explain_wait   KIND_OBJS, &struct_explain_wait
 #define REQUIRED_REQ            true
 #define REQUIRED_OPT            false
 
@@ -112,6 +116,10 @@ struct descriptor {
 #define PRESET_OBJS_held_adapter(def)   0
 #define PRESET_OBJS_delta(def)          0
 #define PRESET_OBJS_resume(def)         0
+#define PRESET_OBJS_explain_attempt(def)   0
+#define PRESET_OBJS_explain_decision(def)   0
+#define PRESET_OBJS_explain_candidate(def)   0
+#define PRESET_OBJS_explain_wait(def)   0
 
 /* clang-format off */
 #define QV_STRUCT(name) static const uint64_t required_##name = 0

@@ -107,6 +107,10 @@ qv_code qv_code_of_status(qv_status status);
 #define QV_CTYPE_OBJS_held_adapter   QV_OBJS(held_adapter)
 #define QV_CTYPE_OBJS_delta          QV_OBJS(delta)
 #define QV_CTYPE_OBJS_resume         QV_OBJS(resume)
+#define QV_CTYPE_OBJS_explain_wait    QV_OBJS(explain_wait)
+#define QV_CTYPE_OBJS_explain_candidate QV_OBJS(explain_candidate)
+#define QV_CTYPE_OBJS_explain_decision QV_OBJS(explain_decision)
+#define QV_CTYPE_OBJS_explain_attempt QV_OBJS(explain_attempt)
 
 /* struct qv_msg_submit { uint64_t has; qv_str id; ... }: bit QV_BIT_submit_id of `has` says that
  * the field was on the wire (decoder) or is to be written (encoder). Absent OPT fields hold their

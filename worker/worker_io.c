@@ -215,7 +215,9 @@ static void on_run(qv_worker *w, const qv_msg_run *run)
         refuse(w, run->request, qv_code_of_status(status), qv_error());
         return;
     }
-    const qv_msg_submit *submit = &message.submit;
+    qv_msg_submit *submit = &message.submit;
+    if (run->adapter.size > 0) /* the submit names an alias */
+        qv_set(submit, submit, adapter, run->adapter);
     uint64_t number = ++w->next_number;
     status = qv_request_new(qv_engine_thread_engine(w->engine), submit, number, run->seed,
                             run->resume.data, run->resume.count, &request, &code);

@@ -299,6 +299,8 @@ static void client_submit(sim *s, client *c)
         qv_set(submit, submit, deadline_ms, 1 + pick(s, 3000));
     if (chance(s, 0.2))
         qv_set(submit, submit, priority, pick(s, 5) - 2);
+    static const char *const tenants[] = {"", "acme", "zeta"};
+    qv_set(submit, submit, tenant, qv_str_from(tenants[pick(s, 3)]));
     from_client(s, c, t->delimiter, &message);
 }
 

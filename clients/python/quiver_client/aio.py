@@ -7,7 +7,7 @@ import msgpack
 import zmq
 import zmq.asyncio
 
-from .errors import ProtocolError
+from .errors import ProtocolError, QuiverError
 from .types import Answer, Delta, Request, submit_map
 
 
@@ -80,6 +80,7 @@ class AsyncClient:
         self._reader: Optional[asyncio.Task] = None
         self._streams: Dict[str, AsyncStream] = {}
         self._status: List[asyncio.Future] = []
+        self._explained: Dict[str, asyncio.Future] = {}
 
     async def __aenter__(self) -> "AsyncClient":
         self._socket = self._context.socket(zmq.DEALER)
@@ -128,6 +129,16 @@ class AsyncClient:
         await self._send({"type": "status"})
         return await asyncio.wait_for(future, self.timeout)
 
+    async def explain(self, request_id: str) -> Dict[str, Any]:
+        """Why a recent request went where it went: scores, waits, attempts."""
+        future = asyncio.get_running_loop().create_future()
+        self._explained[request_id] = future
+        await self._send({"type": "explain", "id": request_id})
+        message = await asyncio.wait_for(future, self.timeout)
+        if message["type"] == "error":
+            raise QuiverError(message["code"], message["message"], request_id)
+        return message
+
     async def _send(self, message: Dict[str, Any]) -> None:
         if self._socket is None:
             raise RuntimeError("the client is not open: use `async with AsyncClient(...)`")
@@ -159,6 +170,13 @@ class AsyncClient:
                     future.set_result(message)
             return
         stream = self._streams.get(message.get("id", ""))
+        if message.get("id") in self._explained and (
+            message["type"] == "explain" or (message["type"] == "error" and stream is None)
+        ):
+            future = self._explained.pop(message["id"])
+            if not future.done():
+                future.set_result(message)
+            return
         if stream is None:
             return  # about a request that was abandoned
         delta = stream._request.feed(message)

@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import msgpack
 import zmq
 
-from .errors import ProtocolError
+from .errors import ProtocolError, QuiverError
 from .types import Answer, Delta, Request, submit_map
 
 
@@ -75,6 +75,7 @@ class Client:
         self._socket.connect(endpoint)
         self._streams: Dict[str, Stream] = {}
         self._status: List[Dict[str, Any]] = []
+        self._explained: Dict[str, Optional[Dict[str, Any]]] = {}
 
     def __enter__(self) -> "Client":
         return self
@@ -116,6 +117,17 @@ class Client:
             self._receive()
         return self._status.pop(0)
 
+    def explain(self, request_id: str) -> Dict[str, Any]:
+        """Why a recent request went where it went: scores, waits, attempts."""
+        self._explained[request_id] = None
+        self._send({"type": "explain", "id": request_id})
+        while self._explained[request_id] is None:
+            self._receive()
+        message = self._explained.pop(request_id)
+        if message["type"] == "error":
+            raise QuiverError(message["code"], message["message"], request_id)
+        return message
+
     def _send(self, message: Dict[str, Any]) -> None:
         if not self._socket.poll(int(self.timeout * 1000), zmq.POLLOUT):
             raise TimeoutError(f"no broker takes messages at {self.endpoint} for {self.timeout} s")
@@ -133,6 +145,11 @@ class Client:
             self._status.append(message)
             return
         stream = self._streams.get(message.get("id", ""))
+        if message.get("id") in self._explained and (
+            message["type"] == "explain" or (message["type"] == "error" and stream is None)
+        ):
+            self._explained[message["id"]] = message
+            return
         if stream is None:
             return  # about a request that was abandoned
         delta = stream._request.feed(message)

@@ -1,4 +1,5 @@
 /* Life, dispatch, time, and what is lost. */
+#include "broker/controller.h"
 #include "broker/core_internal.h"
 
 #include <stdlib.h>
@@ -23,6 +24,9 @@ qv_core_options qv_core_default_options(void)
         .placement = {.load_backoff_ms = 10000,
                       .load_timeout_ms = 120000,
                       .surplus_ms = 5000,
+                      .rebalance_ms = 2000,
+                      .grow_down_ms = 30000,
+                      .max_moves = 4,
                       .orphan_ms = 30000},
         .client_limits = qv_protocol_default_limits,
         .worker_limits = {.max_bytes = 64 * MIB, .max_depth = 16, .max_nodes = 16 << 20},
@@ -117,6 +121,11 @@ qv_status qv_core_new(const qv_core_options *options, const qv_core_actions *act
                     .event = placement_event},
     };
     qv_core_set_redis(core, "none");
+    core->drains = qv_map_new(0);
+    if (core->drains == NULL) {
+        qv_core_free(core);
+        return qv_fail(QV_ERR_NOMEM, "no memory for the broker");
+    }
     /* Epochs stay below 2^63, so that any msgpack library of a worker can hold them. */
     qv_status status = qv_pool_init(&core->pool, qv_core_random(core) >> 2);
     if (status == QV_OK)
@@ -142,6 +151,7 @@ void qv_core_free(qv_core *core)
     qv_pool_deinit(&core->pool);
     qv_callers_deinit(&core->callers);
     qv_explain_deinit(&core->explain);
+    qv_map_free(core->drains, NULL);
     qv_arena_deinit(&core->arena);
     free(core->redis);
     free(core);
@@ -155,6 +165,55 @@ void qv_core_set_redis(qv_core *core, const char *text)
 void qv_core_wants_known(qv_core *core)
 {
     core->wants_known = true;
+}
+
+/* Apply or lift an order of people on a member. */
+static void order_drain(qv_core *core, qv_member *member, bool drain, uint64_t now_us)
+{
+    member->drain_ordered = drain;
+    member->drained = false;
+    if (!qv_member_apply(member, drain ? QV_MEMBER_DRAINS : QV_MEMBER_RESUMES))
+        return;
+    qv_core_event(core, drain ? "worker_draining" : "worker_resumed", NULL, member->id,
+                  drain ? "quiver:drain asks for it" : "quiver:drain does not ask for it any more");
+    qv_placement_members_changed(&core->placement, now_us);
+}
+
+void qv_core_order_drain(qv_core *core, const char *id, bool drain, uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    if (drain && qv_map_set_str(core->drains, id, core) != QV_OK)
+        qv_core_event(core, "drain_ignored", NULL, id, qv_error());
+    else if (!drain)
+        qv_map_remove_str(core->drains, id);
+    if (strcmp(id, core->options.id) == 0) {
+        core->drain_ordered = drain;
+        qv_core_event(core, drain ? "broker_draining" : "broker_resumed", NULL, NULL,
+                      drain ? "quiver:drain asks for it" : NULL);
+    }
+    qv_member *member = qv_pool_find_id(&core->pool, id);
+    if (member != NULL && member->drain_ordered != drain)
+        order_drain(core, member, drain, now_us);
+    qv_core_settle(core, now_us);
+}
+
+void qv_core_apply_orders(qv_core *core, qv_member *member, uint64_t now_us)
+{
+    if (qv_map_get_str(core->drains, member->id) != NULL)
+        order_drain(core, member, true, now_us);
+}
+
+void qv_core_tenant(qv_core *core, const char *name, const qv_tenant_want *want, uint64_t now_us)
+{
+    qv_arena_reset(&core->arena);
+    qv_tenant_policy policy = qv_tenant_default_policy;
+    if (want != NULL)
+        policy = (qv_tenant_policy){.weight = want->weight,
+                                    .max_queued = want->max_queued,
+                                    .max_running = want->max_running};
+    if (qv_fair_set_policy(&core->requests.fair, name, want != NULL ? &policy : NULL) != QV_OK)
+        qv_core_event(core, "tenant_ignored", NULL, NULL, qv_error());
+    qv_core_settle(core, now_us);
 }
 
 void qv_core_drain(qv_core *core)
@@ -273,7 +332,7 @@ void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, c
             move_job(core, job, is_loss, now_us);
     }
     qv_member_free(member);
-    qv_placement_touch_all(&core->placement);
+    qv_placement_members_changed(&core->placement, now_us);
 }
 
 /* --- Dispatch ---------------------------------------------------------------------------------*/
@@ -318,6 +377,8 @@ static bool run_job(qv_core *core, qv_job *job, qv_member *member, uint64_t now_
     run->seed = job->seed;
     if (resident != NULL && resident->digest[0] != '\0')
         qv_set(run, run, digest, qv_str_from(resident->digest));
+    if (job->is_aliased)
+        qv_set(run, run, adapter, ((qv_str){job->group->name, (uint32_t)job->group->name_size}));
     if (!qv_core_tell(core, member, &message, now_us)) {
         qv_attempt_free(attempt);
         return false;
@@ -574,6 +635,11 @@ void qv_core_tick(qv_core *core, uint64_t now_us)
             member->heard_us += gap_us;
         tick_member(core, member, now_us);
         tick_idle(core, member, now_us);
+        if (member->drain_ordered && !member->drained && member->n_attempts == 0) {
+            member->drained = true;
+            qv_core_event(core, "worker_drained", NULL, member->id,
+                          "nothing runs on it any more: it may be stopped");
+        }
     }
     tick_orphans(core, now_us);
     qv_requests_tick(&core->requests, now_us);
@@ -581,6 +647,7 @@ void qv_core_tick(qv_core *core, uint64_t now_us)
     if (now_us - core->second_us >= 1000 * QV_MS) {
         core->second_us = now_us;
         qv_fair_tick(&core->requests.fair);
+        qv_controller_tick(&core->placement, now_us);
     }
     if (now_us - core->placed_us >= PLACEMENT_TICK_US) {
         core->placed_us = now_us;

@@ -126,6 +126,13 @@ void qv_core_worker_gone(qv_core *core, const qv_mq_peer *peer, uint64_t now_us)
 void qv_core_want(qv_core *core, const char *name, const qv_want *want, uint64_t now_us);
 void qv_core_invalid_want(qv_core *core, const char *name, const char *reason, uint64_t now_us);
 
+/* People want a worker, or this broker, to take nothing new (quiver:drain:<id>), or no longer so. A
+ * worker that is not here is drained when it comes. */
+void qv_core_order_drain(qv_core *core, const char *id, bool drain, uint64_t now_us);
+
+/* What people set for a tenant (quiver:tenant:<name>); NULL: nothing any more. */
+void qv_core_tenant(qv_core *core, const char *name, const qv_tenant_want *want, uint64_t now_us);
+
 /* All wishes have been told once, or there is nobody to ask. Before this an unknown adapter is not
  * refused for good. */
 void qv_core_wants_known(qv_core *core);

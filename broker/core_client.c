@@ -57,6 +57,66 @@ static void refuse_unknown(qv_core *core, const qv_mq_peer *peer, const qv_msg_s
                    text != NULL ? text : "adapter not found", is_early ? 500 : 0, now_us);
 }
 
+/* A number that stays the same for a request that is submitted again. */
+static uint64_t hash_of(qv_str alias, qv_str id)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    for (uint32_t i = 0; i < alias.size + id.size; i++) {
+        char c = i < alias.size ? alias.data[i] : id.data[i - alias.size];
+        hash = (hash ^ (unsigned char)c) * UINT64_C(0x100000001b3);
+    }
+    hash ^= hash >> 32;
+    hash *= UINT64_C(0x9e3779b97f4a7c15);
+    return hash ^ hash >> 29;
+}
+
+/* What a name with a split stands for, this time: one of its adapters by weight, of those that can
+ * answer now if there are any. The name itself where none of them is known. */
+static qv_group *resolve_split(qv_core *core, qv_group *alias, const qv_msg_submit *submit,
+                               uint64_t now_us)
+{
+    qv_group *groups[QV_WANT_MAX_SPLIT];
+    int64_t weights[QV_WANT_MAX_SPLIT], total = 0, total_known = 0;
+    qv_group *known = NULL;
+    for (size_t i = 0; i < alias->n_split; i++) {
+        const qv_want_share *share = &alias->split[i];
+        qv_code code;
+        const char *why;
+        int64_t retry_ms;
+        groups[i] = qv_pool_find_group(&core->pool, share->adapter, strlen(share->adapter));
+        bool is_known = groups[i] != NULL && (groups[i] == alias || groups[i]->n_split == 0);
+        bool can = is_known && qv_group_accepts(groups[i], now_us, &code, &why, &retry_ms);
+        weights[i] = can ? share->weight : 0;
+        total += weights[i];
+        if (is_known && share->weight > total_known) {
+            total_known = share->weight;
+            known = groups[i];
+        }
+    }
+    if (total == 0)
+        return known != NULL ? known : alias;
+    int64_t lot = (int64_t)(hash_of(submit->adapter, submit->id) % (uint64_t)total);
+    size_t i = 0;
+    for (; lot >= weights[i]; i++)
+        lot -= weights[i];
+    return groups[i];
+}
+
+static bool check_tenant(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
+                         const qv_group *group, uint64_t now_us)
+{
+    char tenant[QV_TENANT_MAX_NAME + 1];
+    snprintf(tenant, sizeof tenant, "%.*s", (int)submit->tenant.size,
+             submit->tenant.size > 0 ? submit->tenant.data : "");
+    if (qv_group_allows_tenant(group, tenant))
+        return true;
+    const char *text = qv_arena_printf(&core->arena, "adapter %s may not be used by tenant '%s'",
+                                       group->name, tenant);
+    qv_core_refuse(core, peer, submit->id, QV_CODE_UNAUTHORIZED,
+                   text != NULL ? text : "not for this tenant", 0, now_us);
+    return false;
+}
+
 /* The group to queue in, or NULL: refused. */
 static qv_group *find_group(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
                             uint64_t now_us)
@@ -65,6 +125,13 @@ static qv_group *find_group(qv_core *core, const qv_mq_peer *peer, const qv_msg_
     if (group == NULL) {
         refuse_unknown(core, peer, submit, now_us);
         return NULL;
+    }
+    if (!check_tenant(core, peer, submit, group, now_us))
+        return NULL;
+    if (group->n_split > 0) {
+        group = resolve_split(core, group, submit, now_us);
+        if (!check_tenant(core, peer, submit, group, now_us))
+            return NULL;
     }
     qv_code code;
     const char *why;
@@ -98,7 +165,7 @@ static bool check_submit(qv_core *core, const qv_mq_peer *peer, const qv_msg_sub
         qv_requests_find(&core->requests, caller, submit->id.data, submit->id.size) != NULL)
         status = qv_fail(QV_ERR_ARG, "id '%.*s' is in flight already", (int)submit->id.size,
                          submit->id.data);
-    if (status == QV_OK && core->draining) {
+    if (status == QV_OK && (core->draining || core->drain_ordered)) {
         qv_core_refuse(core, peer, submit->id, QV_CODE_OVERLOADED, "the broker is stopping", 1000,
                        now_us);
         return false;
@@ -152,6 +219,7 @@ static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *m
     }
     core->stats.accepted++;
     job->stream = stream;
+    job->is_aliased = !qv_str_equal(submit->adapter, group->name);
     qv_core_estimate(core, job, submit, (qv_str){group->name, (uint32_t)group->name_size});
     qv_explain_accepted(&core->explain, job, submit->adapter);
     int64_t retry_ms;

@@ -36,6 +36,8 @@ struct qv_core {
     uint64_t placed_us; /* placement's last tick */
     uint64_t second_us; /* of what happens once a second */
     bool draining;
+    bool drain_ordered; /* of this broker, by people */
+    qv_map *drains;     /* ids of workers and brokers that people want drained */
     bool wants_known;
     char *redis; /* owned */
 };
@@ -44,6 +46,9 @@ struct qv_core {
 
 /* End an event: act on what was lost, reconcile, dispatch, free what ended. */
 void qv_core_settle(qv_core *core, uint64_t now_us);
+
+/* What people want of a member that has just been welcomed. */
+void qv_core_apply_orders(qv_core *core, qv_member *member, uint64_t now_us);
 
 uint64_t qv_core_random(qv_core *core);
 void qv_core_event(qv_core *core, const char *what, const char *adapter, const char *worker,

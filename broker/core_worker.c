@@ -28,8 +28,10 @@ static void welcome(qv_core *core, qv_member *member, uint64_t now_us)
     message.welcome.epoch = member->epoch;
     message.welcome.heartbeat_ms = core->options.heartbeat_ms;
     message.welcome.timeout_ms = core->options.timeout_ms;
-    if (qv_core_tell(core, member, &message, now_us))
-        qv_member_apply(member, QV_MEMBER_WELCOMED);
+    if (!qv_core_tell(core, member, &message, now_us))
+        return;
+    qv_member_apply(member, QV_MEMBER_WELCOMED);
+    qv_core_apply_orders(core, member, now_us);
 }
 
 static void on_ready(qv_core *core, const qv_mq_peer *peer, const qv_msg_ready *ready,
@@ -75,12 +77,11 @@ static void on_heartbeat(qv_core *core, qv_member *member, const qv_msg_heartbea
     member->idle_us = !is_idle ? 0 : member->idle_us != 0 ? member->idle_us : member->heard_us;
     if (member->paused)
         qv_member_pause(member, false);
-    qv_member_event event = heartbeat->draining ? QV_MEMBER_DRAINS : QV_MEMBER_RESUMES;
-    if (!qv_member_apply(member, event))
+    bool drains = heartbeat->draining || member->drain_ordered;
+    if (!qv_member_apply(member, drains ? QV_MEMBER_DRAINS : QV_MEMBER_RESUMES))
         return;
-    qv_core_event(core, heartbeat->draining ? "worker_draining" : "worker_resumed", NULL,
-                  member->id, NULL);
-    qv_placement_touch_all(&core->placement);
+    qv_core_event(core, drains ? "worker_draining" : "worker_resumed", NULL, member->id, NULL);
+    qv_placement_members_changed(&core->placement, member->heard_us);
 }
 
 /* --- Deltas -----------------------------------------------------------------------------------*/

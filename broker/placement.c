@@ -44,7 +44,7 @@ static int64_t count_candidates(const qv_group *group)
     return n;
 }
 
-static int64_t count_replicas(const qv_group *group)
+int64_t qv_group_count_replicas(const qv_group *group)
 {
     int64_t n = 0;
     QV_LIST_EACH(&group->residents, qv_resident, group_link, resident)
@@ -55,8 +55,8 @@ static int64_t count_replicas(const qv_group *group)
 
 /* --- Actions ----------------------------------------------------------------------------------*/
 
-static void load(qv_placement *placement, qv_group *group, qv_member *member, const char *why,
-                 uint64_t now_us)
+void qv_placement_load(qv_placement *placement, qv_group *group, qv_member *member, const char *why,
+                       uint64_t now_us)
 {
     qv_resident *resident = qv_resident_require(group, member);
     if (resident == NULL)
@@ -75,7 +75,8 @@ static void load(qv_placement *placement, qv_group *group, qv_member *member, co
     placement->actions.load(placement->actions.user, resident);
 }
 
-static void unload(qv_placement *placement, qv_resident *resident, const char *why, uint64_t now_us)
+void qv_placement_unload(qv_placement *placement, qv_resident *resident, const char *why,
+                         uint64_t now_us)
 {
     qv_resident_set(resident, QV_RESIDENT_UNLOADING, now_us);
     say(placement, "adapter_unloading", resident->group, resident->member, why);
@@ -111,7 +112,9 @@ static bool may_load(const qv_group *group, const qv_member *member, uint64_t no
 
 bool qv_group_may_grow(const qv_group *group)
 {
-    return group->wanted && !group->deleted && group->path != NULL;
+    int64_t n = group->n_ready + group->n_loading;
+    return group->wanted && !group->deleted && group->path != NULL &&
+           (group->max_replicas == 0 || n < group->max_replicas);
 }
 
 static bool has_room(const qv_group *group, const qv_member *member)
@@ -127,24 +130,71 @@ bool qv_placement_has_room(const qv_group *group, const qv_member *member, uint6
     return may_load(group, member, now_us) && has_room(group, member);
 }
 
-/* The member with the most free slots, then the least load. */
-static qv_member *find_room(const qv_group *group, uint64_t now_us)
+/* FNV-1a over both names, then mixed. */
+uint64_t qv_placement_weight(const qv_group *group, const qv_member *member)
 {
+    uint64_t hash = UINT64_C(0xcbf29ce484222325);
+    for (const char *c = group->name; *c != '\0'; c++)
+        hash = (hash ^ (unsigned char)*c) * UINT64_C(0x100000001b3);
+    hash = (hash ^ 0xff) * UINT64_C(0x100000001b3);
+    for (const char *c = member->id; *c != '\0'; c++)
+        hash = (hash ^ (unsigned char)*c) * UINT64_C(0x100000001b3);
+    hash ^= hash >> 32;
+    hash *= UINT64_C(0x9e3779b97f4a7c15);
+    return hash ^ hash >> 29;
+}
+
+/* Slots that a member may have filled before others come first: a quarter above the mean. */
+static int64_t fair_fill(const qv_pool *pool)
+{
+    int64_t n_slots = 0, n = 0;
+    QV_LIST_EACH(&pool->members, qv_member, link, member)
+    {
+        if (!is_usable(member) || member->adapter_slots == 0)
+            continue;
+        n_slots += member->n_slots;
+        n++;
+    }
+    return n > 0 ? (n_slots + 1) * 5 / (n * 4) + 1 : 1;
+}
+
+qv_member *qv_placement_find_room(const qv_group *group, uint64_t now_us)
+{
+    int64_t fill = fair_fill(group->pool);
     qv_member *best = NULL;
+    bool best_is_full = false;
     QV_LIST_EACH(&group->pool->members, qv_member, link, member)
     {
-        if (!may_load(group, member, now_us) || !has_room(group, member))
+        if (!qv_placement_has_room(group, member, now_us))
             continue;
-        int64_t free_slots = member->adapter_slots - member->n_slots;
-        int64_t best_free = best != NULL ? best->adapter_slots - best->n_slots : 0;
-        if (best == NULL || free_slots > best_free ||
-            (free_slots == best_free && (member->n_attempts < best->n_attempts)))
+        bool is_full = member->n_slots >= fill;
+        bool is_better =
+            best == NULL || (is_full != best_is_full ? !is_full
+                                                     : qv_placement_weight(group, member) >
+                                                           qv_placement_weight(group, best));
+        if (is_better) {
             best = member;
+            best_is_full = is_full;
+        }
     }
     return best;
 }
 
-/* An idle, unpinned adapter, the one used longest ago, on a member that may hold the group; `only`,
+/* Whether `a` is missed less than `b`: more replicas than should be, less demand, used longer ago.
+ */
+static bool is_missed_less(const qv_resident *a, const qv_resident *b)
+{
+    bool spare_a = qv_group_count_replicas(a->group) > qv_group_target(a->group);
+    bool spare_b = qv_group_count_replicas(b->group) > qv_group_target(b->group);
+    if (spare_a != spare_b)
+        return spare_a;
+    double demand_a = a->group->demand, demand_b = b->group->demand;
+    if (demand_a > 2 * demand_b + 0.01 || demand_b > 2 * demand_a + 0.01)
+        return demand_a < demand_b;
+    return a->group->used_us < b->group->used_us;
+}
+
+/* An idle, unpinned adapter, the one missed least, on a member that may hold the group; `only`,
  * if given, is the one member to look at. */
 static qv_resident *find_victim(const qv_group *group, const qv_member *only, uint64_t now_us)
 {
@@ -157,14 +207,14 @@ static qv_resident *find_victim(const qv_group *group, const qv_member *only, ui
         {
             const qv_group *other = resident->group;
             if (resident->state == QV_RESIDENT_READY && !resident->pin && !other->pin &&
-                other->n_jobs == 0 && (victim == NULL || other->used_us < victim->group->used_us))
+                other->n_jobs == 0 && (victim == NULL || is_missed_less(resident, victim)))
                 victim = resident;
         }
     }
     return victim;
 }
 
-/* The replica that is missed least: where it may not be, else where the load is highest. */
+/* The replica that is missed least: where it may not be, else the one of the least weight. */
 static qv_resident *find_surplus(const qv_group *group)
 {
     qv_resident *worst = NULL;
@@ -175,8 +225,9 @@ static qv_resident *find_surplus(const qv_group *group)
         if (worst != NULL) {
             bool allowed = qv_group_allows(group, resident->member);
             bool worst_allowed = qv_group_allows(group, worst->member);
-            if (allowed != worst_allowed ? allowed
-                                         : resident->member->n_attempts < worst->member->n_attempts)
+            bool weighs_more = qv_placement_weight(group, resident->member) >
+                               qv_placement_weight(group, worst->member);
+            if (allowed != worst_allowed ? allowed : weighs_more)
                 continue;
         }
         worst = resident;
@@ -191,7 +242,7 @@ static void unload_everywhere(qv_placement *placement, qv_group *group, uint64_t
     QV_LIST_EACH(&group->residents, qv_resident, group_link, resident)
     {
         if (is_there(resident))
-            unload(placement, resident, "not wanted any more", now_us);
+            qv_placement_unload(placement, resident, "not wanted any more", now_us);
         else if (resident->state == QV_RESIDENT_FAILED)
             qv_resident_free(resident);
     }
@@ -208,7 +259,7 @@ static void reload_changed(qv_placement *placement, qv_group *group, uint64_t no
             qv_resident_free(resident); /* its failures were the other folder's */
         } else if (is_there(resident) && is_usable(resident->member)) {
             resident->n_failures = 0;
-            load(placement, group, resident->member, "path changed", now_us);
+            qv_placement_load(placement, group, resident->member, "path changed", now_us);
         }
     }
 }
@@ -223,7 +274,10 @@ static void drop_surplus(qv_placement *placement, qv_group *group, uint64_t now_
         n_disallowed += here && !qv_group_allows(group, resident->member);
     }
     int64_t target = qv_group_target(group);
-    bool is_surplus = group->replicas > 0 && n > target &&
+    bool is_on_demand = group->replicas == 0 && group->path != NULL;
+    if (is_on_demand && target == 0)
+        target = 1; /* it stays until its slot is needed */
+    bool is_surplus = (!is_on_demand || n > 1) && n > target &&
                       (n_disallowed == 0 || (int64_t)group->n_ready > n_disallowed || target == 0);
     if (!is_surplus) {
         group->surplus_us = 0;
@@ -237,7 +291,7 @@ static void drop_surplus(qv_placement *placement, qv_group *group, uint64_t now_
         return;
     qv_resident *surplus;
     for (; n > target && (surplus = find_surplus(group)) != NULL; n--)
-        unload(placement, surplus, "more replicas than wanted", now_us);
+        qv_placement_unload(placement, surplus, "more replicas than wanted", now_us);
     group->surplus_us = 0; /* what comes later has its own time */
 }
 
@@ -249,7 +303,7 @@ void qv_placement_reconcile(qv_placement *placement, qv_group *group, uint64_t n
         unload_everywhere(placement, group, now_us);
         return;
     }
-    bool is_held = count_replicas(group) > 0;
+    bool is_held = qv_group_count_replicas(group) > 0;
     if (!group->wanted) {
         if (is_held)
             group->orphan_us = 0;
@@ -257,13 +311,18 @@ void qv_placement_reconcile(qv_placement *placement, qv_group *group, uint64_t n
             group->orphan_us = now_us;
         return;
     }
+    if (group->path == NULL) { /* an alias only */
+        unload_everywhere(placement, group, now_us);
+        return;
+    }
     reload_changed(placement, group, now_us);
-    int64_t target = qv_group_target(group);
-    for (int64_t n = count_replicas(group); n < target; n++) {
-        qv_member *member = find_room(group, now_us);
+    int64_t floor = qv_group_target(group);
+    floor = floor < group->replicas ? floor : group->replicas; /* more is the controller's */
+    for (int64_t n = qv_group_count_replicas(group); n < floor; n++) {
+        qv_member *member = qv_placement_find_room(group, now_us);
         if (member == NULL)
             break;
-        load(placement, group, member, "wanted", now_us);
+        qv_placement_load(placement, group, member, "wanted", now_us);
     }
     if (group->n_queued > 0 && group->n_ready + group->n_loading == 0)
         qv_placement_demand(placement, group, NULL, now_us);
@@ -282,16 +341,17 @@ void qv_placement_demand(qv_placement *placement, qv_group *group, qv_member *me
         member = NULL;
     qv_member *room = member != NULL && has_room(group, member) ? member : NULL;
     if (room == NULL && !is_held)
-        room = find_room(group, now_us);
+        room = qv_placement_find_room(group, now_us);
     if (room == NULL && !is_held) {
         qv_resident *victim = find_victim(group, member, now_us);
         if (victim != NULL) {
             room = victim->member;
-            unload(placement, victim, "its slot is needed for an adapter in demand", now_us);
+            qv_placement_unload(placement, victim, "its slot is needed for an adapter in demand",
+                                now_us);
         }
     }
     if (room != NULL)
-        load(placement, group, room, "a request waits for it", now_us);
+        qv_placement_load(placement, group, room, "a request waits for it", now_us);
     else
         group->demand_us = now_us + DEMAND_RETRY_US;
 }
@@ -301,6 +361,12 @@ bool qv_placement_is_forgotten(const qv_placement *placement, const qv_group *gr
 {
     return group->orphan_us != 0 &&
            now_us - group->orphan_us >= (uint64_t)placement->options.orphan_ms * MS;
+}
+
+void qv_placement_members_changed(qv_placement *placement, uint64_t now_us)
+{
+    placement->changed_us = now_us;
+    qv_placement_touch_all(placement);
 }
 
 void qv_placement_touch_all(qv_placement *placement)
@@ -339,31 +405,86 @@ void qv_placement_tick(qv_placement *placement, uint64_t now_us)
 
 /* --- What is wanted ---------------------------------------------------------------------------*/
 
-static void free_workers(char **workers, size_t n)
+static void free_texts(char **texts, size_t n)
 {
     for (size_t i = 0; i < n; i++)
-        free(workers[i]);
-    free(workers);
+        free(texts[i]);
+    free(texts);
 }
 
-static qv_status copy_workers(qv_group *group, const qv_want *want)
+/* Owned copies of texts. Errors: NOMEM. */
+static qv_status copy_texts(const char *const *from, size_t n, char ***out)
 {
-    char **workers = NULL;
-    if (want->n_workers > 0) {
-        workers = calloc(want->n_workers, sizeof *workers);
-        for (size_t i = 0; workers != NULL && i < want->n_workers; i++) {
-            workers[i] = strdup(want->workers[i]);
-            if (workers[i] == NULL) {
-                free_workers(workers, i);
-                workers = NULL;
-            }
+    *out = NULL;
+    if (n == 0)
+        return QV_OK;
+    char **copy = calloc(n, sizeof *copy);
+    for (size_t i = 0; copy != NULL && i < n; i++) {
+        copy[i] = strdup(from[i]);
+        if (copy[i] == NULL) {
+            free_texts(copy, i);
+            copy = NULL;
         }
-        if (workers == NULL)
-            return qv_fail(QV_ERR_NOMEM, "no memory for the workers of adapter %s", group->name);
     }
-    free_workers(group->workers, group->n_workers);
+    *out = copy;
+    return copy != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for what is wanted");
+}
+
+static void free_split(qv_want_share *split, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        free((char *)split[i].adapter);
+    free(split);
+}
+
+static qv_status copy_split(const qv_want *want, qv_want_share **out)
+{
+    *out = NULL;
+    if (want->n_split == 0)
+        return QV_OK;
+    qv_want_share *copy = calloc(want->n_split, sizeof *copy);
+    for (size_t i = 0; copy != NULL && i < want->n_split; i++) {
+        copy[i] = (qv_want_share){strdup(want->split[i].adapter), want->split[i].weight};
+        if (copy[i].adapter == NULL) {
+            free_split(copy, i);
+            copy = NULL;
+        }
+    }
+    *out = copy;
+    return copy != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for what is wanted");
+}
+
+static void free_lists(qv_group *group)
+{
+    free_texts(group->workers, group->n_workers);
+    free_texts(group->tenants, group->n_tenants);
+    free_split(group->split, group->n_split);
+    group->workers = group->tenants = NULL;
+    group->split = NULL;
+    group->n_workers = group->n_tenants = group->n_split = 0;
+}
+
+static qv_status copy_lists(qv_group *group, const qv_want *want)
+{
+    char **workers = NULL, **tenants = NULL;
+    qv_want_share *split = NULL;
+    qv_status status = copy_texts(want->workers, want->n_workers, &workers);
+    if (status == QV_OK)
+        status = copy_texts(want->tenants, want->n_tenants, &tenants);
+    if (status == QV_OK)
+        status = copy_split(want, &split);
+    if (status != QV_OK) {
+        free_texts(workers, workers != NULL ? want->n_workers : 0);
+        free_texts(tenants, tenants != NULL ? want->n_tenants : 0);
+        return status;
+    }
+    free_lists(group);
     group->workers = workers;
     group->n_workers = want->n_workers;
+    group->tenants = tenants;
+    group->n_tenants = want->n_tenants;
+    group->split = split;
+    group->n_split = want->n_split;
     return QV_OK;
 }
 
@@ -374,10 +495,9 @@ static void forget_want(qv_placement *placement, qv_group *group)
     qv_text_set(&group->path, NULL, 0);
     qv_text_set(&group->invalid, NULL, 0);
     qv_text_set(&group->reason, NULL, 0);
-    free_workers(group->workers, group->n_workers);
-    group->workers = NULL;
-    group->n_workers = 0;
-    group->replicas = 0;
+    free_lists(group);
+    group->replicas = group->max_replicas = group->goal = 0;
+    group->low_us = 0;
     group->pin = false;
     group->surplus_us = 0;
     say(placement, "want_deleted", group, NULL, NULL);
@@ -401,10 +521,10 @@ qv_status qv_placement_set_want(qv_placement *placement, const char *name, const
     qv_group *group = qv_pool_require_group(placement->pool, name, strlen(name));
     if (group == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for adapter %s", name);
-    QV_TRY(copy_workers(group, want));
+    QV_TRY(copy_lists(group, want));
     if (!same_text(group->path, want->path)) {
-        qv_text_set(&group->path, want->path, strlen(want->path));
-        if (group->path == NULL)
+        qv_text_set(&group->path, want->path, want->path != NULL ? strlen(want->path) : 0);
+        if (group->path == NULL && want->path != NULL)
             return qv_fail(QV_ERR_NOMEM, "no memory for the path of adapter %s", name);
     }
     /* A person who asks for fewer does not wait for the surplus to prove itself. */
@@ -413,11 +533,16 @@ qv_status qv_placement_set_want(qv_placement *placement, const char *name, const
     group->wanted = true;
     group->deleted = false;
     group->replicas = want->replicas;
+    group->max_replicas = want->max_replicas;
     group->pin = want->pin;
+    if (fewer)
+        group->goal = 0; /* demand may ask again */
     group->orphan_us = 0;
     group->demand_us = 0;
     qv_text_set(&group->invalid, NULL, 0);
-    say(placement, "want_changed", group, NULL, group->path);
+    char split[256];
+    qv_group_show_split(group, split, sizeof split);
+    say(placement, "want_changed", group, NULL, split[0] != '\0' ? split : group->path);
     qv_group_touch(group);
     return QV_OK;
 }
@@ -488,7 +613,7 @@ qv_status qv_placement_joined(qv_placement *placement, qv_member *member,
         qv_resident_set(resident, word == WORD_READY ? QV_RESIDENT_READY : QV_RESIDENT_LOADING,
                         now_us);
     }
-    qv_placement_touch_all(placement);
+    qv_placement_members_changed(placement, now_us);
     return QV_OK;
 }
 
@@ -573,10 +698,13 @@ void qv_placement_missing(qv_placement *placement, qv_resident *resident, uint64
 
 int64_t qv_group_target(const qv_group *group)
 {
-    if (!group->wanted)
+    if (!group->wanted || group->path == NULL)
         return 0;
     int64_t n = count_candidates(group);
-    return group->replicas < n ? group->replicas : n;
+    int64_t most = group->max_replicas > 0 ? group->max_replicas : QV_WANT_MAX_REPLICAS;
+    int64_t target = group->goal > group->replicas ? group->goal : group->replicas;
+    target = target < most ? target : most;
+    return target < n ? target : n;
 }
 
 /* The failure to show: of a member that is still here, the latest. */
@@ -590,10 +718,35 @@ static const qv_resident *find_failure(const qv_group *group)
     return latest;
 }
 
+void qv_group_show_split(const qv_group *group, char *out, size_t size)
+{
+    size_t used = 0;
+    out[0] = '\0';
+    for (size_t i = 0; i < group->n_split && used < size; i++)
+        used += (size_t)snprintf(out + used, size - used, "%s%s=%lld", i > 0 ? " " : "",
+                                 group->split[i].adapter, (long long)group->split[i].weight);
+}
+
+bool qv_group_allows_tenant(const qv_group *group, const char *tenant)
+{
+    for (size_t i = 0; i < group->n_tenants; i++)
+        if (strcmp(group->tenants[i], tenant) == 0)
+            return true;
+    return group->n_tenants == 0;
+}
+
+/* It stands for others and has no files of its own. */
+static bool is_alias(const qv_group *group)
+{
+    return group->wanted && group->path == NULL && group->n_split > 0;
+}
+
 const char *qv_group_state(const qv_group *group)
 {
     if (group->deleted)
         return "unloading";
+    if (is_alias(group))
+        return "alias";
     if (group->n_ready > 0)
         return group->n_ready >= group->replicas ? "ready" : "partial";
     if (group->n_loading > 0)
@@ -614,6 +767,8 @@ const char *qv_group_reason(const qv_group *group)
         return "not wanted any more";
     if (!group->wanted)
         return group->n_ready + group->n_loading > 0 ? NULL : "no worker holds it";
+    if (is_alias(group))
+        return NULL;
     int64_t wanted = group->replicas > 0 ? group->replicas : 1;
     if (group->n_ready >= wanted)
         return NULL;
@@ -642,6 +797,10 @@ bool qv_group_accepts(const qv_group *group, uint64_t now_us, qv_code *code, con
         return false;
     if (group == group->pool->base || group->n_ready + group->n_loading > 0)
         return true;
+    if (is_alias(group)) {
+        *why = "none of the adapters that it stands for is known";
+        return false;
+    }
     if (!group->wanted) {
         if (group->invalid != NULL) {
             *code = QV_CODE_ADAPTER_INVALID;

@@ -305,7 +305,13 @@ void qv_group_free(qv_group *group)
     qv_fair_forget_group(group);
     for (size_t i = 0; i < group->n_workers; i++)
         free(group->workers[i]);
+    for (size_t i = 0; i < group->n_tenants; i++)
+        free(group->tenants[i]);
+    for (size_t i = 0; i < group->n_split; i++)
+        free((char *)group->split[i].adapter);
     free(group->workers);
+    free(group->tenants);
+    free(group->split);
     free(group->path);
     free(group->invalid);
     free(group->reason);

@@ -82,6 +82,7 @@ struct qv_member {
     bool paused;           /* it refused work for lack of room: nothing new until its heartbeat */
     int64_t credit;        /* as counted in pool->free_credit */
     uint64_t n_dispatched; /* requests ever sent here */
+    bool drained;          /* the same, and it was said that nothing runs on it any more */
     bool drain_ordered; /* people asked for it (quiver:drain): DRAINING whatever it says itself */
 
     /* What it has to do and how fast it is (broker/measure.h). */
@@ -135,12 +136,17 @@ struct qv_group {
 
     /* What is wanted (quiver:want:<name>). */
     bool wanted;
-    bool deleted;     /* was wanted, is not any more: no new requests, unload everywhere */
-    char *path;       /* owned */
-    int64_t replicas; /* 0 = on demand only */
+    bool deleted;         /* was wanted, is not any more: no new requests, unload everywhere */
+    char *path;           /* owned; NULL where it is an alias only */
+    int64_t replicas;     /* 0 = on demand only */
+    int64_t max_replicas; /* 0 = no bound */
     bool pin;
     char **workers; /* [n_workers], owned; none = anywhere */
     size_t n_workers;
+    char **tenants; /* [n_tenants], owned; none = all may use it */
+    size_t n_tenants;
+    qv_want_share *split; /* [n_split], owned with its names: requests for the name go to these */
+    size_t n_split;
     char *invalid; /* owned; why the last wish makes no sense, or NULL */
 
     /* What is. */
@@ -153,6 +159,11 @@ struct qv_group {
     uint64_t surplus_us; /* more replicas than wanted since; 0 = not */
     uint64_t orphan_us;  /* not wanted and nowhere since; 0 = not */
     uint64_t demand_us;  /* no load on demand before this: the last try found no room */
+
+    /* What demand asks for (broker/controller.h). */
+    double demand;   /* requests at once, waiting and running, smoothed */
+    int64_t goal;    /* replicas for it; within what is wanted */
+    uint64_t low_us; /* demand asks for fewer since; 0 = not */
 
     /* Who waits (broker/fair.h), and what they need. */
     qv_list lanes; /* of qv_lane.group_link */

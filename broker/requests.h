@@ -102,6 +102,7 @@ struct qv_job {
     int32_t priority;
     uint32_t n, n_finished; /* streams */
     bool stream;
+    bool is_aliased; /* the submit names another adapter, which stands for the group's */
     qv_job_abort abort;
     uint32_t n_losses;                   /* workers lost under it */
     uint32_t n_refusals;                 /* workers that did not hold the adapter after all */

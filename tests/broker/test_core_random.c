@@ -546,7 +546,8 @@ static void on_run(sim *s, worker *w, const qv_msg_run *run)
                  QV_OK);
     cr_assert_lt(w->n_attempts, w->capacity, "%s is overrun", w->id);
     bool is_base = submit.submit.adapter.size == 0;
-    int32_t version = is_base ? 0 : find_version(w, submit.submit.adapter);
+    qv_str asked = run->adapter.size > 0 ? run->adapter : submit.submit.adapter;
+    int32_t version = is_base ? 0 : find_version(w, asked);
     uint64_t request = run->request;
     if (!is_base && (version == 0 || !qv_str_equal(run->digest, digest_of(version)))) {
         worker_error(s, w, request, "ADAPTER_NOT_FOUND");
@@ -817,6 +818,13 @@ static void change_want(sim *s)
     snprintf(path, sizeof path, "/v%d", s->wanted[i]);
     const char *only[] = {"w0", "w2"};
     qv_want want = {.path = path, .replicas = pick(s, 4), .pin = chance(s, 0.1)};
+    qv_want_share shares[] = {{adapters[i], 1}, {adapters[pick(s, N_ADAPTERS)], 2}};
+    if (chance(s, 0.2)) {
+        want.split = shares;
+        want.n_split = 2;
+    }
+    if (chance(s, 0.1))
+        want.max_replicas = want.replicas + 1;
     if (chance(s, 0.1)) {
         want.workers = only;
         want.n_workers = 2;
@@ -848,8 +856,10 @@ static void one_event(sim *s)
         worker_live(s, w);
     else if (dice < 660)
         worker_fault(s, w, (int)i);
-    else if (dice < 665)
+    else if (dice < 664)
         change_want(s);
+    else if (dice < 665)
+        qv_core_order_drain(s->core, w->id, !s->calm && chance(s, 0.3), s->now_us);
     else if (dice < 670)
         c->busy = !c->busy;
     else if (dice < 671)
@@ -876,6 +886,8 @@ static int64_t total_capacity(const sim *s)
 static void calm_down(sim *s, uint64_t seed)
 {
     s->calm = true;
+    for (int i = 0; i < N_WORKERS; i++)
+        qv_core_order_drain(s->core, s->workers[i].id, false, s->now_us);
     for (int i = 0; i < N_CLIENTS; i++)
         s->clients[i].busy = false;
     for (int i = 0; i < N_WORKERS; i++) {

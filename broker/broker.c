@@ -3,6 +3,7 @@
 #include "broker/broker.h"
 
 #include "broker/broker_metrics.h"
+#include "broker/functions.h"
 #include "broker/outgoing.h"
 #include "common/clock.h"
 #include "common/log.h"
@@ -87,14 +88,18 @@ static void publish(void *user, const qv_group *group)
     if (broker->registry == NULL)
         return;
     qv_place_row rows[MAX_PLACE_ROWS];
+    char split[1024];
     size_t n = 0;
+    qv_group_show_split(group, split, sizeof split);
     qv_adapter_record record = {.state = qv_group_state(group),
                                 .path = group->path,
                                 .reason = qv_group_reason(group),
                                 .rank = -1,
                                 .bytes = -1,
                                 .replicas = group->n_ready,
-                                .replicas_wanted = group->wanted ? group->replicas : -1};
+                                .replicas_wanted = group->wanted ? group->replicas : -1,
+                                .replicas_goal = group->goal,
+                                .split = split[0] != '\0' ? split : NULL};
     QV_LIST_EACH(&group->residents, qv_resident, group_link, resident)
     {
         bool is_ready = resident->state == QV_RESIDENT_READY;
@@ -268,6 +273,18 @@ static void on_invalid_want(const char *name, const char *reason, void *user)
     qv_core_invalid_want(broker->core, name, reason, qv_now_us());
 }
 
+static void on_tenant(const char *name, const qv_tenant_want *want, void *user)
+{
+    qv_broker *broker = user;
+    qv_core_tenant(broker->core, name, want, qv_now_us());
+}
+
+static void on_drain(const char *id, bool drain, void *user)
+{
+    qv_broker *broker = user;
+    qv_core_order_drain(broker->core, id, drain, qv_now_us());
+}
+
 static void on_synced(void *user)
 {
     qv_broker *broker = user;
@@ -288,6 +305,9 @@ static qv_status open_registry(qv_broker *broker)
                                    .down = on_redis_down,
                                    .want_changed = on_want,
                                    .want_invalid = on_invalid_want,
+                                   .tenant_changed = on_tenant,
+                                   .drain_changed = on_drain,
+                                   .functions = qv_redis_functions,
                                    .synced = on_synced,
                                    .user = broker};
     return qv_registry_new(broker->loop, &options, &broker->registry);

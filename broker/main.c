@@ -21,7 +21,7 @@ typedef struct {
     int64_t client_queue, max_spill_bytes, max_total_spill_bytes, stalled_client_ms,
         cancel_confirm_ms;
     int64_t load_backoff_ms, load_timeout_ms, surplus_ms, adapter_grace_ms, startup_grace_ms;
-    int64_t max_explained;
+    int64_t max_explained, rebalance_ms, grow_down_ms, max_moves;
     int log_level;
     bool log_json;
 } settings;
@@ -72,6 +72,18 @@ static const qv_option table[] = {
               .min = 1),
     QV_OPTION(settings, surplus_ms, DURATION, "surplus-after", "TIME", "5s",
               "More replicas than wanted are unloaded after this time.", .section = PLACEMENT),
+    QV_OPTION(settings, rebalance_ms, DURATION, "rebalance-after", "TIME", "2s",
+              "When no worker has come or gone for this time, adapters move to workers that suit "
+              "them better and are emptier.",
+              .section = PLACEMENT),
+    QV_OPTION(settings, grow_down_ms, DURATION, "shrink-after", "TIME", "30s",
+              "An adapter loses a replica that demand asked for when demand has asked for fewer "
+              "for this time.",
+              .section = PLACEMENT),
+    QV_OPTION(settings, max_moves, INT, "max-moves", "N", "4",
+              "Loads at once for demand and balance, beyond those that make up wanted replicas; 0 "
+              "= adapters are only where they are wanted.",
+              .section = PLACEMENT, .min = 0, .max = 65536),
     QV_OPTION(settings, adapter_grace_ms, DURATION, "adapter-grace", "TIME", "30s",
               "An adapter that only lost workers brought is remembered for this time, and requests "
               "for it wait.",
@@ -240,6 +252,9 @@ static qv_status fill(const settings *set, const char *id, qv_metrics *metrics,
     core.placement = (qv_placement_options){.load_backoff_ms = set->load_backoff_ms,
                                             .load_timeout_ms = set->load_timeout_ms,
                                             .surplus_ms = set->surplus_ms,
+                                            .rebalance_ms = set->rebalance_ms,
+                                            .grow_down_ms = set->grow_down_ms,
+                                            .max_moves = set->max_moves,
                                             .orphan_ms = set->adapter_grace_ms};
     core.client_limits.max_bytes = (size_t)set->max_message_bytes;
     core.heartbeat_ms = set->heartbeat_ms;

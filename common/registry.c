@@ -1,4 +1,5 @@
-/* What is wanted is known by scans of the key space: every scan_ms, whenever the link came up, and
+/* What is wanted (quiver:want, tenant and drain: kinds of one machine) is known by scans of the key
+ * space: every scan_ms, whenever the link came up, and
  * whenever a keyspace notification hints at a deletion. Notifications of changes only fetch the one
  * hash, so that an HSET acts within milliseconds; with notifications refused by the server all
  * still works, a scan later. A deletion is only ever concluded at the end of a scan, after a look
@@ -35,11 +36,14 @@ enum {
 static const char doc[] =
     "Quiver keeps here what people want and what is, as text to be read and edited.\n"
     "\n"
-    "quiver:want:<adapter>     hash, yours: path (folder of the adapter), replicas (default 1; 0 "
-    "=\n"
-    "                          on demand), pin (0/1), workers (ids, comma separated). HSET acts "
-    "at\n"
-    "                          once, DEL unloads the adapter everywhere.\n"
+    "quiver:want:<adapter>     hash, yours: path (folder of the adapter), replicas (at least;\n"
+    "                          default 1; 0 = on demand), max_replicas (0 = as demand asks), pin\n"
+    "                          (0/1), workers, tenants (lists), split (adapters with weights that\n"
+    "                          requests for this name go to: v1=95 v2=5). HSET acts at once, DEL\n"
+    "                          unloads the adapter everywhere.\n"
+    "quiver:tenant:<name>      hash, yours: weight (share of the pool), max_queued, max_running.\n"
+    "quiver:drain:<id>         hash, yours: a worker or broker that takes nothing new; any field,\n"
+    "                          why say. DEL ends it.\n"
     "quiver:adapter:<adapter>  hash, broker: state, rank, digest, bytes, replicas and, when it is\n"
     "                          not as wanted, reason.\n"
     "quiver:place:<adapter>    hash, broker: worker id -> gpu, cpu or loading.\n"
@@ -51,7 +55,9 @@ static const char doc[] =
     "\n"
     "HSET quiver:want:sql path /adapters/sql replicas 2\n"
     "HGETALL quiver:adapter:sql\n"
-    "DEL quiver:want:sql\n";
+    "DEL quiver:want:sql\n"
+    "FCALL quiver_move 0 sql w1 w2    FCALL quiver_drain 0 w1    FCALL quiver_pin 0 sql\n"
+    "FCALL quiver_split 0 sql v1 95 v2 5    FCALL quiver_help 0\n";
 
 /* A hash as Redis had it: name, value, name, value ... */
 typedef struct {
@@ -60,9 +66,15 @@ typedef struct {
     size_t *sizes;
 } words;
 
+/* What people write. */
+typedef enum { WATCH_WANT, WATCH_TENANT, WATCH_DRAIN, WATCH_COUNT } watch_kind;
+
+static const qv_key_kind watch_keys[WATCH_COUNT] = {QV_KEY_WANT, QV_KEY_TENANT, QV_KEY_DRAIN};
+
 typedef struct {
     words raw;            /* the hash last seen; to write it back after a loss */
-    qv_want_box *want;    /* in force; NULL: none was ever valid */
+    qv_want_box *want;    /* in force; NULL: none was ever valid. Of a WATCH_WANT */
+    bool valid;           /* one is in force. Of the others */
     char *invalid;        /* why the hash last seen makes no sense; NULL: it does */
     uint64_t born, seen;  /* scans that saw it first and last */
     bool fetching, again; /* a fetch is under way; the hash changed since */
@@ -84,8 +96,9 @@ struct qv_registry {
     qv_mirror *mirror; /* of all that we publish */
     bool closing, left;
 
-    qv_map *wants; /* name -> want_entry */
-    uint64_t scan; /* number of the scan that runs or ran last */
+    qv_map *wants[WATCH_COUNT]; /* name -> want_entry */
+    watch_kind scan_kind;       /* what is scanned now */
+    uint64_t scan;              /* number of the scan that runs or ran last */
     bool scanning;
     bool scan_failed; /* a hash could not be read, so nothing is concluded */
     bool scan_again;  /* asked for while one ran */
@@ -109,6 +122,8 @@ static void scan_wants(qv_registry *registry);
 
 static const char *const key_heads[] = {
     [QV_KEY_WANT] = QV_REGISTRY_PREFIX "want:",
+    [QV_KEY_TENANT] = QV_REGISTRY_PREFIX "tenant:",
+    [QV_KEY_DRAIN] = QV_REGISTRY_PREFIX "drain:",
     [QV_KEY_ADAPTER] = QV_REGISTRY_PREFIX "adapter:",
     [QV_KEY_PLACE] = QV_REGISTRY_PREFIX "place:",
     [QV_KEY_WORKER] = QV_REGISTRY_PREFIX "worker:",
@@ -117,6 +132,11 @@ static const char *const key_heads[] = {
     [QV_KEY_SCHEMA] = QV_REGISTRY_PREFIX "schema",
     [QV_KEY_DOC] = QV_REGISTRY_PREFIX "doc",
 };
+
+static const char *watch_head(watch_kind kind)
+{
+    return key_heads[watch_keys[kind]];
+}
 
 const char *qv_registry_key(char *key, qv_key_kind kind, const char *name)
 {
@@ -144,10 +164,16 @@ static const char *printable(const char *text, size_t text_size, char *out, size
 }
 
 /* Keys come from outside: any bytes, any length. */
-static qv_status check_name(const char *name, size_t size)
+static qv_status check_name(watch_kind kind, const char *name, size_t size)
 {
     uint32_t capped = size < UINT32_MAX ? (uint32_t)size : UINT32_MAX;
-    return qv_adapter_name_check((qv_str){.data = name, .size = capped});
+    if (kind == WATCH_WANT)
+        return qv_adapter_name_check((qv_str){.data = name, .size = capped});
+    if (kind == WATCH_DRAIN)
+        return qv_check_id(name, size);
+    if (size > QV_ID_MAX || !qv_utf8_valid(name, size) || memchr(name, 0, size) != NULL)
+        return qv_fail(QV_ERR_ARG, "a tenant's name is up to %d bytes of UTF-8", QV_ID_MAX);
+    return QV_OK;
 }
 
 /* --- hashes ---------------------------------------------------------------------------------- */
@@ -360,18 +386,20 @@ static void want_entry_free(void *value)
     free(entry);
 }
 
-static want_entry *require_want(qv_registry *registry, const char *name, size_t size)
+static want_entry *require_want(qv_registry *registry, watch_kind kind, const char *name,
+                                size_t size)
 {
-    qv_map_entry *slot = qv_map_find(registry->wants, name, size);
+    qv_map *wants = registry->wants[kind];
+    qv_map_entry *slot = qv_map_find(wants, name, size);
     if (slot != NULL)
         return slot->value;
-    if (qv_map_count(registry->wants) >= MAX_WANTS) {
-        QV_LOG_EVERY(60000, 1, QV_LOG_ERROR, NULL,
-                     "more than %d quiver:want keys, some are ignored", MAX_WANTS);
+    if (qv_map_count(wants) >= MAX_WANTS) {
+        QV_LOG_EVERY(60000, 1, QV_LOG_ERROR, NULL, "more than %d %s keys, some are ignored",
+                     MAX_WANTS, watch_head(kind));
         return NULL;
     }
     want_entry *entry = calloc(1, sizeof *entry);
-    if (entry == NULL || qv_map_set(registry->wants, name, size, entry) != QV_OK) {
+    if (entry == NULL || qv_map_set(wants, name, size, entry) != QV_OK) {
         free(entry);
         return NULL;
     }
@@ -380,9 +408,11 @@ static want_entry *require_want(qv_registry *registry, const char *name, size_t 
 }
 
 /* The hash is invalid, once for the same reason. */
-static void report_invalid(qv_registry *registry, want_entry *entry, const char *name, size_t size,
-                           const char *reason)
+static void report_invalid(qv_registry *registry, watch_kind kind, want_entry *entry,
+                           const char *name, size_t size, const char *reason)
 {
+    static const char *const whats[WATCH_COUNT] = {"want_invalid", "tenant_invalid",
+                                                   "drain_invalid"};
     char shown[QV_ADAPTER_NAME_MAX + 1];
     if (entry->invalid != NULL && strcmp(entry->invalid, reason) == 0)
         return;
@@ -390,9 +420,13 @@ static void report_invalid(qv_registry *registry, want_entry *entry, const char 
     free(entry->invalid);
     entry->invalid = copy;
     printable(name, size, shown, sizeof shown);
-    qv_warn("quiver:want:%s is invalid: %s", shown, reason);
-    qv_registry_event(registry, "want_invalid", shown, NULL, "%s", reason);
-    if (registry->options.want_invalid != NULL)
+    qv_warn("%s%s is invalid: %s", watch_head(kind), shown, reason);
+    if (kind == WATCH_WANT)
+        qv_registry_event(registry, whats[kind], shown, NULL, "%s", reason);
+    else
+        qv_registry_event(registry, whats[kind], NULL, kind == WATCH_DRAIN ? shown : NULL,
+                          "%s%s: %s", watch_head(kind), shown, reason);
+    if (kind == WATCH_WANT && registry->options.want_invalid != NULL)
         registry->options.want_invalid(shown, reason, registry->options.user);
 }
 
@@ -410,10 +444,35 @@ static void report_want(qv_registry *registry, want_entry *entry, const char *na
         registry->options.want_changed(name, qv_want_get(want), registry->options.user);
 }
 
-/* Redis has this hash for a name. */
-static void apply_hash(qv_registry *registry, const char *name, size_t size, const redisReply *hash)
+/* A valid hash of another kind takes force. */
+static void report_setting(qv_registry *registry, watch_kind kind, want_entry *entry,
+                           const char *name, const qv_tenant_want *tenant, bool is_same)
 {
-    want_entry *entry = require_want(registry, name, size);
+    const qv_registry_options *options = &registry->options;
+    bool changed = !entry->valid || entry->invalid != NULL || !is_same;
+    free(entry->invalid);
+    entry->invalid = NULL;
+    entry->valid = true;
+    if (changed && kind == WATCH_TENANT && options->tenant_changed != NULL)
+        options->tenant_changed(name, tenant, options->user);
+    if (changed && kind == WATCH_DRAIN && options->drain_changed != NULL)
+        options->drain_changed(name, true, options->user);
+}
+
+static bool same_words(const words *w, const redisReply *hash)
+{
+    for (size_t i = 0; w->n == hash->elements && i < w->n; i++)
+        if (w->sizes[i] != (size_t)hash->element[i]->len ||
+            memcmp(w->data[i], hash->element[i]->str, w->sizes[i]) != 0)
+            return false;
+    return w->n == hash->elements;
+}
+
+/* Redis has this hash for a name. */
+static void apply_hash(qv_registry *registry, watch_kind kind, const char *name, size_t size,
+                       const redisReply *hash)
+{
+    want_entry *entry = require_want(registry, kind, name, size);
     qv_want_field *fields = calloc(hash->elements / 2 + 1, sizeof *fields);
     qv_want_box *want = NULL;
     if (entry == NULL || fields == NULL) {
@@ -425,31 +484,40 @@ static void apply_hash(qv_registry *registry, const char *name, size_t size, con
                                     .name_size = (size_t)hash->element[2 * i]->len,
                                     .value = hash->element[2 * i + 1]->str,
                                     .value_size = (size_t)hash->element[2 * i + 1]->len};
+    bool is_same = same_words(&entry->raw, hash);
+    qv_tenant_want tenant;
     entry->seen = registry->scan;
     words_free(&entry->raw);
     entry->raw = words_copy(hash);
-    if (qv_want_parse(fields, hash->elements / 2, &want) == QV_OK)
+    if (kind == WATCH_WANT && qv_want_parse(fields, hash->elements / 2, &want) == QV_OK)
         report_want(registry, entry, name, want);
+    else if (kind == WATCH_DRAIN ||
+             (kind == WATCH_TENANT &&
+              qv_tenant_want_parse(fields, hash->elements / 2, &tenant) == QV_OK))
+        report_setting(registry, kind, entry, name, &tenant, is_same);
     else
-        report_invalid(registry, entry, name, size, qv_error());
+        report_invalid(registry, kind, entry, name, size, qv_error());
     free(fields);
 }
 
 /* A HGETALL of a want under way. */
 typedef struct {
     qv_registry *registry;
+    watch_kind kind;
     bool hinted; /* by a notification, not as part of a scan */
     size_t size;
     char name[];
 } want_fetch;
 
-static void fetch_want(qv_registry *registry, const char *name, size_t size, bool hinted);
+static void fetch_want(qv_registry *registry, watch_kind kind, const char *name, size_t size,
+                       bool hinted);
 
 static void on_want(qv_status status, const redisReply *reply, void *user)
 {
     want_fetch *fetch = user;
     qv_registry *registry = fetch->registry;
-    want_entry *entry = qv_map_get(registry->wants, fetch->name, fetch->size);
+    watch_kind kind = fetch->kind;
+    want_entry *entry = qv_map_get(registry->wants[kind], fetch->name, fetch->size);
     bool again = fetch->hinted && entry != NULL && entry->again;
     if (fetch->hinted && entry != NULL)
         entry->fetching = entry->again = false;
@@ -457,37 +525,38 @@ static void on_want(qv_status status, const redisReply *reply, void *user)
     if (status == QV_ERR_STATE) { /* a key of another type */
         char reason[WHY_MAX];
         snprintf(reason, sizeof reason, "it cannot be read as a hash (%s)", reply->str);
-        entry = require_want(registry, fetch->name, fetch->size);
+        entry = require_want(registry, kind, fetch->name, fetch->size);
         if (entry != NULL) {
             entry->seen = registry->scan;
-            report_invalid(registry, entry, fetch->name, fetch->size, reason);
+            report_invalid(registry, kind, entry, fetch->name, fetch->size, reason);
         }
     } else if (status == QV_OK && is_hash(reply) && reply->elements > 0) {
-        apply_hash(registry, fetch->name, fetch->size, reply);
+        apply_hash(registry, kind, fetch->name, fetch->size, reply);
     } else if (status == QV_OK && fetch->hinted && entry != NULL) {
         scan_wants(registry); /* it is gone: why, is for a scan to say */
     } else if (status != QV_OK) {
         registry->scan_failed = true;
     }
     if (again && status != QV_ERR_CANCELLED)
-        fetch_want(registry, fetch->name, fetch->size, true);
+        fetch_want(registry, kind, fetch->name, fetch->size, true);
     free(fetch);
 }
 
 /* Read one hash and apply it. The name is that of a key, so it may be anything. */
-static void fetch_want(qv_registry *registry, const char *name, size_t size, bool hinted)
+static void fetch_want(qv_registry *registry, watch_kind kind, const char *name, size_t size,
+                       bool hinted)
 {
     want_entry *entry;
-    if (check_name(name, size) != QV_OK) {
+    if (check_name(kind, name, size) != QV_OK) {
         char reason[QV_ERROR_MAX];
         snprintf(reason, sizeof reason, "%s", qv_error());
-        if (!hinted && (entry = require_want(registry, name, size)) != NULL) {
+        if (!hinted && (entry = require_want(registry, kind, name, size)) != NULL) {
             entry->seen = registry->scan;
-            report_invalid(registry, entry, name, size, reason);
+            report_invalid(registry, kind, entry, name, size, reason);
         }
         return;
     }
-    entry = qv_map_get(registry->wants, name, size);
+    entry = qv_map_get(registry->wants[kind], name, size);
     if (hinted && entry != NULL && entry->fetching) {
         entry->again = true;
         return;
@@ -497,13 +566,13 @@ static void fetch_want(qv_registry *registry, const char *name, size_t size, boo
         registry->scan_failed = true;
         return;
     }
-    *fetch = (want_fetch){.registry = registry, .hinted = hinted, .size = size};
+    *fetch = (want_fetch){.registry = registry, .kind = kind, .hinted = hinted, .size = size};
     memcpy(fetch->name, name, size);
     fetch->name[size] = 0;
     if (hinted && entry != NULL)
         entry->fetching = true;
-    qv_redis_commandf(registry->redis, on_want, fetch, "HGETALL %s%s", key_heads[QV_KEY_WANT],
-                      fetch->name);
+    qv_redis_commandf(registry->redis, on_want, fetch, "HGETALL %s%b", watch_head(kind),
+                      fetch->name, fetch->size);
 }
 
 /* --- wants: the end of a scan ---------------------------------------------------------------- */
@@ -581,7 +650,8 @@ static void on_restored(qv_status status, const redisReply *reply, void *user)
 }
 
 /* Write a lost want back, but nothing that people wrote meanwhile. */
-static void restore_want(qv_registry *registry, const char *name, const want_entry *entry)
+static void restore_want(qv_registry *registry, watch_kind kind, const char *name,
+                         const want_entry *entry)
 {
     qv_redis *redis = registry->redis;
     registry->restoring++;
@@ -591,11 +661,12 @@ static void restore_want(qv_registry *registry, const char *name, const want_ent
     }
     qv_redis_commandf(redis, NULL, NULL, "MULTI");
     for (size_t i = 0; i + 1 < entry->raw.n; i += 2)
-        qv_redis_commandf(redis, NULL, NULL, "HSETNX %s%s %b %b", key_heads[QV_KEY_WANT], name,
+        qv_redis_commandf(redis, NULL, NULL, "HSETNX %s%s %b %b", watch_head(kind), name,
                           entry->raw.data[i], entry->raw.sizes[i], entry->raw.data[i + 1],
                           entry->raw.sizes[i + 1]);
     qv_redis_commandf(redis, on_restored, registry, "EXEC");
-    qv_registry_event(registry, "want_restored", name, NULL, "the data set was lost");
+    qv_registry_event(registry, "want_restored", kind == WATCH_WANT ? name : NULL, NULL,
+                      "the data set was lost: %s%s is written back", watch_head(kind), name);
 }
 
 static void restore_wants(qv_registry *registry, size_t n_missing)
@@ -606,29 +677,46 @@ static void restore_wants(qv_registry *registry, size_t n_missing)
     qv_mirror_resend(registry->mirror);
     registry->restore_failed = false;
     registry->restoring = 1; /* until all are sent */
-    QV_MAP_EACH(registry->wants, slot)
-    {
-        const want_entry *entry = slot->value;
-        if (entry->seen != registry->scan && entry->raw.n > 0)
-            restore_want(registry, slot->key, entry);
-    }
+    for (watch_kind kind = 0; kind < WATCH_COUNT; kind++)
+        QV_MAP_EACH(registry->wants[kind], slot)
+        {
+            const want_entry *entry = slot->value;
+            if (entry->seen != registry->scan && entry->raw.n > 0)
+                restore_want(registry, kind, slot->key, entry);
+        }
     if (--registry->restoring == 0)
         restore_finished(registry);
 }
 
+/* What was in force is not wanted any more. */
+static void report_deleted(qv_registry *registry, watch_kind kind, const char *name)
+{
+    const qv_registry_options *options = &registry->options;
+    if (kind == WATCH_WANT && options->want_changed != NULL)
+        options->want_changed(name, NULL, options->user);
+    if (kind == WATCH_TENANT && options->tenant_changed != NULL)
+        options->tenant_changed(name, NULL, options->user);
+    if (kind == WATCH_DRAIN && options->drain_changed != NULL)
+        options->drain_changed(name, false, options->user);
+}
+
 static void delete_missing(qv_registry *registry)
 {
-    QV_MAP_EACH(registry->wants, slot)
-    {
-        want_entry *entry = slot->value;
-        char shown[QV_ADAPTER_NAME_MAX + 1];
-        if (entry->seen == registry->scan || entry->fetching)
-            continue;
-        printable(slot->key, slot->key_size, shown, sizeof shown);
-        want_entry_free(qv_map_remove_entry(registry->wants, slot));
-        if (registry->options.want_changed != NULL)
-            registry->options.want_changed(shown, NULL, registry->options.user);
-    }
+    for (watch_kind kind = 0; kind < WATCH_COUNT; kind++)
+        QV_MAP_EACH(registry->wants[kind], slot)
+        {
+            want_entry *entry = slot->value;
+            char shown[QV_ADAPTER_NAME_MAX + 1];
+            if (entry->seen == registry->scan || entry->fetching)
+                continue;
+            bool is_text = kind == WATCH_TENANT && slot->key_size < sizeof shown;
+            if (is_text) /* a tenant's name may have blanks */
+                snprintf(shown, sizeof shown, "%.*s", (int)slot->key_size, slot->key);
+            else
+                printable(slot->key, slot->key_size, shown, sizeof shown);
+            want_entry_free(qv_map_remove_entry(registry->wants[kind], slot));
+            report_deleted(registry, kind, shown);
+        }
 }
 
 /* All hashes of this scan were applied: conclude what is missing, and why. */
@@ -637,12 +725,13 @@ static void conclude(qv_registry *registry, bool has_schema)
     const char *run_id = qv_redis_run_id(registry->redis);
     bool other_server = registry->run_id[0] != 0 && strcmp(registry->run_id, run_id) != 0;
     size_t n_known = 0, n_missing = 0;
-    QV_MAP_EACH(registry->wants, slot)
-    {
-        const want_entry *entry = slot->value;
-        n_known += entry->born < registry->scan;
-        n_missing += entry->seen != registry->scan;
-    }
+    for (watch_kind kind = 0; kind < WATCH_COUNT; kind++)
+        QV_MAP_EACH(registry->wants[kind], slot)
+        {
+            const want_entry *entry = slot->value;
+            n_known += entry->born < registry->scan;
+            n_missing += entry->seen != registry->scan;
+        }
     bool lost = !has_schema && registry->schema_seen;
     if (lost && !registry->confirming) { /* the scan may have begun before the loss */
         registry->confirming = true;
@@ -683,22 +772,37 @@ static void on_schema(qv_status status, const redisReply *reply, void *user)
 static void on_want_key(qv_registry *registry, const char *key, size_t size, void *user)
 {
     (void)user;
-    size_t head = strlen(key_heads[QV_KEY_WANT]);
+    size_t head = strlen(watch_head(registry->scan_kind));
     if (size >= head)
-        fetch_want(registry, key + head, size - head, false);
+        fetch_want(registry, registry->scan_kind, key + head, size - head, false);
 }
 
-/* All keys are known and their HGETALLs are on the way; GET is answered behind them. */
+static void scan_kind(qv_registry *registry, watch_kind kind);
+
+/* All keys of a kind are known and their HGETALLs are on the way: the next kind, and behind the
+ * last one GET, which is answered behind them. */
 static void on_want_keys(qv_registry *registry, qv_status status, void *user)
 {
     (void)user;
+    if (status == QV_OK && registry->scan_kind + 1 < WATCH_COUNT) {
+        scan_kind(registry, registry->scan_kind + 1);
+        return;
+    }
     if (status == QV_OK) {
         qv_redis_commandf(registry->redis, on_schema, registry, "GET %s", key_heads[QV_KEY_SCHEMA]);
         return;
     }
     if (status == QV_ERR_STATE)
-        QV_LOG_EVERY(60000, 1, QV_LOG_WARN, NULL, "cannot scan quiver:want: %s", qv_error());
+        QV_LOG_EVERY(60000, 1, QV_LOG_WARN, NULL, "cannot scan %s: %s",
+                     watch_head(registry->scan_kind), qv_error());
     scan_finished(registry);
+}
+
+static void scan_kind(qv_registry *registry, watch_kind kind)
+{
+    registry->scan_kind = kind;
+    scan_keys(&(key_scan){
+        .registry = registry, .head = watch_head(kind), .each = on_want_key, .end = on_want_keys});
 }
 
 static void scan_wants(qv_registry *registry)
@@ -713,10 +817,7 @@ static void scan_wants(qv_registry *registry)
     registry->scan_failed = false;
     registry->scan++;
     registry->scan_began_ms = qv_now_ms();
-    scan_keys(&(key_scan){.registry = registry,
-                          .head = key_heads[QV_KEY_WANT],
-                          .each = on_want_key,
-                          .end = on_want_keys});
+    scan_kind(registry, WATCH_WANT);
 }
 
 void qv_registry_scan(qv_registry *registry)
@@ -762,14 +863,16 @@ static void on_notification(const char *channel, const char *payload, size_t pay
 {
     (void)payload, (void)payload_size;
     qv_registry *registry = user;
-    const char *key = channel != NULL ? strstr(channel, key_heads[QV_KEY_WANT]) : NULL;
-    if (key == NULL) {
-        scan_wants(registry);
+    for (watch_kind kind = 0; channel != NULL && kind < WATCH_COUNT; kind++) {
+        const char *key = strstr(channel, "__:");
+        size_t head = strlen(watch_head(kind));
+        if (key == NULL || strncmp(key + 3, watch_head(kind), head) != 0)
+            continue;
+        if (qv_redis_is_up(registry->redis))
+            fetch_want(registry, kind, key + 3 + head, strlen(key + 3 + head), true);
         return;
     }
-    const char *name = key + strlen(key_heads[QV_KEY_WANT]);
-    if (qv_redis_is_up(registry->redis))
-        fetch_want(registry, name, strlen(name), true);
+    scan_wants(registry);
 }
 
 /* --- publishing ------------------------------------------------------------------------------ */
@@ -800,7 +903,7 @@ static void put(qv_registry *registry, qv_key_kind kind, const char *name,
 void qv_registry_put_adapter(qv_registry *registry, const char *name,
                              const qv_adapter_record *record)
 {
-    number rank, bytes, replicas, wanted;
+    number rank, bytes, replicas, wanted, goal;
     if (record == NULL) {
         put(registry, QV_KEY_ADAPTER, name, NULL, 0, 0);
         return;
@@ -813,6 +916,8 @@ void qv_registry_put_adapter(qv_registry *registry, const char *name,
         {"bytes", show(&bytes, record->bytes)},
         {"replicas", show(&replicas, record->replicas)},
         {"replicas_wanted", show(&wanted, record->replicas_wanted)},
+        {"replicas_goal", show(&goal, record->replicas_goal > 0 ? record->replicas_goal : -1)},
+        {"split", record->split},
         {"reason", record->reason},
     };
     put(registry, QV_KEY_ADAPTER, name, FIELDS(fields), 0);
@@ -1061,7 +1166,7 @@ qv_status qv_registry_set_want(qv_registry *registry, const char *name, const qv
                                void (*done)(qv_status status, bool existed, void *user), void *user)
 {
     char key[QV_REGISTRY_MAX_KEY];
-    QV_TRY(check_name(name, strlen(name)));
+    QV_TRY(check_name(WATCH_WANT, name, strlen(name)));
     if (want != NULL)
         QV_TRY(check_want(want));
     edit *e = malloc(sizeof *e);
@@ -1078,6 +1183,21 @@ qv_status qv_registry_set_want(qv_registry *registry, const char *name, const qv
     return QV_OK;
 }
 
+/* --- functions ------------------------------------------------------------------------------- */
+
+static void on_functions(qv_status status, const redisReply *reply, void *user)
+{
+    (void)reply, (void)user;
+    if (status == QV_ERR_STATE)
+        qv_info("redis: no functions (%s); quiver_move and the like cannot be called", qv_error());
+}
+
+static void load_functions(qv_registry *registry)
+{
+    const char *argv[] = {"FUNCTION", "LOAD", "REPLACE", registry->options.functions};
+    qv_redis_command(registry->redis, 4, argv, NULL, on_functions, registry);
+}
+
 /* --- life ------------------------------------------------------------------------------------ */
 
 static void on_up(void *user)
@@ -1092,6 +1212,8 @@ static void on_up(void *user)
     send_events(registry);
     if (registry->options.watch) {
         write_doc(registry);
+        if (registry->options.functions != NULL)
+            load_functions(registry);
         qv_redis_commandf(registry->redis, on_notify_flags, registry,
                           "CONFIG GET notify-keyspace-events");
     }
@@ -1161,7 +1283,9 @@ qv_status qv_registry_new(zloop_t *loop, const qv_registry_options *options, qv_
         registry->options.prune_ms = 10000;
     registry->events_end = &registry->events;
     registry->who = strdup(options->who);
-    registry->wants = qv_map_new(0);
+    bool has_maps = true;
+    for (watch_kind kind = 0; kind < WATCH_COUNT; kind++)
+        has_maps = (registry->wants[kind] = qv_map_new(0)) != NULL && has_maps;
 
     qv_status status = QV_OK;
     qv_redis_options redis = {.url = options->url,
@@ -1170,16 +1294,18 @@ qv_status qv_registry_new(zloop_t *loop, const qv_registry_options *options, qv_
                               .on_down = on_down,
                               .user = registry};
     char pattern[64];
-    if (registry->who == NULL || registry->wants == NULL)
+    if (registry->who == NULL || !has_maps)
         status = qv_fail(QV_ERR_NOMEM, "out of memory for a registry");
     if (status == QV_OK)
         status = qv_redis_new(loop, &redis, &registry->redis);
     if (status == QV_OK)
         status = qv_mirror_new(registry->redis, &registry->mirror);
     if (status == QV_OK && options->watch) {
-        snprintf(pattern, sizeof pattern, "__keyspace@%d__:%s*", qv_redis_db(registry->redis),
-                 key_heads[QV_KEY_WANT]);
-        status = qv_redis_subscribe(registry->redis, pattern, on_notification, registry);
+        for (watch_kind kind = 0; kind < WATCH_COUNT && status == QV_OK; kind++) {
+            snprintf(pattern, sizeof pattern, "__keyspace@%d__:%s*", qv_redis_db(registry->redis),
+                     watch_head(kind));
+            status = qv_redis_subscribe(registry->redis, pattern, on_notification, registry);
+        }
     }
     if (status == QV_OK &&
         (registry->timer_id = zloop_timer(loop, TICK_MS, 0, on_tick, registry)) < 0)
@@ -1201,7 +1327,8 @@ void qv_registry_free(qv_registry *registry)
         zloop_timer_end(registry->loop, registry->timer_id);
     qv_redis_free(registry->redis);
     qv_mirror_free(registry->mirror);
-    qv_map_free(registry->wants, want_entry_free);
+    for (watch_kind kind = 0; kind < WATCH_COUNT; kind++)
+        qv_map_free(registry->wants[kind], want_entry_free);
     while (registry->events != NULL) {
         event *next = registry->events->next;
         event_free(registry->events);

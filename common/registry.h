@@ -1,6 +1,8 @@
 /* Registry: the adapter directory in Redis. It knows every key of Quiver's and nothing else does:
  *
- *   quiver:want:<adapter>     hash    people     desired state: path, replicas, pin, workers
+ *   quiver:want:<adapter>     hash    people     desired state: path, replicas, pin, workers ...
+ *   quiver:tenant:<name>      hash    people     a tenant's weight and limits
+ *   quiver:drain:<id>         hash    people     a worker or broker that shall take nothing new
  *   quiver:adapter:<adapter>  hash    broker     what is: state, rank, digest, bytes, replicas ...
  *   quiver:place:<adapter>    hash    broker     worker id -> gpu, cpu or loading
  *   quiver:worker:<id>        hash    worker     a lease: what a worker is and does
@@ -57,6 +59,15 @@ typedef struct {
      * goes on to hold. Once per change. `name` is made printable if it was not. */
     void (*want_invalid)(const char *name, const char *reason, void *user);
 
+    /* What people set for a tenant, or for a worker or broker to drain, changed; want NULL, drain
+     * false: it was deleted. On the same terms as want_changed. Either may be NULL. */
+    void (*tenant_changed)(const char *name, const qv_tenant_want *want, void *user);
+    void (*drain_changed)(const char *id, bool drain, void *user);
+
+    /* Redis functions to load when the link came up (FUNCTION LOAD REPLACE), borrowed for ever;
+     * NULL: none. A server without functions goes without. */
+    const char *functions;
+
     /* The first scan after the link came up is complete: what is wanted is now known. */
     void (*synced)(void *user);
     void *user;
@@ -90,6 +101,8 @@ typedef struct {
     int64_t bytes;
     int64_t replicas; /* that there are */
     int64_t replicas_wanted;
+    int64_t replicas_goal; /* what demand asks for */
+    const char *split;     /* what it stands for */
 } qv_adapter_record;
 
 /* Say how an adapter is; NULL deletes its key. */
@@ -164,6 +177,8 @@ qv_status qv_registry_set_want(qv_registry *registry, const char *name, const qv
 
 typedef enum {
     QV_KEY_WANT,
+    QV_KEY_TENANT,
+    QV_KEY_DRAIN,
     QV_KEY_ADAPTER,
     QV_KEY_PLACE,
     QV_KEY_WORKER,

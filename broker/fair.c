@@ -9,7 +9,6 @@
 
 #define OTHER      "(other)"
 #define MIN_WEIGHT 0.001
-#define MAX_LAG    65536.0 /* cost by weight that a tenant may catch up after it was blocked */
 
 const qv_tenant_policy qv_tenant_default_policy = {.weight = 1};
 
@@ -333,7 +332,7 @@ void qv_fair_charge(qv_job *job)
     qv_tenant *tenant = job->tenant;
     qv_fair *fair = tenant->fair;
     qv_lane *lane = find_lane(tenant, job->group);
-    lift(&tenant->counter, fair->virtual_now - MAX_LAG);
+    lift(&tenant->counter, fair->virtual_now - QV_FAIR_MAX_LAG);
     lift(&fair->virtual_now, tenant->counter);
     tenant->turn = ++fair->turn;
     if (lane != NULL) {
@@ -386,8 +385,10 @@ double qv_fair_gap(const qv_fair *fair)
     {
         if (tenant->n_queued == 0)
             continue;
-        if (n == 0 || tenant->counter < least)
-            least = tenant->counter;
+        double counter = tenant->counter;
+        lift(&counter, fair->virtual_now - QV_FAIR_MAX_LAG);
+        if (n == 0 || counter < least)
+            least = counter;
         if (n == 0 || tenant->counter > most)
             most = tenant->counter;
         n++;

@@ -34,6 +34,9 @@
 #define QV_FAIR_MAX_TENANTS   4096 /* more share one, "(other)" */
 #define QV_FAIR_OUTPUT_WEIGHT 2    /* cost of a token of an answer; one of a prompt costs 1 */
 
+/* Cost by weight that a tenant may catch up after all that it had waiting was blocked. */
+#define QV_FAIR_MAX_LAG 65536.0
+
 /* Head starts of one step of priority, of -100 to 100. */
 #define QV_FAIR_PRIORITY_US   INT64_C(10000000) /* within a lane, of waiting */
 #define QV_FAIR_PRIORITY_COST 512.0             /* between lanes of a tenant, of cost */
@@ -146,7 +149,8 @@ void qv_fair_settle(struct qv_job *job, double cost);
 void qv_fair_running(struct qv_job *job, int n);
 
 /* How much cost is served before a new job of this tenant, and how far apart in cost by weight the
- * tenants that wait are: at most fair->largest by weight, twice. */
+ * tenants that wait are: at most fair->largest by weight, twice, where all of them have something to
+ * send, and QV_FAIR_MAX_LAG more where one had to wait for workers that others do not need. */
 double qv_fair_cost_ahead(const qv_fair *fair, const qv_tenant *tenant);
 double qv_fair_gap(const qv_fair *fair);
 

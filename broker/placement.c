@@ -180,12 +180,16 @@ qv_member *qv_placement_find_room(const qv_group *group, uint64_t now_us)
     return best;
 }
 
+static bool is_spare(const qv_group *group)
+{
+    return group->n_ready > group->replicas && group->n_ready > group->goal;
+}
+
 /* Whether `a` is missed less than `b`: more replicas than should be, less demand, used longer ago.
  */
 static bool is_missed_less(const qv_resident *a, const qv_resident *b)
 {
-    bool spare_a = qv_group_count_replicas(a->group) > qv_group_target(a->group);
-    bool spare_b = qv_group_count_replicas(b->group) > qv_group_target(b->group);
+    bool spare_a = is_spare(a->group), spare_b = is_spare(b->group);
     if (spare_a != spare_b)
         return spare_a;
     double demand_a = a->group->demand, demand_b = b->group->demand;
@@ -361,6 +365,19 @@ bool qv_placement_is_forgotten(const qv_placement *placement, const qv_group *gr
 {
     return group->orphan_us != 0 &&
            now_us - group->orphan_us >= (uint64_t)placement->options.orphan_ms * MS;
+}
+
+/* A slot has become free: look at the groups that may need it, and at no others. */
+static void touch_hungry(qv_placement *placement)
+{
+    QV_LIST_EACH(&placement->pool->groups, qv_group, link, group)
+    {
+        bool waits = group->n_queued > 0 && group->n_ready == 0;
+        if (!waits && (int64_t)group->n_ready + group->n_loading >= group->replicas)
+            continue;
+        group->demand_us = 0;
+        qv_group_touch(group);
+    }
 }
 
 void qv_placement_members_changed(qv_placement *placement, uint64_t now_us)
@@ -682,7 +699,7 @@ qv_status qv_placement_report(qv_placement *placement, qv_member *member,
     default:
         say(placement, "adapter_unloaded", group, member, NULL);
         qv_resident_free(resident);
-        qv_placement_touch_all(placement); /* a slot is free */
+        touch_hungry(placement); /* a slot is free */
         break;
     }
     return QV_OK;

@@ -50,43 +50,43 @@ static const qv_program program = {
 
 static void print_head(void)
 {
-    printf("%-13s %6s %6s %6s %7s %7s | %15s %15s %15s | %6s %6s %9s | %s\n", "policy", "hit",
-           "prefix", "max/", "loads", "unloads", "head ttft", "middle ttft", "tail ttft", "jain",
-           "gap/", "t1 ttft", "lost dup wrong open");
-    printf("%-13s %6s %6s %6s %7s %7s | %15s %15s %15s | %6s %6s %9s |\n", "", "%", "hit %", "mean",
-           "/min", "/min", "p50 p99 ms", "p50 p99 ms", "p50 p99 ms", "", "bound", "p99 ms");
+    printf("%-13s %5s %6s %6s %6s %7s  %15s  %15s  %15s\n", "", "", "prefix", "max /", "loads",
+           "unloads", "head", "middle", "tail");
+    printf("%-13s %5s %6s %6s %6s %7s  %15s  %15s  %15s\n", "policy", "hit %", "hit %", "mean",
+           "/min", "/min", "p50 p99 ms", "p50 p99 ms", "p50 p99 ms");
 }
 
 static void print_result(const char *name, const qv_sim_result *r)
 {
     double minutes = r->virtual_s / 60;
-    printf("%-13s %6.1f %6.1f %6.2f %7.1f %7.1f |", name, r->hit_rate * 100,
+    printf("%-13s %5.1f %6.1f %6.2f %6.0f %7.0f ", name, r->hit_rate * 100,
            r->prefix_hit_rate * 100, r->imbalance, (double)r->loads / minutes,
            (double)r->unloads / minutes);
     for (int i = 0; i < QV_SIM_CLASSES; i++)
-        printf(" %7.0f %7.0f", r->first_token[i].p50, r->first_token[i].p99);
-    printf(" | %6.3f %6.2f %9.0f |", r->jain, r->gap_bound > 0 ? r->service_gap / r->gap_bound : 0,
-           r->by_tenant[1].p99);
-    printf(" %llu %llu %llu %llu\n", (unsigned long long)r->lost, (unsigned long long)r->duplicated,
-           (unsigned long long)r->wrong, (unsigned long long)r->unanswered);
+        printf(" %7.0f %7.0f ", r->first_token[i].p50, r->first_token[i].p99);
+    putchar('\n');
 }
 
-static void print_run(const qv_sim_result *r)
+static void print_details(const qv_sim_result *r)
 {
-    printf("%13s %llu events in %.1f s (%.2f million a second), %.0f s of virtual time; %llu "
-           "requests: %llu done, %llu failed, %llu refused; %llu moved, %llu workers lost; loads: "
-           "%llu wanted, %llu on request, %llu by demand, %llu for balance, %llu failed; ttft p99 "
-           "by tenant:",
-           "", (unsigned long long)r->events, r->wall_s, (double)r->events / r->wall_s * 1e-6,
-           r->virtual_s, (unsigned long long)r->submitted, (unsigned long long)r->done,
-           (unsigned long long)r->failed, (unsigned long long)r->refused,
-           (unsigned long long)r->moved, (unsigned long long)r->workers_lost,
-           (unsigned long long)r->wanted_loads, (unsigned long long)r->demand_loads,
-           (unsigned long long)r->growth_loads, (unsigned long long)r->balance_loads,
-           (unsigned long long)r->failed_loads);
+    printf("    lost %llu, duplicated %llu, wrong %llu, unanswered %llu; %llu done, %llu failed, "
+           "%llu refused, %llu moved, %llu workers lost\n",
+           (unsigned long long)r->lost, (unsigned long long)r->duplicated,
+           (unsigned long long)r->wrong, (unsigned long long)r->unanswered,
+           (unsigned long long)r->done, (unsigned long long)r->failed,
+           (unsigned long long)r->refused, (unsigned long long)r->moved,
+           (unsigned long long)r->workers_lost);
+    printf(
+        "    loads: %llu wanted, %llu on request, %llu by demand, %llu for balance, %llu failed\n",
+        (unsigned long long)r->wanted_loads, (unsigned long long)r->demand_loads,
+        (unsigned long long)r->growth_loads, (unsigned long long)r->balance_loads,
+        (unsigned long long)r->failed_loads);
+    printf("    service gap %.0f of at most %.0f tokens, Jain %.3f; first token p99 by tenant:",
+           r->service_gap, r->gap_bound, r->jain);
     for (int i = 0; i < QV_SIM_MAX_TENANTS && r->by_tenant[i].n > 0; i++)
         printf(" %.0f", r->by_tenant[i].p99);
-    printf(" ms\n");
+    printf(" ms\n    %llu events in %.1f s, %.0f s of virtual time\n",
+           (unsigned long long)r->events, r->wall_s, r->virtual_s);
 }
 
 static qv_status run_all(const settings *set)
@@ -122,7 +122,7 @@ static qv_status run_all(const settings *set)
         qv_sim_result result;
         QV_TRY(qv_simulate(&o, &result));
         print_result(o.policy->name, &result);
-        print_run(&result);
+        print_details(&result);
         if (result.lost + result.duplicated + result.wrong + result.unanswered > 0)
             return qv_fail(QV_ERR_INTERNAL, "tokens or requests were lost");
     }

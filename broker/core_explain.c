@@ -19,7 +19,8 @@ void qv_core_estimate(qv_core *core, qv_job *job, const qv_msg_submit *submit, q
     qv_prefix_of(submit, adapter, &job->prefix);
 }
 
-/* Milliseconds until the request's turn comes; below 0: not known. */
+/* Milliseconds until the request's turn comes; below 0: not known. What a worker does when it is
+ * not full says little about what it can do, so only rates of full ones count. */
 static double expect_wait_ms(const qv_core *core, const qv_job *job)
 {
     const qv_group *group = job->group;
@@ -33,9 +34,9 @@ static double expect_wait_ms(const qv_core *core, const qv_job *job)
         bool serves = is_base || (resident != NULL && qv_resident_serves(resident));
         has_credit =
             has_credit || (qv_member_credit(member) > 0 && (serves || group->n_ready == 0));
-        rate += qv_expect_rate(member);
+        rate += qv_expect_full_rate(member);
         if (serves || group->n_ready == 0)
-            own_rate += qv_expect_rate(member);
+            own_rate += qv_expect_full_rate(member);
     }
     if (has_credit && group->n_queued == 0)
         return 0;

@@ -149,8 +149,8 @@ void qv_fair_settle(struct qv_job *job, double cost);
 void qv_fair_running(struct qv_job *job, int n);
 
 /* How much cost is served before a new job of this tenant, and how far apart in cost by weight the
- * tenants that wait are: at most fair->largest by weight, twice, where all of them have something to
- * send, and QV_FAIR_MAX_LAG more where one had to wait for workers that others do not need. */
+ * tenants that wait are: at most fair->largest by weight, twice, where all of them have something
+ * to send, and QV_FAIR_MAX_LAG more where one had to wait for workers that others do not need. */
 double qv_fair_cost_ahead(const qv_fair *fair, const qv_tenant *tenant);
 double qv_fair_gap(const qv_fair *fair);
 

@@ -54,6 +54,8 @@ void qv_measure_tick(qv_pool *pool, uint64_t now_us)
     {
         if (member->n_attempts == 0)
             member->was_idle = true;
+        if (member->credit > 0)
+            member->had_credit = true;
         uint64_t elapsed_us = now_us - member->window_us;
         if (member->window_us != 0 && elapsed_us < WINDOW_US)
             continue;
@@ -62,9 +64,13 @@ void qv_measure_tick(qv_pool *pool, uint64_t now_us)
             most(&member->rate, rate, member->was_idle ? 1 : RATE_KEPT);
             if (member->rate > 0)
                 mean(&pool->rate, member->rate);
+            if (!member->had_credit && rate > 0) {
+                mean(&member->full_rate, rate);
+                mean(&pool->full_rate, rate);
+            }
         }
         member->served = 0;
-        member->was_idle = false;
+        member->was_idle = member->had_credit = false;
         member->window_us = now_us;
     }
 }
@@ -77,6 +83,11 @@ double qv_expect_load_ms(const qv_group *group)
 double qv_expect_rate(const qv_member *member)
 {
     return member->rate > 0 ? member->rate : member->pool->rate;
+}
+
+double qv_expect_full_rate(const qv_member *member)
+{
+    return member->full_rate > 0 ? member->full_rate : member->pool->full_rate;
 }
 
 double qv_expect_prefill_rate(const qv_member *member)

@@ -22,6 +22,7 @@ void qv_measure_tick(qv_pool *pool, uint64_t now_us);
 
 double qv_expect_load_ms(const qv_group *group);
 double qv_expect_rate(const qv_member *member);         /* cost a second */
+double qv_expect_full_rate(const qv_member *member);    /* the same, with all its capacity used */
 double qv_expect_prefill_rate(const qv_member *member); /* tokens a second */
 
 /* Tokens of an answer that may have up to `most`. */

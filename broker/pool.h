@@ -88,10 +88,12 @@ struct qv_member {
     /* What it has to do and how fast it is (broker/measure.h). */
     double work;         /* cost of what it runs, less what was delivered; about */
     double rate;         /* cost a second when it is busy; 0 = not known */
+    double full_rate;    /* the same while it had no credit left; 0 = not known */
     double prefill_rate; /* prompt tokens a second; 0 = not known */
     double served;       /* cost delivered since window_us */
     uint64_t window_us;
     bool was_idle;            /* at some time since window_us */
+    bool had_credit;          /* the same */
     qv_prefix_memory *prefix; /* owned; prompts that were sent here lately; NULL: no memory */
 
     qv_list residents; /* of qv_resident.member_link */
@@ -190,7 +192,7 @@ struct qv_pool {
     uint64_t next_epoch;
     int64_t free_credit; /* sum over members that may get work */
     uint32_t n_members[QV_MEMBER_STATE_COUNT];
-    double answer_mean, load_ms, prefill_rate, rate; /* over all, where one has no own yet */
+    double answer_mean, load_ms, prefill_rate, rate, full_rate; /* where one has no own yet */
 };
 
 /* `first_epoch` is random, so that no session of an earlier broker has an epoch of ours. Errors:

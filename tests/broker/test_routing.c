@@ -338,7 +338,7 @@ Test(deadline, that_cannot_be_met_is_refused_at_once_with_the_estimate)
 {
     world *w = world_new(NULL);
     world_join(w, "w1", 1, 2, NULL);
-    ((qv_pool *)qv_core_pool(w->core))->rate = 100;
+    ((qv_pool *)qv_core_pool(w->core))->full_rate = 100;
     for (int i = 0; i < 5; i++) {
         char id[8] = {'r', (char)('0' + i), 0};
         world_submit(w, "c1", id, NULL, NULL);

@@ -547,6 +547,13 @@ Test(want, parses_what_people_write)
         {.fields = {"path", "/a", "replicas", "99999999999999999999"}, .error = "replicas"},
         {.fields = {"path", "/a", "pin", "2"}, .error = "pin is '2'"},
         {.fields = {"path", "/a", "workers", "w1,w/2"}, .error = "workers: an id"},
+        {{"path", "/a", "replicas", "2", "max_replicas", "3"}, "/a", NULL, 2, 0, 0},
+        {.fields = {"path", "/a", "replicas", "3", "max_replicas", "2"}, .error = "below replicas"},
+        {.fields = {"path", "/a", "tenants", "acme,\xff"}, .error = "tenant"},
+        {.fields = {"split", ""}, .error = "no path"},
+        {.fields = {"split", "a=0 b=0"}, .error = "all weights are 0"},
+        {.fields = {"split", "a=1x"}, .error = "'1x'"},
+        {.fields = {"split", "a b/c"}, .error = "split: "},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         qv_want_field fields[4];
@@ -575,6 +582,54 @@ Test(want, parses_what_people_write)
     qv_want_free(NULL);
 }
 
+static qv_want_field field(const char *name, const char *value)
+{
+    return (qv_want_field){name, value, strlen(name), strlen(value)};
+}
+
+Test(want, reads_splits_and_tenants)
+{
+    qv_want_field fields[] = {field("split", "sql-v1=95, sql-v2"), field("tenants", "acme zeta")};
+    qv_want_box *box, *other;
+    cr_assert_eq(qv_want_parse(fields, 2, &box), QV_OK, "%s", qv_error());
+    const qv_want *want = qv_want_get(box);
+    cr_assert_null(want->path);
+    cr_assert_eq(want->n_split, 2);
+    cr_assert_str_eq(want->split[0].adapter, "sql-v1");
+    cr_assert_eq(want->split[0].weight, 95);
+    cr_assert_eq(want->split[1].weight, 1);
+    cr_assert_eq(want->n_tenants, 2);
+    cr_assert_str_eq(want->tenants[1], "zeta");
+    fields[0] = field("split", "sql-v1=94, sql-v2");
+    cr_assert_eq(qv_want_parse(fields, 2, &other), QV_OK);
+    cr_assert_not(qv_want_equal(want, qv_want_get(other)));
+    qv_want_free(box);
+    qv_want_free(other);
+}
+
+Test(want, of_a_tenant_has_a_weight_and_limits)
+{
+    static const struct {
+        const char *name, *value, *error;
+    } rows[] = {{"weight", "2.5", NULL},
+                {"max_queued", "10", NULL},
+                {"note", "x", NULL},
+                {"weight", "0", "weight"},
+                {"weight", "nan", "weight"},
+                {"weight", "", "weight"},
+                {"weight", "1e9", "weight"},
+                {"max_running", "-1", "'-1'"},
+                {"max_queued", "many", "'many'"}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        qv_want_field one = field(rows[i].name, rows[i].value);
+        qv_tenant_want want;
+        qv_status status = qv_tenant_want_parse(&one, 1, &want);
+        cr_expect_eq(status, rows[i].error != NULL ? QV_ERR_ARG : QV_OK, "row %zu", i);
+        if (rows[i].error != NULL)
+            cr_expect(strstr(qv_error(), rows[i].error), "row %zu: %s", i, qv_error());
+    }
+}
+
 /* --- the registry ---------------------------------------------------------------------------- */
 
 typedef struct {
@@ -587,6 +642,8 @@ typedef struct {
     bool done, existed;
     qv_status status;
     char brokers[256]; /* "id=frontend,backend;" */
+    int n_settings;
+    char setting[160]; /* "tenant name weight", "tenant name -", "drain id 1" */
 } watcher;
 
 static void watch_up(void *user)
@@ -618,6 +675,23 @@ static void watch_changed(const char *name, const qv_want *want, void *user)
              want->pin, want->n_workers);
 }
 
+static void watch_tenant(const char *name, const qv_tenant_want *want, void *user)
+{
+    watcher *w = user;
+    w->n_settings++;
+    if (want != NULL)
+        snprintf(w->setting, sizeof w->setting, "tenant %s %g", name, want->weight);
+    else
+        snprintf(w->setting, sizeof w->setting, "tenant %s -", name);
+}
+
+static void watch_drain(const char *id, bool drain, void *user)
+{
+    watcher *w = user;
+    w->n_settings++;
+    snprintf(w->setting, sizeof w->setting, "drain %s %d", id, drain);
+}
+
 static void watch_invalid(const char *name, const char *reason, void *user)
 {
     watcher *w = user;
@@ -638,6 +712,8 @@ static void watcher_open(watcher *w, const char *url, const char *who, int64_t s
                                    .synced = watch_synced,
                                    .want_changed = watch_changed,
                                    .want_invalid = watch_invalid,
+                                   .tenant_changed = watch_tenant,
+                                   .drain_changed = watch_drain,
                                    .user = w};
     w->loop = zloop_new();
     cr_assert_eq(qv_registry_new(w->loop, &options, &w->registry), QV_OK, "%s", qv_error());
@@ -754,6 +830,43 @@ Test(registry, sees_an_hset_and_a_del_at_once)
         cr_expect(strchr(flags->element[1]->str, *p) != NULL, "%c in %s", *p,
                   flags->element[1]->str);
     freeReplyObject(flags);
+    watcher_close(&w);
+}
+
+Test(registry, sees_tenants_and_drains_and_writes_them_back_after_a_loss)
+{
+    NEEDS_REDIS();
+    watcher w = {0};
+    watcher_start(&w, 100);
+    op(&w.server, "HSET %s weight 3", "quiver:tenant:big one");
+    cr_assert(await_count(&w, &w.n_settings, 1));
+    cr_expect_str_eq(w.setting, "tenant big one 3");
+    op(&w.server, "HSET quiver:drain:w1 why kernel");
+    cr_assert(await_count(&w, &w.n_settings, 2));
+    cr_expect_str_eq(w.setting, "drain w1 1");
+    op(&w.server, "HSET %s weight none", "quiver:tenant:bad");
+    op(&w.server, "HSET %s why x", "quiver:drain:w/1");
+    run_until(w.loop, never, NULL, 300);
+    cr_expect_eq(w.n_settings, 2, "%s", w.setting);
+    cr_expect(has_event(&w.server, "tenant_invalid", NULL));
+    cr_expect(has_event(&w.server, "drain_invalid", NULL));
+    op(&w.server, "DEL %s quiver:drain:w/1", "quiver:tenant:bad");
+    run_until(w.loop, never, NULL, 300);
+    w.n_settings = 0;
+
+    op(&w.server, "FLUSHALL");
+    cr_assert(await_seen(&w, "quiver:drain:w1", "why", "kernel"));
+    cr_assert(await_seen(&w, "quiver:schema", NULL, QV_REGISTRY_SCHEMA));
+    cr_expect_str_eq(ask(&w.server, "HGET %s weight", "quiver:tenant:big one"), "3");
+    run_until(w.loop, never, NULL, 300);
+    cr_expect_eq(w.n_settings, 0, "a loss is no order: %s", w.setting);
+
+    op(&w.server, "DEL quiver:drain:w1");
+    cr_assert(await_count(&w, &w.n_settings, 1));
+    cr_expect_str_eq(w.setting, "drain w1 0");
+    op(&w.server, "DEL %s", "quiver:tenant:big one");
+    cr_assert(await_count(&w, &w.n_settings, 2));
+    cr_expect_str_eq(w.setting, "tenant big one -");
     watcher_close(&w);
 }
 

@@ -99,7 +99,8 @@ typedef struct {
     qv_sim_options options;
     qv_sim_result *result;
     qv_core *core;
-    uint64_t random, now_us, end_us;
+    uint64_t random[3]; /* of arrivals, faults and loads: each policy meets the same ones */
+    uint64_t now_us, end_us;
     qv_arena arena, in;
     sim_event *heap;
     size_t n_heap, heap_capacity;
@@ -121,20 +122,21 @@ typedef struct {
     bool out_of_memory;
 } sim;
 
-static uint64_t draw(sim *s)
+typedef enum { CHANCE_ARRIVALS, CHANCE_FAULTS, CHANCE_LOADS } sim_chance;
+
+static uint64_t draw(sim *s, sim_chance chance)
 {
-    s->random += 1;
-    return mix(s->random);
+    return mix(++s->random[chance]);
 }
 
-static double uniform(sim *s)
+static double uniform(sim *s, sim_chance chance)
 {
-    return (double)(draw(s) >> 11) * 0x1.0p-53;
+    return (double)(draw(s, chance) >> 11) * 0x1.0p-53;
 }
 
-static uint64_t pick(sim *s, uint64_t n)
+static uint64_t pick(sim *s, sim_chance chance, uint64_t n)
 {
-    return draw(s) % n;
+    return draw(s, chance) % n;
 }
 
 /* --- Events -----------------------------------------------------------------------------------*/
@@ -286,9 +288,9 @@ static uint16_t pick_adapter(sim *s)
 {
     double part = (double)s->now_us / (double)s->end_us;
     bool is_flash = s->options.workload == QV_SIM_FLASH && part > 0.4 && part < 0.6;
-    if (is_flash && uniform(s) < 0.4)
+    if (is_flash && uniform(s, CHANCE_ARRIVALS) < 0.4)
         return (uint16_t)(s->options.n_adapters - 1); /* the coldest of all */
-    double u = uniform(s) * s->popularity[s->options.n_adapters - 1];
+    double u = uniform(s, CHANCE_ARRIVALS) * s->popularity[s->options.n_adapters - 1];
     int32_t low = 0, high = s->options.n_adapters - 1;
     while (low < high) {
         int32_t middle = (low + high) / 2;
@@ -327,12 +329,13 @@ static void to_core(sim *s, const char *from, bool is_client, const qv_message *
 /* A prompt is the number of its prefix (0 = none of its own) and, behind that, bytes. */
 static size_t make_prompt(sim *s, char *out, size_t size, uint16_t adapter, uint64_t serial)
 {
-    uint64_t prefix = uniform(s) < 0.5 ? 1 + pick(s, N_PREFIXES) : 0;
+    uint64_t prefix =
+        uniform(s, CHANCE_ARRIVALS) < 0.5 ? 1 + pick(s, CHANCE_ARRIVALS, N_PREFIXES) : 0;
     size_t n = (size_t)snprintf(out, size, "%02llu", (unsigned long long)prefix);
     memset(out + n, 'a' + (int)(mix(adapter * 100 + prefix) % 26), PREFIX_BYTES - n);
     if (prefix == 0) /* nobody sees it again */
         snprintf(out + n, size - n, "%llu", (unsigned long long)serial);
-    return PREFIX_BYTES + pick(s, 512);
+    return PREFIX_BYTES + pick(s, CHANCE_ARRIVALS, 512);
 }
 
 static void submit(sim *s)
@@ -342,9 +345,10 @@ static void submit(sim *s)
     ticket *t = &s->tickets[serial];
     t->adapter = pick_adapter(s);
     double others = (double)(s->options.n_tenants - 1);
-    bool floods = others == 0 || uniform(s) < s->options.flood / (1 + s->options.flood);
-    t->tenant = floods ? 0 : (uint8_t)(1 + pick(s, (uint64_t)others));
-    t->seed = draw(s) >> 1;
+    bool floods =
+        others == 0 || uniform(s, CHANCE_ARRIVALS) < s->options.flood / (1 + s->options.flood);
+    t->tenant = floods ? 0 : (uint8_t)(1 + pick(s, CHANCE_ARRIVALS, (uint64_t)others));
+    t->seed = draw(s, CHANCE_ARRIVALS) >> 1;
     t->submitted_us = s->now_us;
     snprintf(id, sizeof id, "%llu", (unsigned long long)serial);
     snprintf(adapter, sizeof adapter, "a%u", t->adapter);
@@ -452,7 +456,8 @@ static void on_load(sim *s, worker *w, const qv_msg_load_adapter *load)
     uint32_t adapter = adapter_number(load->name);
     if (adapter >= MAX_ADAPTERS)
         return;
-    double slow = s->options.faults && uniform(s) < 0.05 ? 12 : 0.5 + uniform(s);
+    double slow =
+        s->options.faults && uniform(s, CHANCE_LOADS) < 0.05 ? 12 : 0.5 + uniform(s, CHANCE_LOADS);
     w->held[adapter] = 1;
     schedule(s, s->now_us + (uint64_t)(slow * LOAD_US), EVENT_LOADED, (uint32_t)(w - s->workers),
              (uint64_t)w->generation << 16 | adapter);
@@ -577,7 +582,8 @@ static void on_loaded(sim *s, worker *w, uint32_t adapter)
     qv_msg_adapter_state *state = &message.adapter_state;
     state->epoch = w->epoch;
     state->name = qv_str_from(name);
-    bool fails = w->held[adapter] == 1 && s->options.faults && !s->calm && uniform(s) < 0.01;
+    bool fails =
+        w->held[adapter] == 1 && s->options.faults && !s->calm && uniform(s, CHANCE_LOADS) < 0.01;
     if (fails) {
         w->held[adapter] = 0;
         s->result->failed_loads++;
@@ -668,23 +674,24 @@ static void on_step(sim *s, worker *w, uint32_t index)
 
 static void on_fault(sim *s)
 {
-    schedule(s, s->now_us + 2 * SECOND + pick(s, 8 * SECOND), EVENT_FAULT, 0, 0);
-    uint32_t i = (uint32_t)pick(s, (uint64_t)s->n_workers);
+    schedule(s, s->now_us + 2 * SECOND + pick(s, CHANCE_FAULTS, 8 * SECOND), EVENT_FAULT, 0, 0);
+    uint32_t i = (uint32_t)pick(s, CHANCE_FAULTS, (uint64_t)s->n_workers);
     worker *w = &s->workers[i];
+    uint64_t kind = pick(s, CHANCE_FAULTS, 4), rest_us = pick(s, CHANCE_FAULTS, 20 * SECOND);
     if (s->calm || w->dead)
         return;
-    switch (pick(s, 4)) {
+    switch (kind) {
     case 0:
     case 1: /* killed; its connection breaks, or just falls silent */
         if (s->n_dead >= s->n_workers / 4)
             return;
         w->dead = true;
-        w->vanished = uniform(s) < 0.5;
+        w->vanished = rest_us % 2 == 0;
         s->n_dead++;
-        schedule(s, s->now_us + 5 * SECOND + pick(s, 20 * SECOND), EVENT_JOIN, i, 0);
+        schedule(s, s->now_us + 5 * SECOND + rest_us, EVENT_JOIN, i, 0);
         break;
     case 2: /* stopped for a while; beyond the timeout it comes back as a ghost */
-        w->frozen_us = s->now_us + pick(s, 12 * SECOND);
+        w->frozen_us = s->now_us + rest_us % (12 * SECOND);
         break;
     default: /* one more */
         if (s->n_workers < s->options.n_workers + s->options.n_workers / 4 &&
@@ -696,7 +703,7 @@ static void on_fault(sim *s)
 
 /* --- Measures ---------------------------------------------------------------------------------*/
 
-/* What each tenant was served in a second in which all of them waited. */
+/* What each tenant was served in a second in which all of them waited and all workers were full. */
 static void measure_shares(sim *s, const qv_fair *fair)
 {
     double served[QV_SIM_MAX_TENANTS] = {0};
@@ -709,7 +716,7 @@ static void measure_shares(sim *s, const qv_fair *fair)
         n_waiting += tenant->n_queued > 0;
         served[i] = tenant->served;
     }
-    bool all_wait = n_waiting == s->options.n_tenants;
+    bool all_wait = n_waiting == s->options.n_tenants && qv_core_pool(s->core)->free_credit == 0;
     for (int i = 0; i < s->options.n_tenants; i++) {
         if (all_wait && s->all_waited)
             s->backlog[i] += served[i] - s->served[i];
@@ -724,7 +731,10 @@ static void measure_second(sim *s)
     const qv_fair *fair = &qv_core_requests(s->core)->fair;
     double gap = qv_fair_gap(fair);
     s->result->service_gap = gap > s->result->service_gap ? gap : s->result->service_gap;
-    s->result->gap_bound = 2 * fair->largest + QV_FAIR_MAX_LAG;
+    double bound = QV_FAIR_MAX_LAG + 2 * fair->largest;
+    QV_LIST_EACH(&fair->all, qv_tenant, link, tenant)
+    bound += (double)tenant->n_running * fair->largest; /* as if their estimates had been 0 */
+    s->result->gap_bound = bound > s->result->gap_bound ? bound : s->result->gap_bound;
     measure_shares(s, fair);
     double most = 0, sum = 0, n = 0;
     QV_LIST_EACH(&qv_core_pool(s->core)->members, qv_member, link, member)
@@ -866,7 +876,7 @@ static void on_arrival(sim *s)
 {
     submit(s);
     if (s->n_tickets < s->options.n_requests) {
-        double wait_s = -log(1 - uniform(s)) / rate_now(s);
+        double wait_s = -log(1 - uniform(s, CHANCE_ARRIVALS)) / rate_now(s);
         schedule(s, s->now_us + 1 + (uint64_t)(wait_s * 1e6), EVENT_ARRIVAL, 0, 0);
     }
 }
@@ -967,7 +977,8 @@ qv_status qv_simulate(const qv_sim_options *options, qv_sim_result *out)
         return qv_fail(QV_ERR_NOMEM, "no memory for the simulation");
     s->options = *options;
     s->result = out;
-    s->random = options->seed * UINT64_C(0x100000001b3);
+    for (int i = 0; i < 3; i++)
+        s->random[i] = mix(options->seed * 3 + (uint64_t)i);
     s->now_us = 1;
     qv_status status = set_up(s);
     if (status == QV_OK)

@@ -61,7 +61,7 @@ typedef struct {
     qv_sim_times first_token[QV_SIM_CLASSES]; /* by popularity of the adapter */
     qv_sim_times by_tenant[QV_SIM_MAX_TENANTS];
     double service_gap, gap_bound; /* greatest, and what it may be by construction */
-    double jain;                   /* of the service of tenants while all of them wait; 1 = equal */
+    double jain; /* of the service of tenants while all wait and all workers are full; 1 = equal */
 } qv_sim_result;
 
 /* Errors: NOMEM, INTERNAL (the core's books do not add up). */

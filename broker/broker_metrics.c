@@ -67,6 +67,18 @@ static qv_status init_counters(qv_broker_metrics *m, qv_metrics *r)
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++)
         QV_TRY(qv_metrics_counter(r, rows[i].name, rows[i].help, QV_NO_LABELS, rows[i].counter));
+    const char *resident = "quiver_broker_adapter_requests_total";
+    const char *resident_help = "Requests for an adapter, by whether a worker had it ready.";
+    QV_TRY(qv_metrics_counter(r, resident, resident_help, QV_LABELS({"ready", "yes"}),
+                              &m->adapter_hits));
+    QV_TRY(qv_metrics_counter(r, resident, resident_help, QV_LABELS({"ready", "no"}),
+                              &m->adapter_misses));
+    QV_TRY(qv_metrics_counter(r, "quiver_broker_loads_total",
+                              "Loads of adapters that workers were asked for.", QV_NO_LABELS,
+                              &m->loads));
+    QV_TRY(qv_metrics_counter(r, "quiver_broker_unloads_total",
+                              "Unloads of adapters that workers were asked for.", QV_NO_LABELS,
+                              &m->unloads));
     const char *malformed = "quiver_broker_malformed_total";
     const char *malformed_help = "Messages that were no messages of the protocol.";
     QV_TRY(qv_metrics_counter(r, malformed, malformed_help, QV_LABELS({"from", "client"}),
@@ -224,6 +236,10 @@ void qv_broker_metrics_update(qv_broker_metrics *m, const qv_core *core, bool re
     qv_counter_add(m->tokens, now->tokens - last->tokens);
     qv_counter_add(m->dispatched, now->dispatched - last->dispatched);
     qv_counter_add(m->moved, now->moved - last->moved);
+    qv_counter_add(m->adapter_hits, now->adapter_hits - last->adapter_hits);
+    qv_counter_add(m->adapter_misses, now->adapter_misses - last->adapter_misses);
+    qv_counter_add(m->loads, now->loads - last->loads);
+    qv_counter_add(m->unloads, now->unloads - last->unloads);
     qv_counter_add(m->workers_lost, now->workers_lost - last->workers_lost);
     qv_counter_add(m->clients_lost, now->clients_lost - last->clients_lost);
     qv_counter_add(m->ghosts, now->ghosts - last->ghosts);

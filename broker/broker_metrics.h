@@ -19,6 +19,7 @@ typedef struct {
     qv_histogram *handle_client, *handle_worker;
     qv_map *depth; /* adapter → qv_gauge of its queue */
     qv_gauge *service_gap;
+    qv_counter *adapter_hits, *adapter_misses, *loads, *unloads;
     qv_map *tenants; /* name → tenant_metrics, of broker_metrics.c */
     qv_core_stats last;
 } qv_broker_metrics;

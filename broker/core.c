@@ -55,6 +55,7 @@ static void send_load(void *user, qv_resident *resident)
     message.load_adapter.name = (qv_str){group->name, (uint32_t)group->name_size};
     message.load_adapter.path = qv_str_from(group->path);
     qv_set(&message.load_adapter, load_adapter, pin, group->pin);
+    core->stats.loads++;
     qv_core_tell(core, resident->member, &message, core->ticked_us);
 }
 
@@ -67,6 +68,7 @@ static void send_unload(void *user, qv_resident *resident)
     message.unload_adapter.name = (qv_str){group->name, (uint32_t)group->name_size};
     if (resident->digest[0] != '\0')
         qv_set(&message.unload_adapter, unload_adapter, digest, qv_str_from(resident->digest));
+    core->stats.unloads++;
     qv_core_tell(core, resident->member, &message, core->ticked_us);
 }
 

@@ -93,6 +93,8 @@ typedef struct {
     uint64_t late;                      /* deltas of attempts that are over, or seen before */
     uint64_t gaps;                      /* deltas that were missing */
     uint64_t malformed_client, malformed_worker;
+    uint64_t adapter_hits, adapter_misses; /* submits for an adapter that was ready, or was not */
+    uint64_t loads, unloads;               /* asked of workers */
     uint64_t workers_lost;
     uint64_t clients_lost; /* gone or stalled with requests in flight */
 } qv_core_stats;

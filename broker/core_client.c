@@ -219,6 +219,8 @@ static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *m
     }
     core->stats.accepted++;
     job->stream = stream;
+    if (group != core->pool.base)
+        group->n_ready > 0 ? core->stats.adapter_hits++ : core->stats.adapter_misses++;
     job->is_aliased = !qv_str_equal(submit->adapter, group->name);
     qv_core_estimate(core, job, submit, (qv_str){group->name, (uint32_t)group->name_size});
     qv_explain_accepted(&core->explain, job, submit->adapter);

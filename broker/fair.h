@@ -13,9 +13,10 @@
  * a pause saves nothing up.
  *
  * Nobody starves, by construction: of two tenants that both have something to send, neither is ever
- * served more than one largest request (divided by its weight) beyond the other; a lane the same
- * within its tenant, plus a head start of priority that is a constant. Within a lane priority is a
- * head start in time, so that a request is overtaken only by those that arrive within it.
+ * served more than one largest request (divided by its weight) beyond the other, and what the
+ * requests that it runs were underestimated by; a lane the same within its tenant, plus a head
+ * start of priority that is a constant. Within a lane priority is a head start in time, so that a
+ * request is overtaken only by those that arrive within it.
  *
  * A lane whose head cannot be sent now (no worker with room, its adapter is being loaded) is
  * blocked: out of the order until something happens that may help (pool->woken). So a waiting

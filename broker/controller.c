@@ -7,6 +7,7 @@
 #define BUSY      0.7  /* of a worker's capacity */
 #define SLACK     0.8  /* demand must fall so far below a smaller goal */
 #define NOISE     0.05 /* requests at once that ask for nothing */
+#define LITTLE    0.1  /* of the demand of a replica */
 
 /* --- Demand -----------------------------------------------------------------------------------*/
 
@@ -70,26 +71,55 @@ static void update_goal(qv_placement *placement, qv_group *group, double capacit
     qv_group_touch(group);
 }
 
+/* --- Moves ------------------------------------------------------------------------------------*/
+
+static void move_to(qv_placement *placement, qv_group *group, qv_member *member, const char *why,
+                    uint64_t now_us)
+{
+    qv_placement_load(placement, group, member, why, now_us);
+    qv_resident *resident = qv_resident_find(group, member);
+    if (resident != NULL)
+        resident->is_move = true;
+}
+
+static int64_t count_moves(const qv_group *group)
+{
+    int64_t n = 0;
+    QV_LIST_EACH(&group->residents, qv_resident, group_link, resident)
+    n += resident->state == QV_RESIDENT_LOADING && resident->is_move;
+    return n;
+}
+
 /* --- Room -------------------------------------------------------------------------------------*/
 
-/* An idle adapter with more replicas than it should have, on a member that may load the group. */
+/* Whether an adapter may make room for a replica of the group: idle, and with more replicas than it
+ * should have, or loaded on request only and in much less demand than a replica of the group. */
+static bool may_leave(const qv_resident *resident, const qv_group *group)
+{
+    const qv_group *other = resident->group;
+    if (resident->state != QV_RESIDENT_READY || resident->pin || other->pin || other->n_jobs > 0 ||
+        !other->wanted || other == group)
+        return false;
+    double share = group->demand / (double)(group->n_ready > 0 ? group->n_ready : 1);
+    return other->n_ready > other->replicas &&
+           ((int64_t)other->n_ready > other->goal || other->demand < LITTLE * share);
+}
+
+/* The adapter missed least that may make room for the group, or NULL. */
 static qv_resident *find_spare(const qv_group *group)
 {
+    qv_resident *spare = NULL;
     QV_LIST_EACH(&group->pool->members, qv_member, link, member)
     {
         if (member->state != QV_MEMBER_READY || !qv_group_allows(group, member) ||
             qv_resident_find(group, member) != NULL)
             continue;
         QV_LIST_EACH(&member->residents, qv_resident, member_link, resident)
-        {
-            const qv_group *other = resident->group;
-            if (resident->state == QV_RESIDENT_READY && !resident->pin && !other->pin &&
-                other->n_jobs == 0 && other->wanted &&
-                qv_group_count_replicas(other) > qv_group_target(other))
-                return resident;
-        }
+        if (may_leave(resident, group) &&
+            (spare == NULL || resident->group->demand < spare->group->demand))
+            spare = resident;
     }
-    return NULL;
+    return spare;
 }
 
 /* --- Balance ----------------------------------------------------------------------------------*/
@@ -117,7 +147,7 @@ static bool balance(qv_placement *placement, qv_group *group, uint64_t now_us)
     if (worst == NULL || best == NULL || best->n_slots >= worst->member->n_slots ||
         qv_placement_weight(group, best) <= qv_placement_weight(group, worst->member))
         return false;
-    qv_placement_load(placement, group, best, "it suits better, and has more room", now_us);
+    move_to(placement, group, best, "it suits better, and has more room", now_us);
     return true;
 }
 
@@ -132,7 +162,7 @@ void qv_controller_tick(qv_placement *placement, uint64_t now_us)
     {
         if (group == pool->base)
             continue;
-        moves -= group->n_loading;
+        moves -= group->n_loading > 0 ? count_moves(group) : 0;
         update_goal(placement, group, capacity, now_us);
     }
     bool is_calm = now_us - placement->changed_us >= (uint64_t)placement->options.rebalance_ms * MS;
@@ -144,10 +174,12 @@ void qv_controller_tick(qv_placement *placement, uint64_t now_us)
         if (n >= group->replicas && n > 0 && n < target) {
             qv_member *member = qv_placement_find_room(group, now_us);
             qv_resident *spare = member == NULL ? find_spare(group) : NULL;
-            if (member != NULL)
-                qv_placement_load(placement, group, member, "demand asks for it", now_us);
-            else if (spare != NULL)
+            if (member == NULL && spare != NULL) {
+                member = spare->member;
                 qv_placement_unload(placement, spare, "its slot is needed for more demand", now_us);
+            }
+            if (member != NULL)
+                move_to(placement, group, member, "demand asks for it", now_us);
             moves -= member != NULL || spare != NULL;
         } else if (is_calm && group != pool->base && balance(placement, group, now_us)) {
             moves--;

@@ -10,7 +10,8 @@
  * Each move makes the pool more even, or suits better, so moves end
  *
  * Both load on free slots only, or in the place of an idle adapter that has more replicas than it
- * should; and only a few at a time. Pure; the broker's thread.
+ * should, or that was loaded on request and is in little demand; and only a few at a time. Pure;
+ * the broker's thread.
  */
 #ifndef QV_BROKER_CONTROLLER_H
 #define QV_BROKER_CONTROLLER_H

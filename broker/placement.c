@@ -70,6 +70,7 @@ void qv_placement_load(qv_placement *placement, qv_group *group, qv_member *memb
     resident->digest[0] = '\0';
     resident->pin = false;
     resident->asked = true;
+    resident->is_move = false;
     qv_resident_set(resident, QV_RESIDENT_LOADING, now_us);
     say(placement, "adapter_loading", group, member, why);
     placement->actions.load(placement->actions.user, resident);

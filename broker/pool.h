@@ -124,6 +124,7 @@ struct qv_resident {
     qv_code code;                        /* of a failure */
     int64_t rank, bytes;
     bool asked;          /* LOADING since we asked for it */
+    bool is_move;        /* the same, for demand or balance */
     bool pin;            /* the worker itself keeps it: announced so, not by our wish */
     uint64_t since_us;   /* in this state */
     uint64_t retry_us;   /* FAILED: earliest next try */

@@ -18,9 +18,9 @@
 typedef struct {
     cli_common common;
     const char *redis;
-    int64_t replicas;
+    int64_t replicas, max_replicas;
     bool pin;
-    qv_string_list workers;
+    qv_string_list workers, tenants;
     int64_t wait_ms;
 } settings;
 
@@ -30,8 +30,15 @@ static const qv_option table[] = {
               "The Redis that the broker watches (for add and remove).", .section = "Connection",
               .secret = true),
     QV_OPTION(settings, replicas, INT, "replicas", "N", "1",
-              "On how many workers the adapter should be.", .section = "Placement", .min = 0,
-              .max = 65536),
+              "On how many workers the adapter should be at least.", .section = "Placement",
+              .min = 0, .max = 1024),
+    QV_OPTION(settings, max_replicas, INT, "max-replicas", "N", "0",
+              "On how many it may be when demand asks for more; 0 leaves what is set, at first any "
+              "number.",
+              .section = "Placement", .min = 0, .max = 1024),
+    QV_OPTION(settings, tenants, LIST, "tenant", "NAME", NULL,
+              "Only these tenants may use it (repeat the option); without one what is set stays.",
+              .section = "Placement"),
     QV_OPTION(settings, pin, FLAG, "pin", NULL, NULL, "Never evict it from a worker.",
               .section = "Placement"),
     QV_OPTION(settings, workers, LIST, "worker", "ID", NULL,
@@ -206,6 +213,9 @@ static int add(const settings *set, const char *name, const char *dir)
     qv_want want = {.path = path,
                     .replicas = set->replicas,
                     .pin = set->pin,
+                    .max_replicas = set->max_replicas,
+                    .tenants = set->tenants.items,
+                    .n_tenants = set->tenants.n,
                     .workers = set->workers.items,
                     .n_workers = set->workers.n};
     bool existed;

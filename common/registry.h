@@ -166,9 +166,10 @@ void qv_registry_find_brokers(qv_registry *registry,
 
 /* --- editing desired state (tools) ----------------------------------------------------------- */
 
-/* Replace quiver:want:<name>, or delete it with want NULL. `done` (may be NULL) learns how it went
- * (BUSY, at once, while Redis is down) and whether the key was there before. Errors, without a call
- * of `done`: ARG (name, want). */
+/* Set path, replicas, pin and workers of quiver:want:<name>, and max_replicas and tenants if there
+ * are any; its other fields stay. Or delete it with want NULL. `done` (may be NULL) learns how it
+ * went (BUSY, at once, while Redis is down) and whether the key was there before. Errors, without a
+ * call of `done`: ARG (name, want). */
 qv_status qv_registry_set_want(qv_registry *registry, const char *name, const qv_want *want,
                                void (*done)(qv_status status, bool existed, void *user),
                                void *user);

@@ -1209,6 +1209,19 @@ Test(registry, edits_what_is_wanted)
         want.n_workers = 0;
         cr_expect_str_eq(w.last, round == 0 ? "a /a b 2 1 2" : "a /a b 2 1 0");
     }
+    const char *tenants[] = {"acme", "zeta"};
+    want.tenants = tenants;
+    want.n_tenants = 2;
+    want.max_replicas = 4;
+    for (int round = 0; round < 2; round++) { /* what is not said again stays */
+        w.done = false;
+        cr_assert_eq(qv_registry_set_want(w.registry, "a", &want, note_edit, &w), QV_OK);
+        cr_assert(run_until(w.loop, is_done, &w, DEADLINE_MS));
+        cr_expect_str_eq(ask(&w.server, "HGET quiver:want:a tenants"), "acme,zeta");
+        cr_expect_str_eq(ask(&w.server, "HGET quiver:want:a max_replicas"), "4");
+        want.n_tenants = 0;
+        want.max_replicas = 0;
+    }
     w.done = false;
     cr_assert_eq(qv_registry_set_want(w.registry, "a", NULL, note_edit, &w), QV_OK);
     cr_assert(await_count(&w, &w.n_deleted, 1));

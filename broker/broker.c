@@ -5,6 +5,7 @@
 #include "broker/broker_metrics.h"
 #include "broker/functions.h"
 #include "broker/outgoing.h"
+#include "broker/peers.h"
 #include "common/clock.h"
 #include "common/log.h"
 #include "common/registry.h"
@@ -23,6 +24,7 @@
 #define LINGER_MS      1000 /* last messages to clients and workers */
 #define LEAVE_MS       500  /* for Redis to take our leases back */
 #define MAX_PLACE_ROWS 256
+#define MAX_PEERS      64 /* other brokers that count */
 
 struct qv_broker {
     qv_broker_options options;
@@ -33,6 +35,7 @@ struct qv_broker {
     qv_outgoing outgoing;  /* of the batch at hand */
     qv_arena arena;        /* of a message that is sent outside of batches */
     bool in_batch;
+    bool looks_for_peers; /* the answer is under way */
     qv_broker_metrics metrics;
     qv_status status; /* how the loop ended */
     uint64_t reported_ms;
@@ -315,8 +318,22 @@ static qv_status open_registry(qv_broker *broker)
 
 /* --- Time -------------------------------------------------------------------------------------*/
 
+static void on_peers(qv_status status, const qv_broker_address *brokers, size_t n, void *user)
+{
+    qv_broker *broker = user;
+    qv_peer_broker rows[MAX_PEERS];
+    size_t n_rows = n < MAX_PEERS ? n : MAX_PEERS;
+    broker->looks_for_peers = false;
+    if (status != QV_OK) /* who leads stays as it was while Redis is away */
+        return;
+    for (size_t i = 0; i < n_rows; i++)
+        rows[i] = (qv_peer_broker){brokers[i].id, brokers[i].demand, brokers[i].workers};
+    qv_peers_update(broker->core, rows, n_rows);
+}
+
 static void report(qv_broker *broker)
 {
+    char demand[QV_PEERS_MAX_TEXT];
     const qv_pool *pool = qv_core_pool(broker->core);
     const qv_requests *requests = qv_core_requests(broker->core);
     uint32_t n_ready = pool->n_members[QV_MEMBER_READY];
@@ -325,13 +342,19 @@ static void report(qv_broker *broker)
     qv_broker_metrics_update(&broker->metrics, broker->core, redis_up);
     if (broker->registry == NULL || broker->leaving)
         return;
-    qv_registry_put_broker(broker->registry,
-                           &(qv_broker_record){.frontend = qv_broker_frontend(broker),
-                                               .backend = qv_broker_backend(broker),
-                                               .version = broker->options.core.version,
-                                               .workers = n_ready,
-                                               .in_flight = requests->n_running,
-                                               .queued = requests->n_queued});
+    qv_registry_put_broker(
+        broker->registry,
+        &(qv_broker_record){.frontend = qv_broker_frontend(broker),
+                            .backend = qv_broker_backend(broker),
+                            .version = broker->options.core.version,
+                            .workers = n_ready,
+                            .in_flight = requests->n_running,
+                            .queued = requests->n_queued,
+                            .demand = qv_peers_show(broker->core, demand, sizeof demand)});
+    if (!broker->looks_for_peers && qv_registry_is_up(broker->registry)) {
+        broker->looks_for_peers = true;
+        qv_registry_find_brokers(broker->registry, on_peers, broker);
+    }
 }
 
 static void on_left(void *user)

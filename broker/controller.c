@@ -48,7 +48,8 @@ static int64_t clamp_goal(const qv_group *group, int64_t goal)
 static void update_goal(qv_placement *placement, qv_group *group, double capacity, uint64_t now_us)
 {
     group->demand += NEW_SHARE * ((double)group->n_jobs - group->demand);
-    int64_t goal = clamp_goal(group, qv_controller_goal(group->demand, capacity, group->goal));
+    double demand = group->demand + group->others_demand;
+    int64_t goal = clamp_goal(group, qv_controller_goal(demand, capacity, group->goal));
     if (goal >= group->goal) {
         group->low_us = 0;
     } else if (group->low_us == 0) {
@@ -63,8 +64,8 @@ static void update_goal(qv_placement *placement, qv_group *group, double capacit
         return;
     char why[96];
     bool is_news = goal > group->replicas || group->goal > group->replicas;
-    snprintf(why, sizeof why, "%.1f requests at once ask for %lld replicas, before %lld",
-             group->demand, (long long)goal, (long long)group->goal);
+    snprintf(why, sizeof why, "%.1f requests at once ask for %lld replicas, before %lld", demand,
+             (long long)goal, (long long)group->goal);
     group->goal = goal;
     if (is_news && (goal > 1 || group->replicas > 0))
         placement->actions.event(placement->actions.user, "replicas_changed", group, NULL, why);
@@ -100,9 +101,11 @@ static bool may_leave(const qv_resident *resident, const qv_group *group)
     if (resident->state != QV_RESIDENT_READY || resident->pin || other->pin || other->n_jobs > 0 ||
         !other->wanted || other == group)
         return false;
-    double share = group->demand / (double)(group->n_ready > 0 ? group->n_ready : 1);
+    double share =
+        (group->demand + group->others_demand) / (double)(group->n_ready > 0 ? group->n_ready : 1);
     return other->n_ready > other->replicas &&
-           ((int64_t)other->n_ready > other->goal || other->demand < LITTLE * share);
+           ((int64_t)other->n_ready > other->goal ||
+            other->demand + other->others_demand < LITTLE * share);
 }
 
 /* The adapter missed least that may make room for the group, or NULL. */
@@ -168,7 +171,7 @@ void qv_controller_tick(qv_placement *placement, uint64_t now_us)
     bool is_calm = now_us - placement->changed_us >= (uint64_t)placement->options.rebalance_ms * MS;
     QV_LIST_EACH(&pool->groups, qv_group, link, group)
     {
-        if (moves <= 0)
+        if (moves <= 0 || placement->follows)
             break;
         int64_t n = qv_group_count_replicas(group), target = qv_group_target(group);
         if (n >= group->replicas && n > 0 && n < target) {

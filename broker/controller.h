@@ -1,8 +1,8 @@
 /* Controller: how many replicas demand asks for, and where they should move. Once a second it looks
  * at every group:
  *
- *   demand    requests at once, waiting and running, smoothed. A worker counts as busy with 70 % of
- *             its capacity; so many workers as that takes are the goal, within replicas and
+ *   demand    requests at once at all brokers, waiting and running, smoothed. A worker counts as
+ * busy with 70 % of its capacity; so many workers as that takes are the goal, within replicas and
  *             max_replicas of what is wanted. The goal grows at once, by no more than to the
  * double, and falls by one when demand has asked for clearly fewer for a while balance   when
  * workers have stopped coming and going, an adapter moves to a worker that suits it better by

@@ -284,7 +284,7 @@ static void drop_surplus(qv_placement *placement, qv_group *group, uint64_t now_
         target = 1; /* it stays until its slot is needed */
     bool is_surplus = (!is_on_demand || n > 1) && n > target &&
                       (n_disallowed == 0 || (int64_t)group->n_ready > n_disallowed || target == 0);
-    if (!is_surplus) {
+    if (!is_surplus || placement->follows) {
         group->surplus_us = 0;
         return;
     }

@@ -44,6 +44,7 @@ typedef struct {
     qv_placement_options options;
     qv_placement_actions actions;
     uint64_t changed_us; /* workers came or went */
+    bool follows;        /* another broker moves adapters and takes surplus away (broker/peers.h) */
 } qv_placement;
 
 /* --- What is wanted ---------------------------------------------------------------------------*/

@@ -164,9 +164,10 @@ struct qv_group {
     uint64_t demand_us;  /* no load on demand before this: the last try found no room */
 
     /* What demand asks for (broker/controller.h). */
-    double demand;   /* requests at once, waiting and running, smoothed */
-    int64_t goal;    /* replicas for it; within what is wanted */
-    uint64_t low_us; /* demand asks for fewer since; 0 = not */
+    double demand;        /* requests at once, waiting and running, smoothed */
+    double others_demand; /* the same, at other brokers */
+    int64_t goal;         /* replicas for it; within what is wanted */
+    uint64_t low_us;      /* demand asks for fewer since; 0 = not */
 
     /* Who waits (broker/fair.h), and what they need. */
     qv_list lanes; /* of qv_lane.group_link */

@@ -945,6 +945,7 @@ void qv_registry_put_broker(qv_registry *registry, const qv_broker_record *recor
         {"workers", show(&workers, record->workers)},
         {"in_flight", show(&in_flight, record->in_flight)},
         {"queued", show(&queued, record->queued)},
+        {"demand", record->demand},
         {"heartbeat_ms", show(&heartbeat, (int64_t)qv_wall_ms())},
     };
     put(registry, QV_KEY_BROKER, registry->who, FIELDS(fields), registry->options.lease_ms);
@@ -1040,12 +1041,14 @@ static void lookup_settle(lookup *l, qv_status status)
         free((char *)l->rows[i].id);
         free((char *)l->rows[i].frontend);
         free((char *)l->rows[i].backend);
+        free((char *)l->rows[i].demand);
     }
     free(l->rows);
     free(l);
 }
 
-static void lookup_add(lookup *l, const char *id, const char *frontend, const char *backend)
+static void lookup_add(lookup *l, const char *id, const char *frontend, const char *backend,
+                       const char *demand, const char *workers)
 {
     if (l->n == l->capacity) {
         size_t capacity = l->capacity > 0 ? 2 * l->capacity : 4;
@@ -1055,7 +1058,9 @@ static void lookup_add(lookup *l, const char *id, const char *frontend, const ch
         l->rows = rows;
         l->capacity = capacity;
     }
-    qv_broker_address row = {strdup(id), strdup(frontend), strdup(backend)};
+    qv_broker_address row = {strdup(id), strdup(frontend), strdup(backend),
+                             strdup(demand != NULL ? demand : ""),
+                             workers != NULL ? strtoll(workers, NULL, 10) : 0};
     l->rows[l->n++] = row;
 }
 
@@ -1065,7 +1070,8 @@ static void on_broker(qv_status status, const redisReply *reply, void *user)
     if (status == QV_OK && is_hash(reply)) {
         const char *frontend = hash_get(reply, "frontend"), *backend = hash_get(reply, "backend");
         if (frontend != NULL && backend != NULL) /* else its lease ran out, or it is not one */
-            lookup_add(fetch->lookup, fetch->id, frontend, backend);
+            lookup_add(fetch->lookup, fetch->id, frontend, backend, hash_get(reply, "demand"),
+                       hash_get(reply, "workers"));
     }
     lookup_settle(fetch->lookup, status == QV_ERR_STATE ? QV_OK : status);
     free(fetch);

@@ -124,6 +124,7 @@ typedef struct {
     const char *backend;  /* for workers */
     const char *version;
     int64_t workers, in_flight, queued; /* negative = left out */
+    const char *demand;                 /* for other brokers (broker/peers.h) */
 } qv_broker_record;
 
 void qv_registry_put_broker(qv_registry *registry, const qv_broker_record *record);
@@ -154,6 +155,8 @@ void qv_registry_event(qv_registry *registry, const char *what, const char *adap
 
 typedef struct {
     const char *id, *frontend, *backend;
+    const char *demand; /* "" = none */
+    int64_t workers;    /* that are ready there */
 } qv_broker_address;
 
 /* Look up the brokers that hold a lease. `found` is called once: on success with n >= 0 rows,

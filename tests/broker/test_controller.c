@@ -1,6 +1,7 @@
 /* Replicas follow demand, adapters move to workers that join, aliases split requests, orders drain.
  */
 #include "broker/controller.h"
+#include "broker/peers.h"
 #include "tests/broker/world.h"
 
 #include <criterion/criterion.h>
@@ -262,4 +263,49 @@ Test(tenants, limits_hold)
     world_expect(w, "w1", QV_MSG_RUN);
     world_expect(w, "w1", QV_MSG_RUN);
     world_free(w);
+}
+
+/* --- Several brokers --------------------------------------------------------------------------*/
+
+Test(peers, the_least_id_moves_adapters_by_the_demand_of_all)
+{
+    qv_core_options options = qv_core_default_options();
+    options.id = "b2";
+    pool p = {.w = world_new(&options)};
+    for (int i = 0; i < 3; i++)
+        join(&p, 10, 4);
+    world_want(p.w, "a", "/a", 1);
+    live(&p, 500);
+    qv_peer_broker both[] = {{"b1", "a=18.0 unknown=5 a=x bad =3 a", 3}, {"b2", "a=99", 3}};
+    qv_peers_update(p.w->core, both, 2);
+    live(&p, 5000);
+    cr_assert_eq(group(&p, "a")->goal, 3, "%lld", (long long)group(&p, "a")->goal);
+    cr_assert_eq(group(&p, "a")->n_ready, 1, "b1 does it");
+    world_adapter_state(p.w, "w1", p.epochs[0], "a", "ready", "/a");
+    world_adapter_state(p.w, "w2", p.epochs[1], "a", "ready", "/a");
+    world_want(p.w, "a", "/a", 1);
+    qv_peers_update(p.w->core, (qv_peer_broker[]){{"b1", NULL, 3}}, 1);
+    live(&p, 60000);
+    cr_assert_geq(group(&p, "a")->n_ready, 2, "b1 takes surplus away, not b2");
+    qv_peers_update(p.w->core, (qv_peer_broker[]){{"b1", NULL, 0}},
+                    1); /* it has lost its workers */
+    live(&p, 100000);
+    cr_assert_eq(group(&p, "a")->n_ready, 1);
+    cr_assert(strstr(p.w->events, "placement_leads"));
+    world_free(p.w);
+}
+
+Test(peers, show_their_demand_greatest_first_and_cut_to_fit)
+{
+    pool p = {.w = world_new(NULL)};
+    join(&p, 100, 8);
+    char text[64], small[8];
+    cr_assert_str_empty(qv_peers_show(p.w->core, text, sizeof text));
+    world_want(p.w, "a", "/a", 1);
+    world_want(p.w, "b", "/b", 1);
+    ((qv_group *)group(&p, "a"))->demand = 1.25;
+    ((qv_group *)group(&p, "b"))->demand = 7;
+    cr_assert_str_eq(qv_peers_show(p.w->core, text, sizeof text), "b=7.0 a=1.2");
+    cr_assert_str_eq(qv_peers_show(p.w->core, small, sizeof small), "b=7.0");
+    world_free(p.w);
 }

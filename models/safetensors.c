@@ -244,7 +244,32 @@ static qv_status read_shard(qv_safetensors *st, const shard *file)
     return status;
 }
 
-/* Map `path` as the set's next shard. */
+/* The bytes of an open file in memory that munmap gives back. With `copy` they are read at once: a
+ * mapped file that somebody shortens or overwrites in place would change, or stop the process,
+ * under whoever reads it. */
+static qv_status take_bytes(int fd, const char *path, size_t size, bool copy, void **out)
+{
+    void *data = mmap(NULL, size, PROT_READ | (copy ? PROT_WRITE : 0),
+                      MAP_PRIVATE | (copy ? MAP_ANONYMOUS : 0), copy ? -1 : fd, 0);
+    if (data == MAP_FAILED)
+        return qv_fail(QV_ERR_IO, "%s: mmap: %s", path, strerror(errno));
+    for (size_t done = 0; copy && done < size;) {
+        ssize_t n = read(fd, (char *)data + done, size - done);
+        if (n > 0) {
+            done += (size_t)n;
+        } else if (n == 0 || errno != EINTR) {
+            qv_status status =
+                qv_fail(QV_ERR_IO, "%s: %s", path,
+                        n == 0 ? "it became shorter while it was read" : strerror(errno));
+            munmap(data, size);
+            return status;
+        }
+    }
+    *out = data;
+    return QV_OK;
+}
+
+/* Map `path` as the set's next shard, or read it if its size is limited. */
 static qv_status map_shard(qv_safetensors *st, const char *path, uint64_t max_bytes,
                            const shard **out)
 {
@@ -265,11 +290,8 @@ static qv_status map_shard(qv_safetensors *st, const char *path, uint64_t max_by
     else if (info.st_size < 8)
         status = qv_fail(QV_ERR_FORMAT, "%s: %" PRId64 " bytes are too few for a safetensors file",
                          path, (int64_t)info.st_size);
-    if (status == QV_OK) {
-        data = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (data == MAP_FAILED)
-            status = qv_fail(QV_ERR_IO, "%s: mmap: %s", path, strerror(errno));
-    }
+    if (status == QV_OK)
+        status = take_bytes(fd, path, (size_t)info.st_size, max_bytes != 0, &data);
     close(fd);
     QV_TRY(status);
 
@@ -289,9 +311,18 @@ static bool is_plain_name(const char *name)
            strcmp(name, "..") != 0;
 }
 
+/* All shards together count. */
+static qv_status check_bytes(const qv_safetensors *st, const char *index_path, uint64_t max_bytes)
+{
+    if (max_bytes > 0 && st->bytes > max_bytes)
+        return qv_fail(QV_ERR_LIMIT, "%s: its shards hold %" PRIu64 " bytes, more than %" PRIu64,
+                       index_path, st->bytes, max_bytes);
+    return QV_OK;
+}
+
 /* Open each file that the index names, in the order of first mention. */
 static qv_status open_shards(qv_safetensors *st, const json_t *weight_map, const char *dir,
-                             const char *index_path)
+                             const char *index_path, uint64_t max_bytes)
 {
     qv_map *seen = qv_map_new(64);
     qv_status status = seen ? QV_OK : qv_fail(QV_ERR_NOMEM, "%s: no memory", index_path);
@@ -315,9 +346,11 @@ static qv_status open_shards(qv_safetensors *st, const json_t *weight_map, const
                 snprintf(path, sizeof path, "%s/%s", dir, file) >= (int)sizeof path)
                 status = qv_fail(QV_ERR_ARG, "%.80s...: path too long", dir);
             if (status == QV_OK)
-                status = map_shard(st, path, 0, &opened);
+                status = map_shard(st, path, max_bytes, &opened);
             if (status == QV_OK)
                 status = read_shard(st, opened);
+            if (status == QV_OK)
+                status = check_bytes(st, index_path, max_bytes);
         }
     }
     qv_map_free(seen, NULL);
@@ -346,7 +379,8 @@ static qv_status check_index(const qv_safetensors *st, const json_t *weight_map,
     return QV_OK;
 }
 
-static qv_status open_index(const char *dir, const char *index_path, qv_safetensors **out)
+static qv_status open_index(const char *dir, const char *index_path, uint64_t max_bytes,
+                            qv_safetensors **out)
 {
     json_t *index;
     QV_TRY(qv_json_load_file(index_path, INDEX_MAX_BYTES, &index));
@@ -356,7 +390,7 @@ static qv_status open_index(const char *dir, const char *index_path, qv_safetens
                            ? new_set(MAX_SHARDS, &st)
                            : qv_fail(QV_ERR_FORMAT, "%s: no weight_map", index_path);
     if (status == QV_OK)
-        status = open_shards(st, weight_map, dir, index_path);
+        status = open_shards(st, weight_map, dir, index_path, max_bytes);
     if (status == QV_OK)
         status = check_index(st, weight_map, index_path);
     json_decref(index);
@@ -403,15 +437,6 @@ qv_status qv_safetensors_open_memory(const void *data, size_t size, const char *
     return QV_OK;
 }
 
-/* All shards together count. */
-static qv_status check_bytes(const qv_safetensors *st, const char *index_path, uint64_t max_bytes)
-{
-    if (max_bytes > 0 && st->bytes > max_bytes)
-        return qv_fail(QV_ERR_LIMIT, "%s: its shards hold %" PRIu64 " bytes, more than %" PRIu64,
-                       index_path, st->bytes, max_bytes);
-    return QV_OK;
-}
-
 qv_status qv_safetensors_open_set(const char *dir, const char *stem, uint64_t max_bytes,
                                   qv_safetensors **out)
 {
@@ -422,19 +447,11 @@ qv_status qv_safetensors_open_set(const char *dir, const char *stem, uint64_t ma
     snprintf(single, sizeof single, "%s/%s.safetensors", dir, stem);
     if (access(single, F_OK) == 0)
         return qv_safetensors_open_file(single, max_bytes, out);
-    qv_safetensors *st;
-    qv_status status = open_index(dir, index, &st);
+    qv_status status = open_index(dir, index, max_bytes, out);
     if (status == QV_ERR_NOT_FOUND && access(index, F_OK) != 0)
         return qv_fail(QV_ERR_NOT_FOUND, "%s: neither %s.safetensors nor %s.safetensors.index.json",
                        dir, stem, stem);
-    QV_TRY(status);
-    status = check_bytes(st, index, max_bytes);
-    if (status != QV_OK) {
-        qv_safetensors_close(st);
-        return status;
-    }
-    *out = st;
-    return QV_OK;
+    return status;
 }
 
 qv_status qv_safetensors_open_dir(const char *dir, qv_safetensors **out)

@@ -35,11 +35,12 @@ typedef struct {
 qv_status qv_safetensors_open_dir(const char *dir, qv_safetensors **out);
 
 /* The same for `dir`/STEM.safetensors or the shards of its index, of at most `max_bytes` together
- * (0 = no limit). */
+ * (0 = no limit); read or mapped as below. */
 qv_status qv_safetensors_open_set(const char *dir, const char *stem, uint64_t max_bytes,
                                   qv_safetensors **out);
 
-/* Open one file of at most `max_bytes` (0 = no limit). Errors: as above. */
+/* Open one file of at most `max_bytes`, which is read into memory and may then change on disk; or
+ * with 0 one of any size, which is mapped and must not. Errors: as above. */
 qv_status qv_safetensors_open_file(const char *path, uint64_t max_bytes, qv_safetensors **out);
 
 /* The same from memory, which must outlive *out; `where` stands for the file in messages. */

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* A file of this header, then `n_data` bytes. The caller frees. */
 static uint8_t *with_header(const char *header, size_t n_data, size_t *size)
@@ -243,6 +244,18 @@ Test(safetensors, refuses_an_index_that_does_not_fit_its_files)
         cr_expect_not_null(strstr(qv_error(), rows[i].says), "%s says: %s", rows[i].index,
                            qv_error());
     }
+}
+
+Test(safetensors, a_file_that_was_read_may_change_on_disk)
+{
+    const char *path = shard(qv_temp_dir(), "file", "a", 1);
+    qv_safetensors *st;
+    cr_assert_eq(qv_safetensors_open_file(path, 1 << 20, &st), QV_OK, "%s", qv_error());
+    const qv_stored_tensor *tensor = qv_safetensors_at(st, 0);
+    uint8_t before = *(const uint8_t *)tensor->data;
+    cr_assert_eq(truncate(path, 0), 0); /* a mapped file would now end the process */
+    cr_expect_eq(*(const uint8_t *)tensor->data, before);
+    qv_safetensors_close(st);
 }
 
 Test(safetensors, refuses_what_is_not_a_file_it_can_read)

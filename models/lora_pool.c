@@ -12,8 +12,9 @@ struct qv_lora_pool {
     qv_dtype dtype;
     int64_t slice_start[QV_PROJ_COUNT][QV_MAX_SLICES + 1]; /* output rows; shared by all layers */
     qv_lora_site
-        *sites;      /* [n_layers + 1, QV_PROJ_COUNT], the global part first; n_slots 0 = none */
-    uint8_t *active; /* [n_layers + 1, QV_PROJ_COUNT, n_slots] */
+        *sites;         /* [n_layers + 1, QV_PROJ_COUNT], the global part first; n_slots 0 = none */
+    uint8_t *active;    /* [n_layers + 1, QV_PROJ_COUNT, n_slots] */
+    int32_t *used_rank; /* the same: every entry at and above this rank is zero */
     qv_lora_parts *parts;
 };
 
@@ -105,10 +106,13 @@ qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_sl
                            .max_rank = max_rank,
                            .dtype = qv_backend_lora_dtype(be),
                            .sites = calloc(n_sites, sizeof *pool->sites),
-                           .active = calloc(n_sites, (size_t)n_slots)};
-    qv_status status = pool->sites != NULL && pool->active != NULL
+                           .active = calloc(n_sites, (size_t)n_slots),
+                           .used_rank = calloc(n_sites * (size_t)n_slots, sizeof(int32_t))};
+    qv_status status = pool->sites != NULL && pool->active != NULL && pool->used_rank != NULL
                            ? QV_OK
                            : qv_fail(QV_ERR_NOMEM, "no memory for adapter slots");
+    for (size_t i = 0; i < n_sites * (size_t)n_slots && pool->used_rank != NULL; i++)
+        pool->used_rank[i] = max_rank; /* nothing is known yet: the first clear clears all */
     list_slice_starts(pool);
     for (int64_t layer = QV_GLOBAL; layer < layout->config->n_layers; layer++) {
         for (int p = 0; p < QV_PROJ_COUNT && status == QV_OK; p++) {
@@ -139,6 +143,7 @@ void qv_lora_pool_free(qv_lora_pool *pool)
     qv_lora_parts_free(pool->parts);
     free(pool->sites);
     free(pool->active);
+    free(pool->used_rank);
     free(pool);
 }
 
@@ -167,41 +172,73 @@ static uint8_t *slot_active(const qv_lora_pool *pool, size_t index, int32_t slot
     return &pool->active[index * (size_t)pool->n_slots + (size_t)slot];
 }
 
+static int32_t *slot_used_rank(const qv_lora_pool *pool, size_t index, int32_t slot)
+{
+    return &pool->used_rank[index * (size_t)pool->n_slots + (size_t)slot];
+}
+
+/* Zero what the last adapter wrote: of a slot with room for rank 64 and an adapter of rank 8, an
+ * eighth. */
+static qv_status clear_site(qv_lora_pool *pool, size_t index, int32_t slot)
+{
+    const qv_lora_site *site = &pool->sites[index];
+    int32_t *used = slot_used_rank(pool, index, slot);
+    size_t elem = qv_dtype_size(pool->dtype), rank = (size_t)*used;
+    *slot_active(pool, index, slot) = 0;
+    if (rank == 0)
+        return QV_OK;
+    for (int32_t plane = 0; plane < site->n_slices; plane++)
+        QV_TRY(qv_backend_zero(
+            pool->be, slot_data(&site->a, slot) + (size_t)(plane * site->a.stride[1]) * elem,
+            rank * (size_t)site->n_in * elem));
+    QV_TRY(qv_backend_zero(pool->be, slot_data(&site->b, slot), rank * (size_t)site->n_out * elem));
+    QV_TRY(qv_backend_zero(pool->be, site->slices + (int64_t)slot * site->n_slices,
+                           (size_t)site->n_slices * sizeof *site->slices));
+    *used = 0;
+    return QV_OK;
+}
+
 qv_status qv_lora_pool_clear(qv_lora_pool *pool, int32_t slot)
 {
     QV_ASSERT(slot >= 0 && slot < pool->n_slots);
     size_t n_sites = (size_t)(pool->layout->config->n_layers + 1) * QV_PROJ_COUNT;
-    for (size_t i = 0; i < n_sites; i++) {
-        const qv_lora_site *site = &pool->sites[i];
-        if (site->n_slots == 0)
-            continue;
-        *slot_active(pool, i, slot) = 0;
-        size_t elem = qv_dtype_size(pool->dtype);
-        QV_TRY(
-            qv_backend_zero(pool->be, slot_data(&site->a, slot), (size_t)site->a.stride[0] * elem));
-        QV_TRY(
-            qv_backend_zero(pool->be, slot_data(&site->b, slot), (size_t)site->b.stride[0] * elem));
-        QV_TRY(qv_backend_zero(pool->be, site->slices + (int64_t)slot * site->n_slices,
-                               (size_t)site->n_slices * sizeof *site->slices));
-    }
+    for (size_t i = 0; i < n_sites; i++)
+        if (pool->sites[i].n_slots > 0)
+            QV_TRY(clear_site(pool, i, slot));
     return qv_lora_parts_clear(pool->parts, slot);
 }
 
-/* B, [n_rows, rank] in the file, into the slot's transposed one: row r gets column r. */
+/* out[column][row] = in[row][column], by tiles whose lines stay in the cache. */
+#define DEFINE_TRANSPOSE(name, type)                                                               \
+    static void name(const type *in, int64_t n_rows, int64_t n_columns, type *out)                 \
+    {                                                                                              \
+        enum { TILE = 16 };                                                                        \
+        for (int64_t row0 = 0; row0 < n_rows; row0 += TILE) {                                      \
+            int64_t row_end = row0 + TILE < n_rows ? row0 + TILE : n_rows;                         \
+            for (int64_t column = 0; column < n_columns; column++)                                 \
+                for (int64_t row = row0; row < row_end; row++)                                     \
+                    out[column * n_rows + row] = in[row * n_columns + column];                     \
+        }                                                                                          \
+    }
+DEFINE_TRANSPOSE(transpose_16, uint16_t)
+DEFINE_TRANSPOSE(transpose_32, uint32_t)
+
+/* B, [n_rows, rank] in the file, into the slot's transposed one: row r gets column r. `staging` has
+ * room for all of it. */
 static qv_status write_b(const qv_lora_pool *pool, const qv_lora_site *site, int32_t slot,
                          const qv_lora_item *item, uint8_t *staging)
 {
     size_t elem = qv_dtype_size(pool->dtype);
     int64_t rank = item->rank, n_rows = item->target.n_rows;
     int64_t first_row = site->slice_start[item->target.first];
-    for (int64_t r = 0; r < rank; r++) {
-        const uint8_t *column = (const uint8_t *)item->b + (size_t)r * elem;
-        for (int64_t row = 0; row < n_rows; row++)
-            memcpy(staging + (size_t)row * elem, column + (size_t)(row * rank) * elem, elem);
+    if (elem == sizeof(uint16_t))
+        transpose_16(item->b, n_rows, rank, (uint16_t *)staging);
+    else
+        transpose_32(item->b, n_rows, rank, (uint32_t *)staging);
+    for (int64_t r = 0; r < rank; r++)
         QV_TRY(qv_backend_upload(
             pool->be, slot_data(&site->b, slot) + (size_t)(r * site->n_out + first_row) * elem,
-            staging, (size_t)n_rows * elem));
-    }
+            staging + (size_t)(r * n_rows) * elem, (size_t)n_rows * elem));
     return QV_OK;
 }
 
@@ -220,6 +257,9 @@ static qv_status write_item(qv_lora_pool *pool, int32_t slot, const qv_lora_item
     const qv_lora_site *site = &pool->sites[index];
     const qv_lora_target *target = &item->target;
     QV_ASSERT(site->n_slots > 0 && item->rank <= pool->max_rank && target->n_in == site->n_in);
+
+    int32_t *used = slot_used_rank(pool, index, slot);
+    *used = item->rank > *used ? item->rank : *used; /* before anything is written */
 
     size_t elem = qv_dtype_size(pool->dtype);
     uint8_t *plane = slot_data(&site->a, slot) + (size_t)(target->first * site->a.stride[1]) * elem;
@@ -240,12 +280,13 @@ static qv_status write_item(qv_lora_pool *pool, int32_t slot, const qv_lora_item
 qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapter *adapter)
 {
     QV_TRY(qv_lora_pool_clear(pool, slot));
-    int64_t most_rows = 1;
+    int64_t largest_b = 1;
     for (size_t i = 0; i < qv_adapter_n_items(adapter); i++) {
-        int64_t n_rows = qv_adapter_item(adapter, i)->target.n_rows;
-        most_rows = n_rows > most_rows ? n_rows : most_rows;
+        const qv_lora_item *item = qv_adapter_item(adapter, i);
+        int64_t n_elems = is_in_pool(pool, item) ? item->target.n_rows * item->rank : 0;
+        largest_b = n_elems > largest_b ? n_elems : largest_b;
     }
-    uint8_t *staging = malloc((size_t)most_rows * qv_dtype_size(pool->dtype));
+    uint8_t *staging = malloc((size_t)largest_b * qv_dtype_size(pool->dtype));
     if (staging == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory to install an adapter");
     qv_status status = QV_OK;

@@ -1,268 +1,68 @@
-#include "worker/adapter_cache.h"
+#include "worker/adapter_cache_internal.h"
 
 #include "common/clock.h"
-#include "common/map.h"
 #include "worker/scheduler.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-/* --- Types ----------------------------------------------------------------------------------- */
-
-/* One directory being read, for one or more names. */
-typedef struct load {
-    struct load *next;
-    char *dir;
-    uint64_t start_ms;
-    bool pushed; /* the loader has it */
-    qv_loader_job job;
-} load;
-
-/* One content. Lives while a name, a request or a slot being filled needs it. */
-struct qv_adapter_version {
-    struct qv_adapter_version *prev, *next;
-    qv_adapter *adapter;
-    const char *digest; /* the adapter's */
-    int32_t rank;
-    uint64_t bytes;
-    int32_t n_names; /* names that point at it */
-    int32_t n_pins;  /* of those, names that pin it */
-    int32_t refs;    /* requests that hold it */
-    int32_t users;   /* running sequences that hold its slot */
-    int32_t slot;    /* -1 = none */
-};
-
-typedef struct {
-    qv_slot_state state;
-    qv_adapter_version *version; /* LOADING, READY, PINNED */
-    uint64_t last_used;
-    qv_loader_job job;
-} cache_slot;
-
-/* One name. */
-typedef struct {
-    const char *name; /* the map's key */
-    char *dir;        /* of the version; while there is none, of the load */
-    char *reason;     /* why the last load failed, or why it is not pinned; NULL = it is as asked */
-    qv_adapter_version *version; /* NULL until the first load has ended well */
-    load *load;                  /* in progress; NULL = none */
-    qv_code code;                /* of the failure */
-    bool want_pin;               /* asked for */
-    bool pinned;                 /* counted in version->n_pins */
-    uint64_t load_ms;
-} adapter_name;
-
-struct qv_adapter_cache {
-    qv_adapter_cache_options options;
-    qv_adapter_source source;
-    qv_map *names;                /* of adapter_name */
-    qv_adapter_version *versions; /* list, newest first */
-    cache_slot *slots;            /* [n_slots] */
-    load *loads;                  /* oldest first; at most the first is pushed */
-    uint64_t ticks;               /* orders uses of slots */
-    uint64_t host_bytes;
-
-    qv_adapter_loader *loader;
-};
-
-/* --- Slots ----------------------------------------------------------------------------------- */
-
-static void apply(cache_slot *sl, qv_slot_event event)
-{
-    int next = qv_slot_next_state(sl->state, event);
-    QV_ASSERT(next >= 0);
-    sl->state = (qv_slot_state)next;
-}
-
-/* Take a slot from its version, on which nobody runs. */
-static void evict(cache_slot *sl)
-{
-    QV_ASSERT(sl->version->users == 0);
-    apply(sl, QV_SLOT_EVICT);
-    sl->version->slot = -1;
-    sl->version = NULL;
-}
-
-/* Start to copy a version into a slot that is EMPTY or EVICTING. */
-static void fill(qv_adapter_cache *cache, cache_slot *sl, qv_adapter_version *version)
-{
-    apply(sl, QV_SLOT_LOAD);
-    sl->version = version;
-    sl->last_used = ++cache->ticks;
-    version->slot = (int32_t)(sl - cache->slots);
-    sl->job = (qv_loader_job){
-        .kind = QV_LOADER_INSTALL, .slot = version->slot, .adapter = version->adapter, .owner = sl};
-    qv_adapter_loader_push(cache->loader, &sl->job);
-}
-
-static cache_slot *find_empty(qv_adapter_cache *cache)
-{
-    for (int32_t i = 0; i < cache->options.n_slots; i++)
-        if (cache->slots[i].state == QV_SLOT_EMPTY)
-            return &cache->slots[i];
-    return NULL;
-}
-
-/* The least recently used slot that may be taken. */
-static cache_slot *find_idle(qv_adapter_cache *cache)
-{
-    cache_slot *best = NULL;
-    for (int32_t i = 0; i < cache->options.n_slots; i++) {
-        cache_slot *sl = &cache->slots[i];
-        if (sl->state == QV_SLOT_READY && sl->version->users == 0 &&
-            (best == NULL || sl->last_used < best->last_used))
-            best = sl;
-    }
-    return best;
-}
-
-/* Find the version a slot: an empty one, or with `may_evict` one that nobody uses. */
-static bool bring_in(qv_adapter_cache *cache, qv_adapter_version *version, bool may_evict)
-{
-    cache_slot *sl = find_empty(cache);
-    if (sl == NULL && may_evict && (sl = find_idle(cache)) != NULL)
-        evict(sl);
-    if (sl != NULL)
-        fill(cache, sl, version);
-    return sl != NULL;
-}
-
-/* Pinned versions that found no slot yet try again. */
-static void bring_in_pinned(qv_adapter_cache *cache)
-{
-    for (qv_adapter_version *v = cache->versions; v != NULL; v = v->next)
-        if (v->n_pins > 0 && v->slot < 0 && !bring_in(cache, v, true))
-            return;
-}
-
-/* --- Versions -------------------------------------------------------------------------------- */
-
-static void version_free(qv_adapter_cache *cache, qv_adapter_version *version)
-{
-    *(version->prev != NULL ? &version->prev->next : &cache->versions) = version->next;
-    if (version->next != NULL)
-        version->next->prev = version->prev;
-    cache->host_bytes -= version->bytes;
-    cache->source.close(cache->source.user, version->adapter);
-    free(version);
-}
-
-/* Give up what nobody wants: clear its slot, free its host copy. A slot that is being filled is
- * waited for. */
-static void version_settle(qv_adapter_cache *cache, qv_adapter_version *version)
-{
-    if (version->n_names > 0 || version->refs > 0)
-        return;
-    if (version->slot >= 0) {
-        cache_slot *sl = &cache->slots[version->slot];
-        if (sl->state == QV_SLOT_LOADING)
-            return;
-        evict(sl);
-        sl->job = (qv_loader_job){
-            .kind = QV_LOADER_CLEAR, .slot = (int32_t)(sl - cache->slots), .owner = sl};
-        qv_adapter_loader_push(cache->loader, &sl->job);
-    }
-    version_free(cache, version);
-}
-
-static qv_adapter_version *version_find(const qv_adapter_cache *cache, const char *digest)
-{
-    for (qv_adapter_version *v = cache->versions; v != NULL; v = v->next)
-        if (strcmp(v->digest, digest) == 0)
-            return v;
-    return NULL;
-}
-
-/* The version of an adapter that was just read, which is taken over: one that is there already, or
- * a new one. Errors: LIMIT, NOMEM (the adapter is closed). */
-static qv_status version_require(qv_adapter_cache *cache, qv_adapter *adapter,
-                                 qv_adapter_version **out)
-{
-    const qv_adapter_source *source = &cache->source;
-    *out = version_find(cache, source->digest(source->user, adapter));
-    if (*out != NULL) {
-        source->close(source->user, adapter);
-        return QV_OK;
-    }
-    uint64_t bytes = source->bytes(source->user, adapter);
-    if (bytes > cache->options.host_bytes - cache->host_bytes) {
-        source->close(source->user, adapter);
-        return qv_fail(QV_ERR_LIMIT,
-                       "needs %llu bytes of host memory, and of the %llu for adapters %llu are "
-                       "used: unload some, or raise adapter-cache-bytes",
-                       (unsigned long long)bytes, (unsigned long long)cache->options.host_bytes,
-                       (unsigned long long)cache->host_bytes);
-    }
-    qv_adapter_version *version = calloc(1, sizeof *version);
-    if (version == NULL) {
-        source->close(source->user, adapter);
-        return qv_fail(QV_ERR_NOMEM, "no memory for one more adapter");
-    }
-    *version = (qv_adapter_version){
-        .next = cache->versions,
-        .adapter = adapter,
-        .digest = source->digest(source->user, adapter),
-        .rank = source->rank(source->user, adapter),
-        .bytes = bytes,
-        .slot = -1,
-    };
-    if (cache->versions != NULL)
-        cache->versions->prev = version;
-    cache->versions = version;
-    cache->host_bytes += bytes;
-    *out = version;
-    return QV_OK;
-}
-
-static int32_t n_pinned_versions(const qv_adapter_cache *cache)
-{
-    int32_t n = 0;
-    for (const qv_adapter_version *v = cache->versions; v != NULL; v = v->next)
-        n += v->n_pins > 0;
-    return n;
-}
+#include <sys/epoll.h>
+#include <unistd.h>
 
 /* --- Names ----------------------------------------------------------------------------------- */
 
-static void set_reason(adapter_name *name, const char *reason)
+static void set_reason(qv_adapter_name *name, const char *reason)
 {
     free(name->reason);
     name->reason = reason != NULL ? strdup(reason) : NULL;
 }
 
-static void unpin(qv_adapter_cache *cache, adapter_name *name)
+static void unpin(qv_adapter_cache *cache, qv_adapter_name *name)
 {
     if (!name->pinned)
         return;
     name->pinned = false;
-    qv_adapter_version *version = name->version;
-    if (--version->n_pins == 0 && version->slot >= 0 &&
-        cache->slots[version->slot].state == QV_SLOT_PINNED)
-        apply(&cache->slots[version->slot], QV_SLOT_UNPIN);
+    qv_cache_unpin(cache, name->version);
 }
 
 /* Pin the name's version as asked, if a slot is left for the others. */
-static void pin(qv_adapter_cache *cache, adapter_name *name)
+static void pin(qv_adapter_cache *cache, qv_adapter_name *name)
 {
     qv_adapter_version *version = name->version;
-    int32_t n_pinned = n_pinned_versions(cache);
-    if (version->n_pins == 0 && n_pinned + 1 >= cache->options.n_slots) {
+    if (version->n_pins == 0 && cache->n_pinned + 1 >= cache->options.n_slots) {
         char reason[128];
         snprintf(reason, sizeof reason,
                  "not pinned: %d of %d adapter slots are pinned, and one must stay free for others",
-                 n_pinned, cache->options.n_slots);
+                 cache->n_pinned, cache->options.n_slots);
         set_reason(name, reason);
         return;
     }
     name->pinned = true;
-    version->n_pins++;
-    if (version->slot >= 0 && cache->slots[version->slot].state == QV_SLOT_READY)
-        apply(&cache->slots[version->slot], QV_SLOT_PIN);
+    qv_cache_pin(cache, version);
 }
 
-/* Point a name at a version, or at none (NULL), and let go of what it pointed at. */
-static void bind(qv_adapter_cache *cache, adapter_name *name, qv_adapter_version *version)
+/* A name of the version that led to `dir` is gone: it is read where another name says. */
+static void leave_dir(qv_adapter_cache *cache, qv_adapter_version *version, const char *dir)
+{
+    if (version->n_names == 0 || version->dir == NULL || strcmp(version->dir, dir) != 0)
+        return;
+    const char *other_dir = NULL;
+    QV_MAP_EACH(cache->names, entry)
+    {
+        const qv_adapter_name *other = entry->value;
+        if (other->version != version)
+            continue;
+        if (strcmp(other->dir, dir) == 0)
+            return;
+        other_dir = other->dir;
+    }
+    if (other_dir != NULL)
+        qv_cache_move_version(cache, version, other_dir);
+}
+
+/* Point a name at a version, or at none (NULL), and let go of what it pointed at at name->dir. */
+static void bind(qv_adapter_cache *cache, qv_adapter_name *name, qv_adapter_version *version)
 {
     qv_adapter_version *old = name->version;
     unpin(cache, name);
@@ -271,16 +71,20 @@ static void bind(qv_adapter_cache *cache, adapter_name *name, qv_adapter_version
         version->n_names++;
         if (name->want_pin)
             pin(cache, name);
-        if (version->slot < 0)
-            bring_in(cache, version, name->pinned);
+        if (version->slot < 0 && version->adapter != NULL)
+            qv_cache_bring_in(cache, version, name->pinned, name->pinned);
+        else if (version->slot < 0 && name->pinned)
+            qv_cache_require_copy(cache, version);
     }
-    if (old != NULL) {
-        old->n_names--;
-        version_settle(cache, old);
-    }
+    if (old == NULL)
+        return;
+    old->n_names--;
+    if (old != version)
+        leave_dir(cache, old, name->dir);
+    qv_cache_settle(cache, old);
 }
 
-static qv_adapter_event event_of(const adapter_name *name, qv_adapter_phase phase)
+static qv_adapter_event event_of(const qv_adapter_name *name, qv_adapter_phase phase)
 {
     const qv_adapter_version *version = name->version;
     return (qv_adapter_event){
@@ -297,7 +101,7 @@ static qv_adapter_event event_of(const adapter_name *name, qv_adapter_phase phas
     };
 }
 
-static void emit(qv_adapter_cache *cache, const adapter_name *name, qv_adapter_phase phase)
+static void emit(qv_adapter_cache *cache, const qv_adapter_name *name, qv_adapter_phase phase)
 {
     qv_adapter_event event = event_of(name, phase);
     cache->options.on_event(cache->options.user, &event);
@@ -305,7 +109,7 @@ static void emit(qv_adapter_cache *cache, const adapter_name *name, qv_adapter_p
 
 static void name_free(void *value)
 {
-    adapter_name *name = value;
+    qv_adapter_name *name = value;
     if (name == NULL)
         return;
     free(name->dir);
@@ -313,58 +117,7 @@ static void name_free(void *value)
     free(name);
 }
 
-/* --- Loads ----------------------------------------------------------------------------------- */
-
-static void load_free(load *l)
-{
-    if (l == NULL)
-        return;
-    free(l->dir);
-    free(l);
-}
-
-/* Hand the oldest load to the loader. One at a time, so that copies into slots, which sequences
- * wait for, never queue behind more than one file. */
-static void push_load(qv_adapter_cache *cache)
-{
-    load *l = cache->loads;
-    if (l == NULL || l->pushed)
-        return;
-    l->pushed = true;
-    l->start_ms = qv_now_ms();
-    l->job = (qv_loader_job){.kind = QV_LOADER_OPEN, .dir = l->dir, .owner = l};
-    qv_adapter_loader_push(cache->loader, &l->job);
-}
-
-/* Drop a load that no name waits for, unless the loader has it: then its result is dropped. */
-static void load_settle(qv_adapter_cache *cache, load *l)
-{
-    QV_MAP_EACH(cache->names, entry)
-    if (((adapter_name *)entry->value)->load == l)
-        return;
-    if (l->pushed)
-        return;
-    load **link = &cache->loads;
-    while (*link != l)
-        link = &(*link)->next;
-    *link = l->next;
-    load_free(l);
-}
-
-/* The load of a directory: one that has not ended, or a new one at the end of the line. */
-static load *load_require(qv_adapter_cache *cache, const char *dir)
-{
-    load **link = &cache->loads;
-    for (; *link != NULL; link = &(*link)->next)
-        if (strcmp((*link)->dir, dir) == 0)
-            return *link;
-    load *l = calloc(1, sizeof *l);
-    if (l == NULL || (l->dir = strdup(dir)) == NULL) {
-        load_free(l);
-        return NULL;
-    }
-    return *link = l;
-}
+/* --- Orders ---------------------------------------------------------------------------------- */
 
 static qv_status check_load(const qv_adapter_cache *cache, const char *name, const char *dir)
 {
@@ -381,13 +134,13 @@ static qv_status check_load(const qv_adapter_cache *cache, const char *name, con
     return QV_OK;
 }
 
-static adapter_name *name_require(qv_adapter_cache *cache, const char *text)
+static qv_adapter_name *name_require(qv_adapter_cache *cache, const char *text)
 {
     qv_map_entry *entry = qv_map_require_str(cache->names, text);
     if (entry == NULL)
         return NULL;
     if (entry->value == NULL) {
-        adapter_name *name = calloc(1, sizeof *name);
+        qv_adapter_name *name = calloc(1, sizeof *name);
         if (name == NULL) {
             qv_map_remove_entry(cache->names, entry);
             return NULL;
@@ -398,53 +151,73 @@ static adapter_name *name_require(qv_adapter_cache *cache, const char *text)
     return entry->value;
 }
 
+/* Make a name wait for another read, or for none. */
+static void wait_for(qv_adapter_cache *cache, qv_adapter_name *name, qv_adapter_read *read)
+{
+    qv_adapter_read *before = name->read;
+    name->read = read;
+    if (read != NULL)
+        read->n_names++;
+    if (before != NULL) {
+        before->n_names--;
+        qv_cache_settle_read(cache, before);
+    }
+}
+
 qv_status qv_adapter_cache_load(qv_adapter_cache *cache, const char *name_text, const char *dir,
                                 bool want_pin)
 {
     QV_TRY(check_load(cache, name_text, dir));
-    load *l = load_require(cache, dir);
-    adapter_name *name = l != NULL ? name_require(cache, name_text) : NULL;
+    qv_adapter_read *read = qv_cache_require_read(cache, dir);
+    qv_adapter_name *name = read != NULL ? name_require(cache, name_text) : NULL;
     char *copy = name != NULL && name->version == NULL ? strdup(dir) : NULL;
     if (name == NULL || (name->version == NULL && copy == NULL)) {
-        if (l != NULL)
-            load_settle(cache, l);
+        if (read != NULL)
+            qv_cache_settle_read(cache, read);
         return qv_fail(QV_ERR_NOMEM, "adapter %s: no memory", name_text);
     }
     if (copy != NULL) {
         free(name->dir);
         name->dir = copy;
     }
-    load *before = name->load;
-    name->load = l;
+    if (name->read != NULL)
+        read->wanted |= name->read->wanted && name->version == NULL;
+    wait_for(cache, name, read);
     name->want_pin = want_pin;
-    if (before != NULL && before != l)
-        load_settle(cache, before);
-    push_load(cache);
+    qv_cache_start_reads(cache);
     return QV_OK;
 }
 
 qv_status qv_adapter_cache_unload(qv_adapter_cache *cache, const char *name_text)
 {
-    adapter_name *name = qv_map_get_str(cache->names, name_text);
+    qv_adapter_name *name = qv_map_get_str(cache->names, name_text);
     if (name == NULL)
         return qv_fail(QV_ERR_NOT_FOUND, "adapter %s is not loaded here", name_text);
     set_reason(name, NULL);
     emit(cache, name, QV_ADAPTER_UNLOADED);
-    load *l = name->load;
     bind(cache, name, NULL);
+    wait_for(cache, name, NULL);
     qv_map_remove_str(cache->names, name_text);
     name_free(name);
-    if (l != NULL)
-        load_settle(cache, l);
-    bring_in_pinned(cache);
+    qv_cache_bring_in_pinned(cache);
+    qv_cache_start_reads(cache);
     return QV_OK;
 }
 
-static qv_adapter_phase phase_of(const adapter_name *name)
+static qv_adapter_phase phase_of(const qv_adapter_name *name)
 {
     if (name->version != NULL)
         return QV_ADAPTER_READY;
-    return name->load != NULL ? QV_ADAPTER_LOADING : QV_ADAPTER_FAILED;
+    return name->read != NULL ? QV_ADAPTER_LOADING : QV_ADAPTER_FAILED;
+}
+
+bool qv_adapter_cache_find(const qv_adapter_cache *cache, const char *text, qv_adapter_event *out)
+{
+    const qv_adapter_name *name = qv_map_get_str(cache->names, text);
+    if (name == NULL)
+        return false;
+    *out = event_of(name, phase_of(name));
+    return true;
 }
 
 void qv_adapter_cache_each(const qv_adapter_cache *cache,
@@ -452,7 +225,7 @@ void qv_adapter_cache_each(const qv_adapter_cache *cache,
 {
     QV_MAP_EACH(cache->names, entry)
     {
-        const adapter_name *name = entry->value;
+        const qv_adapter_name *name = entry->value;
         qv_adapter_event event = event_of(name, phase_of(name));
         each(&event, user);
     }
@@ -460,18 +233,23 @@ void qv_adapter_cache_each(const qv_adapter_cache *cache,
 
 /* --- Results --------------------------------------------------------------------------------- */
 
+static qv_code code_of_failure(qv_status status)
+{
+    return status == QV_ERR_NOT_FOUND ? QV_CODE_ADAPTER_NOT_FOUND
+           : status == QV_ERR_NOMEM   ? QV_CODE_INTERNAL
+                                      : QV_CODE_ADAPTER_INVALID;
+}
+
 /* A load of this name failed: it keeps the version it has, if any. */
-static void fail_name(qv_adapter_cache *cache, adapter_name *name, qv_status status,
+static void fail_name(qv_adapter_cache *cache, qv_adapter_name *name, qv_status status,
                       const char *reason)
 {
-    name->code = status == QV_ERR_NOT_FOUND ? QV_CODE_ADAPTER_NOT_FOUND
-                 : status == QV_ERR_NOMEM   ? QV_CODE_INTERNAL
-                                            : QV_CODE_ADAPTER_INVALID;
+    name->code = code_of_failure(status);
     set_reason(name, reason);
     emit(cache, name, QV_ADAPTER_FAILED);
 }
 
-static void succeed_name(qv_adapter_cache *cache, adapter_name *name, const char *dir,
+static void succeed_name(qv_adapter_cache *cache, qv_adapter_name *name, const char *dir,
                          qv_adapter_version *version)
 {
     char *copy = strdup(dir);
@@ -479,105 +257,178 @@ static void succeed_name(qv_adapter_cache *cache, adapter_name *name, const char
         fail_name(cache, name, QV_ERR_NOMEM, "no memory");
         return;
     }
-    free(name->dir);
-    name->dir = copy;
     set_reason(name, NULL);
     bind(cache, name, version);
+    free(name->dir);
+    name->dir = copy;
     emit(cache, name, QV_ADAPTER_READY);
 }
 
-/* A directory was read: tell every name that waited for it. */
-static void take_load(qv_adapter_cache *cache, load *l)
+/* A folder was read: tell every name that waited for it. */
+static void take_load(qv_adapter_cache *cache, qv_adapter_read *read)
 {
-    QV_ASSERT(l == cache->loads);
-    cache->loads = l->next;
-
-    qv_status status = l->job.status;
-    const char *reason = l->job.reason;
+    qv_status status = read->job.status;
+    const char *reason = read->job.reason;
     qv_adapter_version *version = NULL;
-    if (status == QV_OK) {
-        status = version_require(cache, l->job.adapter, &version);
+    if (read->job.unchanged) {
+        version = qv_map_get_str(cache->by_dir, read->dir);
+    } else if (status == QV_OK) {
+        status = qv_cache_require_version(cache, read, read->job.adapter, &version);
         reason = qv_error();
     }
     if (version != NULL)
         version->refs++; /* while names come and go */
-    uint64_t load_ms = qv_now_ms() - l->start_ms;
+    uint64_t load_ms = qv_now_ms() - read->start_ms;
     QV_MAP_EACH(cache->names, entry)
     {
-        adapter_name *name = entry->value;
-        if (name->load != l)
+        qv_adapter_name *name = entry->value;
+        if (read->n_names == 0)
+            break;
+        if (name->read != read)
             continue;
-        name->load = NULL;
+        name->read = NULL;
+        read->n_names--;
         name->load_ms = load_ms;
         if (status == QV_OK)
-            succeed_name(cache, name, l->dir, version);
+            succeed_name(cache, name, read->dir, version);
         else
             fail_name(cache, name, status, reason);
     }
-    if (version != NULL)
-        qv_adapter_cache_release(cache, version);
-    load_free(l);
-    push_load(cache);
+    if (version != NULL) {
+        version->refs--;
+        qv_cache_settle(cache, version);
+    }
 }
 
-/* A slot was filled or cleared. */
-static qv_status take_slot(qv_adapter_cache *cache, cache_slot *sl)
+void qv_cache_unload_version(qv_adapter_cache *cache, qv_adapter_version *version, qv_status status,
+                             const char *reason)
 {
-    if (sl->job.status != QV_OK)
-        return qv_fail(QV_ERR_DEVICE, "adapter slot %d: %s", sl->job.slot, sl->job.reason);
-    if (sl->job.kind == QV_LOADER_CLEAR) {
-        apply(sl, QV_SLOT_CLEARED);
-        return QV_OK;
+    version->refs++; /* while names go */
+    QV_MAP_EACH(cache->names, entry)
+    {
+        qv_adapter_name *name = entry->value;
+        if (name->version != version)
+            continue;
+        bind(cache, name, NULL);
+        fail_name(cache, name, status, reason);
     }
-    apply(sl, QV_SLOT_LOADED);
-    if (sl->version->n_pins > 0)
-        apply(sl, QV_SLOT_PIN);
-    version_settle(cache, sl->version);
-    return QV_OK;
+    version->refs--;
+    qv_cache_lose_version(cache, version, code_of_failure(status), reason);
+}
+
+/* A folder has no longer what a version needs to be read again. Names that point there have nothing
+ * now; if one that points elsewhere is left, the version is read there, and else it is lost. */
+static void take_loss(qv_adapter_cache *cache, qv_adapter_version *version,
+                      const qv_adapter_read *read)
+{
+    const char *other_dir = NULL;
+    version->refs++; /* while names go */
+    QV_MAP_EACH(cache->names, entry)
+    {
+        qv_adapter_name *name = entry->value;
+        if (name->version != version)
+            continue;
+        if (strcmp(name->dir, read->dir) != 0) {
+            other_dir = name->dir;
+            continue;
+        }
+        bind(cache, name, NULL);
+        fail_name(cache, name, read->job.status, read->job.reason);
+    }
+    version->refs--;
+    if (other_dir == NULL) {
+        qv_cache_lose_version(cache, version, code_of_failure(read->job.status), read->job.reason);
+        return;
+    }
+    qv_cache_move_version(cache, version, other_dir);
+    if (version->refs > 0 || version->n_pins > 0)
+        qv_cache_require_copy(cache, version);
+}
+
+/* A reader has come to the end of a read. */
+static void take_read(qv_adapter_cache *cache, qv_adapter_read *read)
+{
+    if (!qv_cache_end_read(cache, read))
+        return;
+    qv_adapter_version *version = read->version;
+    qv_cache_unlink_read(cache, read);
+    if (version != NULL) {
+        if (!qv_cache_take_copy(cache, read))
+            take_loss(cache, version, read);
+    } else if (read->n_names > 0) {
+        take_load(cache, read);
+    } else if (read->job.adapter != NULL) { /* nobody waits for it any more */
+        cache->source.close(cache->source.user, read->job.adapter);
+    }
+    qv_cache_free_read(read);
 }
 
 qv_status qv_adapter_cache_poll(qv_adapter_cache *cache, bool *changed)
 {
     *changed = false;
-    for (qv_loader_job *job; (job = qv_adapter_loader_pop(cache->loader)) != NULL;) {
+    for (int i = 0; i < QV_ADAPTER_READERS; i++)
+        for (qv_loader_job *job; (job = qv_adapter_loader_pop(cache->readers[i])) != NULL;) {
+            *changed = true;
+            take_read(cache, job->owner);
+        }
+    for (qv_loader_job *job; (job = qv_adapter_loader_pop(cache->copier)) != NULL;) {
         *changed = true;
-        if (job->kind == QV_LOADER_OPEN)
-            take_load(cache, job->owner);
-        else
-            QV_TRY(take_slot(cache, job->owner));
+        QV_TRY(qv_cache_take_slot(cache, job->owner));
     }
-    if (*changed)
-        bring_in_pinned(cache);
+    if (*changed) {
+        qv_cache_bring_in_pinned(cache);
+        qv_cache_start_reads(cache);
+    }
     return QV_OK;
 }
 
 int qv_adapter_cache_fd(const qv_adapter_cache *cache)
 {
-    return qv_adapter_loader_fd(cache->loader);
+    return cache->epoll_fd;
 }
 
 bool qv_adapter_cache_has_results(const qv_adapter_cache *cache)
 {
-    return qv_adapter_loader_has_results(cache->loader);
+    bool any = qv_adapter_loader_has_results(cache->copier);
+    for (int i = 0; i < QV_ADAPTER_READERS; i++)
+        any = any || qv_adapter_loader_has_results(cache->readers[i]);
+    return any;
 }
 
 /* --- Requests and sequences ------------------------------------------------------------------ */
 
+/* A request takes a version: where was it? What must be read again begins to be. */
+static void hold(qv_adapter_cache *cache, qv_adapter_version *version)
+{
+    qv_adapter_stats *stats = &cache->stats;
+    bool is_in_slot = version->slot >= 0 && cache->slots[version->slot].state != QV_SLOT_LOADING;
+    *(is_in_slot                 ? &stats->slot_hits
+      : version->adapter != NULL ? &stats->host_hits
+                                 : &stats->misses) += 1;
+    version->refs++;
+    stats->refs++;
+    qv_cache_touch(cache, version);
+    if (version->slot < 0)
+        qv_cache_require_copy(cache, version);
+}
+
 qv_status qv_adapter_cache_acquire(qv_adapter_cache *cache, qv_str text, qv_adapter_version **out,
                                    qv_code *code)
 {
-    const adapter_name *name = qv_map_get(cache->names, text.data, text.size);
+    const qv_adapter_name *name = qv_map_get(cache->names, text.data, text.size);
     *code = QV_CODE_ADAPTER_NOT_FOUND;
     if (name == NULL)
         return qv_fail(QV_ERR_NOT_FOUND, "adapter '%.*s' is not loaded here", (int)text.size,
                        text.data);
     if (name->version != NULL) {
-        name->version->refs++;
+        hold(cache, name->version);
         *out = name->version;
         return QV_OK;
     }
-    if (name->load != NULL)
+    if (name->read != NULL) {
+        name->read->wanted = true;
         return qv_fail(QV_ERR_BUSY, "adapter '%s' is being loaded", name->name);
+    }
     *code = name->code;
     return qv_fail(name->code == QV_CODE_ADAPTER_NOT_FOUND ? QV_ERR_NOT_FOUND : QV_ERR_FORMAT,
                    "adapter '%s': %s", name->name,
@@ -588,7 +439,9 @@ void qv_adapter_cache_release(qv_adapter_cache *cache, qv_adapter_version *versi
 {
     QV_ASSERT(version->refs > 0);
     version->refs--;
-    version_settle(cache, version);
+    cache->stats.refs--;
+    qv_cache_settle(cache, version);
+    qv_cache_start_reads(cache); /* a host copy may have to go now, or be able to */
 }
 
 const char *qv_adapter_version_digest(const qv_adapter_version *version)
@@ -596,26 +449,60 @@ const char *qv_adapter_version_digest(const qv_adapter_version *version)
     return version->digest;
 }
 
-int32_t qv_adapter_cache_enter(qv_adapter_cache *cache, qv_adapter_version *version)
+bool qv_adapter_version_is_lost(const qv_adapter_version *version, qv_code *code,
+                                const char **reason)
 {
-    if (version->slot < 0)
-        return bring_in(cache, version, true) ? QV_NO_SLOT_YET : QV_NO_SLOT_FREE;
-    cache_slot *sl = &cache->slots[version->slot];
-    if (sl->state == QV_SLOT_LOADING)
+    *code = version->code;
+    *reason = version->reason != NULL ? version->reason : "its files are gone";
+    return version->lost;
+}
+
+int32_t qv_adapter_cache_n_lost(const qv_adapter_cache *cache)
+{
+    return cache->n_lost;
+}
+
+int32_t qv_adapter_cache_enter(qv_adapter_cache *cache, qv_adapter_version *version, bool must)
+{
+    if (version->slot < 0 && version->adapter == NULL) {
+        qv_cache_require_copy(cache, version);
         return QV_NO_SLOT_YET;
-    sl->last_used = ++cache->ticks;
+    }
+    if (version->slot < 0)
+        return qv_cache_bring_in(cache, version, true, must) ? QV_NO_SLOT_YET : QV_NO_SLOT_FREE;
+    qv_cache_slot *slot = &cache->slots[version->slot];
+    if (slot->state == QV_SLOT_LOADING)
+        return QV_NO_SLOT_YET;
+    slot->last_used = ++cache->ticks;
+    qv_cache_touch(cache, version);
     version->users++;
+    cache->stats.users++;
     return version->slot;
+}
+
+bool qv_adapter_cache_prefetch(qv_adapter_cache *cache, qv_adapter_version *version)
+{
+    return version->slot >= 0 || version->adapter == NULL ||
+           qv_cache_bring_in(cache, version, true, false);
 }
 
 void qv_adapter_cache_leave(qv_adapter_cache *cache, qv_adapter_version *version)
 {
     QV_ASSERT(version->users > 0);
-    if (--version->users == 0)
-        bring_in_pinned(cache);
+    cache->stats.users--;
+    if (--version->users > 0)
+        return;
+    cache->n_leaves++;
+    qv_cache_bring_in_pinned(cache);
 }
 
 /* --- Facts ----------------------------------------------------------------------------------- */
+
+void qv_adapter_cache_get_stats(const qv_adapter_cache *cache, qv_adapter_stats *out)
+{
+    *out = cache->stats;
+    out->n_names = (int64_t)qv_map_count(cache->names);
+}
 
 qv_slot_state qv_adapter_cache_slot_state(const qv_adapter_cache *cache, int32_t i)
 {
@@ -631,30 +518,34 @@ int32_t qv_adapter_cache_n_empty(const qv_adapter_cache *cache)
     return n;
 }
 
-int64_t qv_adapter_cache_refs(const qv_adapter_cache *cache)
-{
-    int64_t n = 0;
-    for (const qv_adapter_version *v = cache->versions; v != NULL; v = v->next)
-        n += v->refs;
-    return n;
-}
-
-uint64_t qv_adapter_cache_host_bytes(const qv_adapter_cache *cache)
-{
-    return cache->host_bytes;
-}
-
 /* --- Life ------------------------------------------------------------------------------------ */
+
+/* Start a loader, and watch it. */
+static qv_status start_loader(qv_adapter_cache *cache, size_t max_jobs, qv_adapter_loader **out)
+{
+    QV_TRY(qv_adapter_loader_new(max_jobs, &cache->source, out));
+    struct epoll_event event = {.events = EPOLLIN};
+    if (epoll_ctl(cache->epoll_fd, EPOLL_CTL_ADD, qv_adapter_loader_fd(*out), &event) != 0)
+        return qv_fail(QV_ERR_IO, "adapter cache: epoll: %s", strerror(errno));
+    return QV_OK;
+}
 
 static qv_status start(qv_adapter_cache *cache)
 {
     int32_t n_slots = cache->options.n_slots;
     cache->names = qv_map_new(0);
+    cache->by_digest = qv_map_new(0);
+    cache->by_dir = qv_map_new(0);
     cache->slots = calloc((size_t)n_slots + 1, sizeof *cache->slots);
-    if (cache->names == NULL || cache->slots == NULL)
+    if (cache->names == NULL || cache->by_digest == NULL || cache->by_dir == NULL ||
+        cache->slots == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for %d adapter slots", n_slots);
-    /* One job of each slot and one load at most. */
-    return qv_adapter_loader_new((size_t)n_slots + 1, &cache->source, &cache->loader);
+    cache->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+    if (cache->epoll_fd < 0)
+        return qv_fail(QV_ERR_IO, "adapter cache: epoll: %s", strerror(errno));
+    for (int i = 0; i < QV_ADAPTER_READERS; i++)
+        QV_TRY(start_loader(cache, 1, &cache->readers[i]));
+    return start_loader(cache, (size_t)n_slots + 1, &cache->copier); /* one job a slot at most */
 }
 
 qv_status qv_adapter_cache_new(const qv_adapter_cache_options *options,
@@ -665,6 +556,8 @@ qv_status qv_adapter_cache_new(const qv_adapter_cache_options *options,
         return qv_fail(QV_ERR_NOMEM, "no memory for the adapter cache");
     cache->options = *options;
     cache->source = *source;
+    cache->epoll_fd = -1;
+    cache->n_leaves = 1;
     qv_status status = start(cache);
     if (status != QV_OK) {
         qv_adapter_cache_free(cache);
@@ -678,16 +571,27 @@ void qv_adapter_cache_free(qv_adapter_cache *cache)
 {
     if (cache == NULL)
         return;
-    qv_adapter_loader_free(cache->loader);
+    QV_ASSERT(cache->stats.refs == 0 && cache->stats.users == 0);
+    for (int i = 0; i < QV_ADAPTER_READERS; i++)
+        qv_adapter_loader_free(cache->readers[i]);
+    qv_adapter_loader_free(cache->copier);
+    if (cache->epoll_fd >= 0)
+        close(cache->epoll_fd);
+    for (qv_adapter_read *read = cache->reads, *next; read != NULL; read = next) {
+        next = read->next;
+        if (read->version != NULL)
+            read->version->read = NULL;
+        read->version = NULL;
+        read->n_names = 0;
+        read->reader = -1;
+        qv_cache_settle_read(cache, read);
+    }
     qv_map_free(cache->names, name_free);
-    for (load *l = cache->loads, *next; l != NULL; l = next) {
-        next = l->next;
-        load_free(l);
-    }
-    while (cache->versions != NULL) {
-        QV_ASSERT(cache->versions->refs == 0);
-        version_free(cache, cache->versions);
-    }
+    if (cache->by_digest != NULL)
+        QV_MAP_EACH(cache->by_digest, entry)
+    qv_cache_free_version(cache, entry->value);
+    qv_map_free(cache->by_digest, NULL);
+    qv_map_free(cache->by_dir, NULL);
     free(cache->slots);
     free(cache);
 }

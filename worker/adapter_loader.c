@@ -17,11 +17,30 @@ struct qv_adapter_loader {
 
 /* --- The thread ------------------------------------------------------------------------------ */
 
+/* Read a folder, unless it is as it was. Files that change meanwhile may not belong together. */
+static qv_status read_folder(const qv_adapter_source *source, qv_loader_job *job)
+{
+    void *user = source->user;
+    qv_adapter_stamp before = source->stamp(user, job->dir);
+    job->unchanged = job->stamp.settled && qv_adapter_stamp_equal(&before, &job->stamp);
+    if (job->unchanged)
+        return QV_OK;
+    job->stamp = before;
+    QV_TRY(source->open(user, job->dir, &job->adapter));
+    qv_adapter_stamp after = source->stamp(user, job->dir);
+    if (qv_adapter_stamp_equal(&before, &after))
+        return QV_OK;
+    source->close(user, job->adapter);
+    job->adapter = NULL;
+    return qv_fail(QV_ERR_IO, "%s: the files changed while they were read; load it again",
+                   job->dir);
+}
+
 static void run_job(const qv_adapter_source *source, qv_loader_job *job)
 {
     switch (job->kind) {
     case QV_LOADER_OPEN:
-        job->status = source->open(source->user, job->dir, &job->adapter);
+        job->status = read_folder(source, job);
         break;
     case QV_LOADER_INSTALL:
         job->status = source->install(source->user, job->slot, job->adapter);
@@ -91,7 +110,7 @@ void qv_adapter_loader_free(qv_adapter_loader *loader)
         qv_ring_wake(loader->jobs);
         pthread_join(loader->thread, NULL);
         for (qv_loader_job *job; (job = qv_adapter_loader_pop(loader)) != NULL;)
-            if (job->kind == QV_LOADER_OPEN && job->status == QV_OK)
+            if (job->kind == QV_LOADER_OPEN && job->adapter != NULL)
                 loader->source.close(loader->source.user, job->adapter);
     }
     qv_ring_free(loader->jobs);
@@ -124,6 +143,12 @@ bool qv_adapter_loader_has_results(const qv_adapter_loader *loader)
 }
 
 /* --- The model as a source ------------------------------------------------------------------- */
+
+static qv_adapter_stamp model_stamp(void *user, const char *dir)
+{
+    (void)user;
+    return qv_adapter_stamp_of(dir);
+}
 
 static qv_status model_open(void *user, const char *dir, qv_adapter **out)
 {
@@ -167,6 +192,7 @@ static uint64_t model_bytes(void *user, const qv_adapter *adapter)
 qv_adapter_source qv_adapter_source_of_model(qv_model *model)
 {
     return (qv_adapter_source){
+        .stamp = model_stamp,
         .open = model_open,
         .install = model_install,
         .clear = model_clear,

@@ -1,5 +1,6 @@
-/* The adapter loader: a thread that reads adapters from disk, checks them and copies them to the
- * device, beside the engine's steps.
+/* An adapter loader: a thread that reads adapters from disk and checks them, or copies them to the
+ * device, beside the engine's steps. The adapter cache has some that read and one that copies, so
+ * that a copy never waits for a disk.
  *
  * Jobs go to it by one ring and come back by another, in order. A job belongs to the loader's
  * thread from push to pop; its memory is the caller's. All functions here are the engine thread's.
@@ -8,10 +9,12 @@
 #define QV_WORKER_ADAPTER_LOADER_H
 
 #include "models/model.h"
+#include "worker/adapter_stamp.h"
 
-/* What loads adapters: the model's functions, or a test's. The first three are called on the
- * loader's thread, the others on the engine's. */
+/* What loads adapters: the model's functions, or a test's. The first four are called on loaders'
+ * threads, `close` on theirs and on the engine's, the others on the engine's. */
 typedef struct {
+    qv_adapter_stamp (*stamp)(void *user, const char *dir);
     qv_status (*open)(void *user, const char *dir, qv_adapter **out);
     qv_status (*install)(void *user, int32_t slot, const qv_adapter *adapter);
     qv_status (*clear)(void *user, int32_t slot);
@@ -34,11 +37,13 @@ typedef enum {
 
 typedef struct {
     qv_loader_kind kind;
-    const char *dir;           /* OPEN */
-    int32_t slot;              /* INSTALL, CLEAR */
-    qv_adapter *adapter;       /* INSTALL: which; OPEN: the result, which the caller owns */
-    void *owner;               /* whatever the caller hangs the job on */
-    qv_status status;          /* the result */
+    const char *dir;        /* OPEN */
+    qv_adapter_stamp stamp; /* OPEN: of an earlier read, unless it is not settled; the result */
+    bool unchanged;         /* OPEN: the stamp is still the same, and nothing was read */
+    int32_t slot;           /* INSTALL, CLEAR */
+    qv_adapter *adapter;    /* INSTALL: which; OPEN: the result, which the caller owns, or NULL */
+    void *owner;            /* whatever the caller hangs the job on */
+    qv_status status;       /* the result */
     char reason[QV_ERROR_MAX]; /* of a failure */
 } qv_loader_job;
 

@@ -8,8 +8,9 @@ static const char *const state_names[QV_SLOT_STATE_COUNT] = {
 };
 
 static const char *const event_names[QV_SLOT_EVENT_COUNT] = {
-    [QV_SLOT_LOAD] = "LOAD",   [QV_SLOT_LOADED] = "LOADED", [QV_SLOT_PIN] = "PIN",
-    [QV_SLOT_UNPIN] = "UNPIN", [QV_SLOT_EVICT] = "EVICT",   [QV_SLOT_CLEARED] = "CLEARED",
+    [QV_SLOT_LOAD] = "LOAD",       [QV_SLOT_LOADED] = "LOADED", [QV_SLOT_FAILED] = "FAILED",
+    [QV_SLOT_PIN] = "PIN",         [QV_SLOT_UNPIN] = "UNPIN",   [QV_SLOT_EVICT] = "EVICT",
+    [QV_SLOT_CLEARED] = "CLEARED",
 };
 
 static const struct {
@@ -19,6 +20,7 @@ static const struct {
 } transitions[] = {
     {QV_SLOT_EMPTY, QV_SLOT_LOAD, QV_SLOT_LOADING},
     {QV_SLOT_LOADING, QV_SLOT_LOADED, QV_SLOT_READY},
+    {QV_SLOT_LOADING, QV_SLOT_FAILED, QV_SLOT_EMPTY},
     {QV_SLOT_READY, QV_SLOT_PIN, QV_SLOT_PINNED},
     {QV_SLOT_PINNED, QV_SLOT_UNPIN, QV_SLOT_READY},
     {QV_SLOT_READY, QV_SLOT_EVICT, QV_SLOT_EVICTING},

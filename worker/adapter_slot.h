@@ -1,6 +1,6 @@
 /* The states of an adapter slot on the device (worker/adapter_cache.h):
  *
- *     EMPTY --> LOADING --> READY <--> PINNED
+ *     EMPTY <-> LOADING --> READY <--> PINNED
  *       ^          ^          |
  *       +------ EVICTING <----+
  *
@@ -21,6 +21,7 @@ typedef enum {
 typedef enum {
     QV_SLOT_LOAD,   /* copying starts */
     QV_SLOT_LOADED, /* copying is done */
+    QV_SLOT_FAILED, /* the device had no memory for it; the slot is clear */
     QV_SLOT_PIN,
     QV_SLOT_UNPIN,
     QV_SLOT_EVICT,

@@ -153,6 +153,26 @@ static void retry_parked(qv_engine *engine)
     }
 }
 
+/* End the requests whose version cannot be had any more. */
+static void fail_lost(qv_engine *engine)
+{
+    if (qv_adapter_cache_n_lost(engine->adapters) == 0)
+        return;
+    QV_MAP_EACH(engine->requests, entry)
+    {
+        qv_request *request = entry->value;
+        qv_code code;
+        const char *reason;
+        if (request->version == NULL ||
+            !qv_adapter_version_is_lost(request->version, &code, &reason))
+            continue;
+        char message[QV_ERROR_MAX];
+        snprintf(message, sizeof message, "adapter '%.*s': %s", (int)request->adapter.size,
+                 request->adapter.data, reason);
+        qv_engine_fail_request(engine, request, code, message);
+    }
+}
+
 /* Whether the engine can take the request at all. */
 static qv_status check_room(const qv_engine *engine, const qv_request *request)
 {
@@ -219,6 +239,11 @@ qv_status qv_engine_unload_adapter(qv_engine *engine, const char *name)
     return status;
 }
 
+bool qv_engine_find_adapter(const qv_engine *engine, const char *name, qv_adapter_event *out)
+{
+    return qv_adapter_cache_find(engine->adapters, name, out);
+}
+
 void qv_engine_each_adapter(const qv_engine *engine, void (*each)(const qv_adapter_event *, void *),
                             void *user)
 {
@@ -234,10 +259,16 @@ void qv_engine_on_adapter_event(void *user, const qv_adapter_event *event)
 
 /* What the scheduler asks about adapters. */
 
-static int32_t enter_slot(void *user, qv_sequence *seq)
+static int32_t enter_slot(void *user, qv_sequence *seq, bool must)
 {
     qv_engine *engine = user;
-    return qv_adapter_cache_enter(engine->adapters, seq->request->version);
+    return qv_adapter_cache_enter(engine->adapters, seq->request->version, must);
+}
+
+static bool prefetch(void *user, qv_sequence *seq)
+{
+    qv_engine *engine = user;
+    return qv_adapter_cache_prefetch(engine->adapters, seq->request->version);
 }
 
 static void leave_slot(void *user, qv_sequence *seq)
@@ -253,7 +284,11 @@ static bool slot_is_pinned(void *user, int32_t slot)
 }
 
 const qv_adapter_slots qv_engine_adapter_slots = {
-    .acquire = enter_slot, .release = leave_slot, .is_pinned = slot_is_pinned};
+    .acquire = enter_slot,
+    .prefetch = prefetch,
+    .release = leave_slot,
+    .is_pinned = slot_is_pinned,
+};
 
 /* --- Step ------------------------------------------------------------------------------------ */
 
@@ -439,6 +474,24 @@ static void count_prefixes(qv_engine *engine, const qv_engine_stats *before)
     qv_gauge_set(m->prefix_pages, now->n_pages);
 }
 
+/* The numbers that the adapter cache keeps go to the metrics. */
+static void count_adapters(qv_engine *engine)
+{
+    const qv_engine_metrics *m = &engine->metrics;
+    qv_adapter_stats now, *before = &engine->adapter_stats;
+    qv_adapter_cache_get_stats(engine->adapters, &now);
+    qv_counter_add(m->slot_hits, now.slot_hits - before->slot_hits);
+    qv_counter_add(m->host_hits, now.host_hits - before->host_hits);
+    qv_counter_add(m->misses, now.misses - before->misses);
+    qv_counter_add(m->reads, now.reads - before->reads);
+    qv_counter_add(m->installs, now.installs - before->installs);
+    qv_counter_add(m->slot_evictions, now.slot_evictions - before->slot_evictions);
+    qv_counter_add(m->host_evictions, now.host_evictions - before->host_evictions);
+    qv_gauge_set(m->adapters, (double)now.n_names);
+    qv_gauge_set(m->host_bytes, (double)now.host_bytes);
+    *before = now;
+}
+
 static void count_step(qv_engine *engine, const qv_engine_stats *before, int32_t n_tokens,
                        uint64_t start_ns)
 {
@@ -462,6 +515,7 @@ static void count_step(qv_engine *engine, const qv_engine_stats *before, int32_t
     qv_gauge_set(m->waiting, stats.waiting);
     qv_gauge_set(m->free_pages, stats.free_pages);
     qv_gauge_set(m->empty_slots, stats.free_adapter_slots);
+    count_adapters(engine);
 }
 
 qv_status qv_engine_step(qv_engine *engine, qv_step_result *result)
@@ -473,6 +527,7 @@ qv_status qv_engine_step(qv_engine *engine, qv_step_result *result)
     bool news;
     QV_TRY(qv_adapter_cache_poll(engine->adapters, &news));
     if (news) {
+        fail_lost(engine);
         retry_parked(engine);
         qv_scheduler_notify(engine->scheduler);
     }

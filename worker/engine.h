@@ -40,7 +40,7 @@ typedef struct {
     int64_t max_lora_rank;  /* rank that a slot has room for */
     int64_t adapter_memory; /* on demand, for experts and embedding; 0 = planned */
     int64_t max_adapter_bytes;   /* largest adapter file */
-    int64_t adapter_cache_bytes; /* host copies of all adapters; beyond it a load fails */
+    int64_t adapter_cache_bytes; /* host copies of adapters; beyond it they are read again */
     int64_t swap_bytes; /* host memory for states of preempted sequences; beyond it recompute */
     bool prefix_cache;  /* begin from what earlier prompts left in pages and snapshots */
     int64_t prefix_snapshots; /* state slots for snapshots, beside those of running sequences */
@@ -122,6 +122,10 @@ typedef struct {
     bool pin;
 } qv_adapter_event;
 
+/* The adapter of this name as it is now; false: there is none. Borrowed until the next call of
+ * qv_engine_step. */
+bool qv_engine_find_adapter(const qv_engine *engine, const char *name, qv_adapter_event *out);
+
 /* Every adapter known now; `each` is called once per adapter. */
 void qv_engine_each_adapter(const qv_engine *engine, void (*each)(const qv_adapter_event *, void *),
                             void *user);
@@ -156,5 +160,21 @@ typedef struct {
     qv_prefix_stats prefix;               /* zero: switched off */
 } qv_engine_stats;
 void qv_engine_get_stats(const qv_engine *engine, qv_engine_stats *out);
+
+/* Of adapters: what there is now, and what has happened since the engine was opened. */
+typedef struct {
+    int64_t n_names, n_versions;
+    int64_t refs;        /* requests that hold a version, all versions */
+    int64_t users;       /* running sequences that hold a slot */
+    int64_t host_copies; /* versions with a copy in host memory */
+    uint64_t host_bytes; /* of those copies */
+    uint64_t slot_hits;  /* requests whose adapter was in a slot when they came; */
+    uint64_t host_hits;  /* on its way there, or in host memory; */
+    uint64_t misses;     /* on disk only */
+    uint64_t reads;      /* of folders that began */
+    uint64_t installs;   /* copies into slots that began */
+    uint64_t slot_evictions, host_evictions;
+} qv_adapter_stats;
+void qv_engine_get_adapter_stats(const qv_engine *engine, qv_adapter_stats *out);
 
 #endif

@@ -28,7 +28,9 @@ typedef struct {
     qv_counter *failed;                        /* requests that ended in an error */
     qv_counter *prefix_lookups, *prefix_hits, *prefix_tokens;
     qv_counter *prefix_snapshots_evicted, *prefix_pages_evicted;
-    qv_gauge *running, *waiting, *free_pages, *empty_slots;
+    qv_counter *slot_hits, *host_hits, *misses; /* requests, by where their adapter was */
+    qv_counter *reads, *installs, *slot_evictions, *host_evictions;
+    qv_gauge *running, *waiting, *free_pages, *empty_slots, *adapters, *host_bytes;
     qv_gauge *prefix_snapshots, *prefix_pages;
     qv_histogram *step_seconds, *step_tokens;
 } qv_engine_metrics;
@@ -62,6 +64,7 @@ struct qv_engine {
     qv_outbox outbox;
 
     qv_engine_stats stats;
+    qv_adapter_stats adapter_stats; /* as the metrics have them */
     qv_engine_metrics metrics;
 };
 

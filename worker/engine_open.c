@@ -61,6 +61,11 @@ void qv_engine_get_stats(const qv_engine *engine, qv_engine_stats *out)
     out->free_adapter_slots = qv_adapter_cache_n_empty(engine->adapters);
 }
 
+void qv_engine_get_adapter_stats(const qv_engine *engine, qv_adapter_stats *out)
+{
+    qv_adapter_cache_get_stats(engine->adapters, out);
+}
+
 /* --- Life ------------------------------------------------------------------------------------ */
 
 static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
@@ -85,6 +90,11 @@ static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
          "Snapshots dropped from the prefix cache to make room."},
         {&m->prefix_pages_evicted, "quiver_engine_prefix_evicted_pages_total",
          "KV pages dropped from the prefix cache to make room."},
+        {&m->reads, "quiver_adapter_reads_total", "Adapter folders looked at or read."},
+        {&m->installs, "quiver_adapter_installs_total", "Adapters copied into a slot."},
+        {&m->slot_evictions, "quiver_adapter_slot_evictions_total", "Adapters that lost a slot."},
+        {&m->host_evictions, "quiver_adapter_host_evictions_total",
+         "Adapters that lost their copy in host memory."},
     };
     const struct {
         qv_gauge **gauge;
@@ -96,6 +106,8 @@ static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
         {&m->prefix_snapshots, "quiver_engine_prefix_snapshots", "Snapshots of the prefix cache."},
         {&m->prefix_pages, "quiver_engine_prefix_pages", "KV pages that the prefix cache knows."},
         {&m->empty_slots, "quiver_engine_empty_adapter_slots", "Adapter slots that are empty."},
+        {&m->adapters, "quiver_adapters", "Adapter names that are known."},
+        {&m->host_bytes, "quiver_adapter_host_bytes", "Host memory of copies of adapters."},
     };
     for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
         QV_TRY(qv_metrics_counter(metrics, counters[i].name, counters[i].help, QV_NO_LABELS,
@@ -103,6 +115,14 @@ static qv_status register_metrics(qv_metrics *metrics, qv_engine_metrics *m)
     for (size_t i = 0; i < sizeof gauges / sizeof *gauges; i++)
         QV_TRY(qv_metrics_gauge(metrics, gauges[i].name, gauges[i].help, QV_NO_LABELS,
                                 gauges[i].gauge));
+    const struct {
+        qv_counter **counter;
+        const char *where;
+    } found[] = {{&m->slot_hits, "slot"}, {&m->host_hits, "host"}, {&m->misses, "disk"}};
+    for (size_t i = 0; i < sizeof found / sizeof *found; i++)
+        QV_TRY(qv_metrics_counter(metrics, "quiver_adapter_requests_total",
+                                  "Requests with an adapter, by where it was when they came.",
+                                  QV_LABELS({"found", found[i].where}), found[i].counter));
     for (size_t i = 0; i < QV_N_FINISH_REASONS; i++)
         QV_TRY(qv_metrics_counter(metrics, "quiver_engine_finished_total",
                                   "Answers that ended, by reason.",

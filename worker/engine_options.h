@@ -97,9 +97,11 @@
                   .min = 0, .section = "Adapters"),                                                \
         QV_OPTION(st, m.max_adapter_bytes, SIZE, "max-adapter-bytes", "SIZE", "2G",                \
                   "Largest adapter file.", .min = 1, .section = "Adapters"),                       \
-        QV_OPTION(st, m.adapter_cache_bytes, SIZE, "adapter-cache-bytes", "SIZE", "4G",            \
-                  "Host memory for the copies of all loaded adapters. A load beyond it fails.",    \
-                  .min = 1, .section = "Adapters"),                                                \
+        QV_OPTION(                                                                                 \
+            st, m.adapter_cache_bytes, SIZE, "adapter-cache-bytes", "SIZE", "4G",                  \
+            "Host memory for copies of loaded adapters. Beyond it the ones used longest ago are "  \
+            "dropped, and read again when a request asks for them.",                               \
+            .min = 1, .section = "Adapters"),                                                      \
         QV_OPTION(st, m.preempt_every, INT, "preempt-every", "STEPS", "0",                         \
                   "Preempt a running answer every so many steps although nothing asks for it, to " \
                   "show that answers do not depend on it. 0: never.",                              \

@@ -295,35 +295,12 @@ static void begin_session(qv_engine_thread *t, uint64_t epoch)
     t->epoch = epoch;
 }
 
-/* Looks for one adapter among all. */
-typedef struct {
-    qv_engine_thread *t;
-    const char *name, *digest; /* digest NULL: any version */
-    bool is_known, is_version; /* there is one of this name; and of this version */
-} adapter_search;
-
-static void match_adapter(const qv_adapter_event *adapter, void *user)
+/* Whether the engine has this version of an adapter (digest NULL: any, also none yet). */
+static bool has_version(const qv_engine_thread *t, const char *name, const char *digest)
 {
-    adapter_search *search = user;
-    if (strcmp(adapter->name, search->name) != 0)
-        return;
-    search->is_known = true;
-    search->is_version = search->digest == NULL ||
-                         (adapter->digest != NULL && strcmp(adapter->digest, search->digest) == 0);
-}
-
-static adapter_search find_adapter(qv_engine_thread *t, const char *name, const char *digest)
-{
-    adapter_search search = {.t = t, .name = name, .digest = digest};
-    qv_engine_each_adapter(t->engine, match_adapter, &search);
-    return search;
-}
-
-static void report_if_named(const qv_adapter_event *adapter, void *user)
-{
-    const adapter_search *search = user;
-    if (strcmp(adapter->name, search->name) == 0)
-        report_adapter(search->t, adapter);
+    qv_adapter_event adapter;
+    return qv_engine_find_adapter(t->engine, name, &adapter) &&
+           (digest == NULL || strcmp(adapter.digest, digest) == 0);
 }
 
 /* A request that does not reach the engine ends here. */
@@ -365,7 +342,7 @@ static void run(qv_engine_thread *t, qv_command *c)
     } else if (qv_map_get_u64(t->by_number, c->number) != NULL) {
         qv_warn("request %" PRIu64 " came twice, the second is ignored", c->number);
         atomic_fetch_sub_explicit(&t->n_requests, 1, memory_order_release);
-    } else if (c->name != NULL && !find_adapter(t, c->name, c->digest).is_version) {
+    } else if (c->name != NULL && !has_version(t, c->name, c->digest)) {
         refuse(t, c, QV_CODE_WORKER_LOST,
                "the version of the adapter that began this answer is not here");
     } else if (!remember(t, c)) {
@@ -400,11 +377,11 @@ static void unload_adapter(qv_engine_thread *t, const qv_command *c)
         qv_err("out of memory: an adapter is not unloaded");
         return;
     }
-    adapter_search search = find_adapter(t, c->name, c->digest);
-    if (!search.is_known)
+    qv_adapter_event adapter;
+    if (!qv_engine_find_adapter(t->engine, c->name, &adapter))
         report_adapter(t, &(qv_adapter_event){.name = c->name, .phase = QV_ADAPTER_UNLOADED});
-    else if (!search.is_version)
-        qv_engine_each_adapter(t->engine, report_if_named, &search);
+    else if (!has_version(t, c->name, c->digest))
+        report_adapter(t, &adapter);
     else
         qv_engine_unload_adapter(t->engine, c->name);
 }

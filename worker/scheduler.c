@@ -395,13 +395,13 @@ static int32_t spare_pages(const qv_scheduler *s)
 }
 
 /* Hold the slot of the sequence's adapter and keep its state in step with the answer. */
-static admission acquire_adapter(qv_scheduler *s, qv_sequence *seq)
+static admission acquire_adapter(qv_scheduler *s, qv_sequence *seq, bool must)
 {
     if (!seq->has_adapter) {
         seq->adapter_slot = -1;
         return ADMITTED;
     }
-    int32_t slot = s->adapters.acquire(s->adapters.user, seq);
+    int32_t slot = s->adapters.acquire(s->adapters.user, seq, must);
     if (slot >= 0 && s->slot_draining[slot]) {
         s->adapters.release(s->adapters.user, seq);
         return NO_ADAPTER;
@@ -461,11 +461,11 @@ static void begin_sequence(qv_scheduler *s, qv_sequence *seq)
         s->loads[s->plan.n_loads++] = (qv_plan_load){.seq = seq, .from_slot = match.state_slot};
 }
 
-static admission admit(qv_scheduler *s, qv_sequence *seq)
+static admission admit(qv_scheduler *s, qv_sequence *seq, bool must)
 {
     if (!has_room(s, seq))
         return NO_PAGES;
-    admission adapter = acquire_adapter(s, seq);
+    admission adapter = acquire_adapter(s, seq, must);
     if (adapter != ADMITTED)
         return adapter;
     begin_sequence(s, seq);
@@ -517,28 +517,44 @@ static void measure_slots(qv_scheduler *s)
         }
 }
 
+/* Nobody can be admitted now: bring in the adapters of those who are next, so that copying them
+ * overlaps with the steps until then. */
+static void prefetch_adapters(qv_scheduler *s, qv_sequence *seq)
+{
+    for (int32_t n = s->options.adapter_slots; seq != NULL && n > 0; seq = seq->next, n--)
+        if (seq->has_adapter && !s->adapters.prefetch(s->adapters.user, seq))
+            return;
+}
+
 /* Scan the queue: admit what fits, skip what does not, and plan the first chunk of what came in. */
 static void plan_admissions(qv_scheduler *s)
 {
+    bool may_prefetch = true;
     s->retry = false;
     if (s->queue.count == 0)
         return;
     measure_slots(s);
     for (qv_sequence *seq = s->queue.head, *next; seq != NULL; seq = next) {
         next = seq->next;
-        if (tokens_left(s) == 0 || !has_free_slot(s))
+        if (tokens_left(s) == 0 || !has_free_slot(s)) {
+            prefetch_adapters(s, seq);
             return; /* something runs, so there is a next plan */
+        }
         qv_sequence *ahead = seq->prev;
         bool starving = seq->overtaken >= s->options.max_overtakes;
-        switch (admit(s, seq)) {
+        switch (admit(s, seq, starving)) {
         case ADMITTED:
             for (; ahead != NULL; ahead = ahead->prev)
                 ahead->overtaken++;
             plan_chunk(s, seq);
             break;
         case NO_PAGES:
-            if (starving)
+            if (starving) {
+                prefetch_adapters(s, seq);
                 return;
+            }
+            if (may_prefetch && seq->has_adapter)
+                may_prefetch = s->adapters.prefetch(s->adapters.user, seq);
             break;
         case NO_ADAPTER_SLOT:
             if (starving)

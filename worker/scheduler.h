@@ -9,7 +9,9 @@
  * The queue is ordered by arrival, where one level of priority counts as aging_ms of waiting: a low
  * priority waits longer, never for ever. A sequence that cannot be admitted is skipped, so those
  * behind it go on; after max_overtakes of them it closes the door it waits at (pages: nobody behind
- * it is admitted; adapter slots: the slot that will be free soonest takes no new sequences).
+ * it is admitted; adapter slots: it may take an idle one that others wait for, or the one that will
+ * be free soonest takes no new sequences). Adapters of sequences that wait for something else are
+ * brought in meanwhile.
  *
  * When pages run out, the last in that same order is preempted: lowest priority, youngest. Pages
  * are taken for the whole prompt at admission, so only answers that grow can run out.
@@ -47,12 +49,15 @@ typedef struct {
 
 /* What qv_adapter_slots.acquire says instead of a slot. */
 #define QV_NO_SLOT_YET  (-2) /* on its way; ask again later */
-#define QV_NO_SLOT_FREE (-3) /* every slot is used by running sequences, or pinned */
+#define QV_NO_SLOT_FREE (-3) /* every slot is in use, wanted or pinned */
 
 /* Where adapters come from. `acquire` holds the slot of the sequence's adapter, and starts to bring
- * it there if it must; `release` gives one hold back. */
+ * it there if it must; with `must` also in place of an idle one that other queued sequences want.
+ * `prefetch` starts to bring in the adapter of a sequence that cannot be admitted yet, if that
+ * costs nobody anything; false: there is no place for any. `release` gives one hold back. */
 typedef struct {
-    int32_t (*acquire)(void *user, qv_sequence *seq);
+    int32_t (*acquire)(void *user, qv_sequence *seq, bool must);
+    bool (*prefetch)(void *user, qv_sequence *seq);
     void (*release)(void *user, qv_sequence *seq);
     bool (*is_pinned)(void *user, int32_t slot);
     void *user;

@@ -42,6 +42,12 @@ static void set_text(char **text, const char *value)
     *text = value != NULL ? strdup(value) : NULL;
 }
 
+/* Whether the name still has a version after a failure. */
+static bool keeps_version(const qv_adapter_event *event)
+{
+    return event->digest != NULL && event->digest[0] != '\0';
+}
+
 /* Keep the list that `ready` gives: a name with a version stays through a load that fails. */
 static void note_adapter(qv_worker *w, const qv_adapter_event *event)
 {
@@ -59,7 +65,7 @@ static void note_adapter(qv_worker *w, const qv_adapter_event *event)
         held->pin = event->pin;
     } else if (held->loading) {
         set_text(&held->path, event->path);
-    } else if (event->phase == QV_ADAPTER_UNLOADED || held->digest == NULL) {
+    } else if (event->phase == QV_ADAPTER_UNLOADED || !keeps_version(event)) {
         qv_map_remove_str(w->held, event->name);
         qv_worker_free_held(held);
     }

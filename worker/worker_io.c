@@ -53,17 +53,11 @@ static void end_with(qv_worker *w, qv_status status, const char *reason)
 
 /* --- the session's questions ----------------------------------------------------------------- */
 
-/* Adapters that the worker can hold: more than have a slot on the device, since those without one
- * wait in host memory and take turns. */
+/* Adapters that the worker can hold: many more than have a slot on the device, since those without
+ * one wait in host memory or on disk and take turns. */
 static int64_t most_adapters(const qv_engine *engine)
 {
-    const qv_engine_options *options = qv_engine_get_options(engine);
-    uint64_t slot_bytes = qv_engine_plan(engine)->adapter_slot;
-    if (options->adapter_slots == 0 || slot_bytes == 0)
-        return options->adapter_slots;
-    int64_t n = options->adapter_cache_bytes / (int64_t)slot_bytes;
-    n = n < QV_MAX_ADAPTER_NAMES ? n : QV_MAX_ADAPTER_NAMES;
-    return n > options->adapter_slots ? n : options->adapter_slots;
+    return qv_engine_get_options(engine)->adapter_slots > 0 ? QV_MAX_ADAPTER_NAMES : 0;
 }
 
 static void fill_ready(qv_msg_ready *ready, qv_arena *arena, void *user)

@@ -84,6 +84,10 @@ void drive_close(drive *d)
     cr_expect_eq(stats.waiting, 0);
     cr_expect_eq(stats.free_pages, qv_engine_total_pages(d->engine));
     cr_expect_eq(stats.free_state_slots, o->max_running);
+    qv_adapter_stats adapters;
+    qv_engine_get_adapter_stats(d->engine, &adapters);
+    cr_expect_eq(adapters.refs, 0, "%d requests hold adapters", (int)adapters.refs);
+    cr_expect_eq(adapters.users, 0, "%d sequences hold adapter slots", (int)adapters.users);
     qv_engine_close(d->engine);
     for (uint64_t i = 0; i < d->n_requests; i++) {
         drive_request *request = &d->requests[i];

@@ -12,7 +12,8 @@
 
 /* --- A source ---------------------------------------------------------------------------------
  * A directory "content:rank:bytes" is an adapter with that content; "missing" is not there,
- * "broken" does not parse. While the gate is shut, open waits at it. */
+ * "broken" does not parse. While the gate is shut, open waits at it; folders named "slow..." wait
+ * at one of their own. */
 
 struct qv_adapter {
     char digest[40];
@@ -23,30 +24,50 @@ struct qv_adapter {
 typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t changed;
-    bool shut;
+    bool shut, slow_shut;
     bool install_fails;
+    int device_room;        /* adapters that the device has memory for; 0 = as many as slots */
+    bool unsettled;         /* stamps say that the files were just written */
+    uint64_t generation;    /* of all files: part of their stamps */
+    const char *content[2]; /* folder and what is in it now, if it is not what its name says */
+    char opened[4096];      /* folders in the order they were read, each with a blank */
     int n_waiting, n_opened, n_closed, n_installs, n_clears;
     char slot[8][40]; /* digest of what is in each slot, "" = cleared */
 } source;
 
-static qv_status source_open(void *user, const char *dir, qv_adapter **out)
+static qv_adapter_stamp source_stamp(void *user, const char *dir)
 {
     source *s = user;
     pthread_mutex_lock(&s->lock);
+    qv_adapter_stamp out = {.hash = {s->generation}, .settled = !s->unsettled};
+    for (const char *c = dir; *c != '\0'; c++)
+        out.hash[1] = out.hash[1] * 31 + (uint64_t)*c;
+    pthread_mutex_unlock(&s->lock);
+    return out;
+}
+
+static qv_status source_open(void *user, const char *dir, qv_adapter **out)
+{
+    source *s = user;
+    const char *name = dir;
+    pthread_mutex_lock(&s->lock);
+    snprintf(s->opened + strlen(s->opened), sizeof s->opened - strlen(s->opened), "%s ", dir);
     s->n_waiting++;
     pthread_cond_broadcast(&s->changed);
-    while (s->shut)
+    while (strncmp(dir, "slow", 4) == 0 ? s->slow_shut : s->shut)
         pthread_cond_wait(&s->changed, &s->lock);
     s->n_waiting--;
+    if (s->content[0] != NULL && strcmp(s->content[0], dir) == 0)
+        name = s->content[1];
     pthread_mutex_unlock(&s->lock);
-    if (strcmp(dir, "missing") == 0)
+    if (strcmp(name, "missing") == 0)
         return qv_fail(QV_ERR_NOT_FOUND, "%s: no such directory", dir);
-    if (strcmp(dir, "broken") == 0)
+    if (strcmp(name, "broken") == 0)
         return qv_fail(QV_ERR_FORMAT, "%s: truncated", dir);
     qv_adapter *adapter = calloc(1, sizeof *adapter);
     adapter->rank = 8;
     adapter->bytes = 100;
-    sscanf(dir, "%39[^:]:%d:%lu", adapter->digest, &adapter->rank, &adapter->bytes);
+    sscanf(name, "%39[^:]:%d:%lu", adapter->digest, &adapter->rank, &adapter->bytes);
     pthread_mutex_lock(&s->lock);
     s->n_opened++;
     pthread_mutex_unlock(&s->lock);
@@ -59,9 +80,16 @@ static qv_status source_install(void *user, int32_t slot, const qv_adapter *adap
     source *s = user;
     pthread_mutex_lock(&s->lock);
     s->n_installs++;
-    memcpy(s->slot[slot], adapter->digest, sizeof s->slot[slot]);
-    bool fails = s->install_fails;
+    s->slot[slot][0] = '\0';
+    int n_held = 1;
+    for (int i = 0; i < 8; i++)
+        n_held += s->slot[i][0] != '\0';
+    bool fails = s->install_fails, full = s->device_room != 0 && n_held > s->device_room;
+    if (!full)
+        memcpy(s->slot[slot], adapter->digest, sizeof s->slot[slot]);
     pthread_mutex_unlock(&s->lock);
+    if (full)
+        return qv_fail(QV_ERR_LIMIT, "no memory of the device is left for it");
     return fails ? qv_fail(QV_ERR_DEVICE, "the device is gone") : QV_OK;
 }
 
@@ -113,6 +141,8 @@ typedef struct {
 
 typedef struct {
     source source;
+    int32_t n_slots;
+    uint64_t host_bytes;
     qv_adapter_cache *cache;
     event events[64];
     int n_events;
@@ -128,23 +158,46 @@ static void on_event(void *user, const qv_adapter_event *e)
     snprintf(out->reason, sizeof out->reason, "%s", e->reason != NULL ? e->reason : "");
 }
 
-static world *world_new(int32_t n_slots)
+static world *world_of(int32_t n_slots, uint64_t host_bytes)
 {
     world *w = calloc(1, sizeof *w);
+    w->n_slots = n_slots;
+    w->host_bytes = host_bytes;
     pthread_mutex_init(&w->source.lock, NULL);
     pthread_cond_init(&w->source.changed, NULL);
-    qv_adapter_source functions = {source_open,   source_install, source_clear, source_close,
-                                   source_digest, source_rank,    source_bytes, &w->source};
+    qv_adapter_source functions = {
+        .stamp = source_stamp,
+        .open = source_open,
+        .install = source_install,
+        .clear = source_clear,
+        .close = source_close,
+        .digest = source_digest,
+        .rank = source_rank,
+        .bytes = source_bytes,
+        .user = &w->source,
+    };
     qv_adapter_cache_options options = {
-        .n_slots = n_slots, .host_bytes = 1000, .on_event = on_event, .user = w};
+        .n_slots = n_slots, .host_bytes = host_bytes, .on_event = on_event, .user = w};
     cr_assert_eq(qv_adapter_cache_new(&options, &functions, &w->cache), QV_OK, "%s", qv_error());
     return w;
+}
+
+static world *world_new(int32_t n_slots)
+{
+    return world_of(n_slots, 1000);
+}
+
+static qv_adapter_stats stats(const world *w)
+{
+    qv_adapter_stats out;
+    qv_adapter_cache_get_stats(w->cache, &out);
+    return out;
 }
 
 /* Every adapter that was opened is closed. */
 static void world_free(world *w)
 {
-    cr_expect_eq(qv_adapter_cache_refs(w->cache), 0);
+    cr_expect_eq(stats(w).refs, 0);
     qv_adapter_cache_free(w->cache);
     cr_expect_eq(w->source.n_opened, w->source.n_closed);
     pthread_mutex_destroy(&w->source.lock);
@@ -203,11 +256,28 @@ static qv_adapter_version *must_acquire(world *w, const char *name)
     return version;
 }
 
+static bool is_lost(const qv_adapter_version *version)
+{
+    qv_code code;
+    const char *reason;
+    return qv_adapter_version_is_lost(version, &code, &reason);
+}
+
+static bool is_any_moving(const world *w)
+{
+    for (int32_t slot = 0; slot < w->n_slots; slot++)
+        if (qv_adapter_cache_slot_state(w->cache, slot) == QV_SLOT_LOADING ||
+            qv_adapter_cache_slot_state(w->cache, slot) == QV_SLOT_EVICTING)
+            return true;
+    return false;
+}
+
 /* Enter a version, waiting for its slot. */
 static int32_t must_enter(world *w, qv_adapter_version *version)
 {
     int32_t slot;
-    while ((slot = qv_adapter_cache_enter(w->cache, version)) == QV_NO_SLOT_YET)
+    while ((slot = qv_adapter_cache_enter(w->cache, version, true)) == QV_NO_SLOT_YET ||
+           (slot == QV_NO_SLOT_FREE && is_any_moving(w)))
         poll_once(w);
     cr_assert_geq(slot, 0);
     cr_assert_str_eq(w->source.slot[slot], qv_adapter_version_digest(version));
@@ -224,14 +294,13 @@ static void must_load(world *w, const char *name, const char *dir)
 
 /* --- Slots as a state machine ---------------------------------------------------------------- */
 
+/* By load, loaded, failed, pin, unpin, evict, cleared. */
 static const int expected[QV_SLOT_STATE_COUNT][QV_SLOT_EVENT_COUNT] = {
-    /*                     load             loaded         pin             unpin          evict
-       cleared */
-    [QV_SLOT_EMPTY] = {QV_SLOT_LOADING, -1, -1, -1, -1, -1},
-    [QV_SLOT_LOADING] = {-1, QV_SLOT_READY, -1, -1, -1, -1},
-    [QV_SLOT_READY] = {-1, -1, QV_SLOT_PINNED, -1, QV_SLOT_EVICTING, -1},
-    [QV_SLOT_PINNED] = {-1, -1, -1, QV_SLOT_READY, -1, -1},
-    [QV_SLOT_EVICTING] = {QV_SLOT_LOADING, -1, -1, -1, -1, QV_SLOT_EMPTY},
+    [QV_SLOT_EMPTY] = {QV_SLOT_LOADING, -1, -1, -1, -1, -1, -1},
+    [QV_SLOT_LOADING] = {-1, QV_SLOT_READY, QV_SLOT_EMPTY, -1, -1, -1, -1},
+    [QV_SLOT_READY] = {-1, -1, -1, QV_SLOT_PINNED, -1, QV_SLOT_EVICTING, -1},
+    [QV_SLOT_PINNED] = {-1, -1, -1, -1, QV_SLOT_READY, -1, -1},
+    [QV_SLOT_EVICTING] = {QV_SLOT_LOADING, -1, -1, -1, -1, -1, QV_SLOT_EMPTY},
 };
 
 Test(adapter_slot, takes_every_edge_and_no_other)
@@ -252,7 +321,7 @@ Test(adapter_cache, loads_and_says_so)
     cr_assert_str_eq(w->events[0].digest, "A");
     await_state(w, 0, QV_SLOT_READY); /* and is brought into an empty slot without being asked */
     cr_assert_eq(qv_adapter_cache_n_empty(w->cache), 1);
-    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 100);
+    cr_assert_eq(stats(w).host_bytes, 100);
     world_free(w);
 }
 
@@ -311,7 +380,7 @@ Test(adapter_cache, collapses_concurrent_loads_of_one_directory)
     shut_gate(w, false);
     await_events(w, 3);
     cr_assert_eq(w->source.n_opened, 1);
-    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 100);
+    cr_assert_eq(stats(w).host_bytes, 100);
     world_free(w);
 }
 
@@ -322,7 +391,7 @@ Test(adapter_cache, names_with_the_same_content_share_it)
     must_load(w, "b", "A:8:100"); /* another path, the same digest */
     qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b");
     cr_assert_eq(a, b);
-    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 100);
+    cr_assert_eq(stats(w).host_bytes, 100);
     cr_assert_eq(must_enter(w, a), must_enter(w, b));
     qv_adapter_cache_leave(w->cache, a);
     qv_adapter_cache_leave(w->cache, b);
@@ -383,7 +452,8 @@ Test(adapter_cache, the_last_of_two_loads_of_a_name_wins)
     shut_gate(w, false);
     await_events(w, 1);
     cr_assert_str_eq(w->events[0].digest, "A2");
-    cr_assert_eq(w->source.n_closed, 1, "nobody wanted A1 any more");
+    while (w->source.n_closed == 0) /* nobody wants A1 any more */
+        poll_once(w);
     world_free(w);
 }
 
@@ -404,7 +474,7 @@ Test(adapter_cache, an_unloaded_name_refuses_new_requests_and_keeps_old_ones)
     qv_adapter_cache_leave(w->cache, running);
     qv_adapter_cache_release(w->cache, running);
     await_state(w, slot, QV_SLOT_EMPTY);
-    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 0);
+    cr_assert_eq(stats(w).host_bytes, 0);
     world_free(w);
 }
 
@@ -413,15 +483,15 @@ Test(adapter_cache, unload_while_loading_drops_the_result)
     world *w = world_new(2);
     shut_gate(w, true);
     cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
-    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "B", false), QV_OK); /* not yet begun */
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "B", false), QV_OK);
     await_gate(w);
     cr_assert_eq(qv_adapter_cache_unload(w->cache, "a"), QV_OK);
     cr_assert_eq(qv_adapter_cache_unload(w->cache, "b"), QV_OK);
     shut_gate(w, false);
-    poll_once(w);
+    while (w->source.n_closed < 2)
+        poll_once(w);
     cr_assert_eq(w->n_events, 2, "two times unloaded, never ready");
-    cr_assert_eq(qv_adapter_cache_host_bytes(w->cache), 0);
-    cr_assert_eq(w->source.n_opened, 1);
+    cr_assert_eq(stats(w).host_bytes, 0);
     world_free(w);
 }
 
@@ -447,7 +517,7 @@ Test(adapter_cache, takes_the_least_recently_used_slot_that_nobody_runs_on)
     qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b"),
                        *c = must_acquire(w, "c");
     int32_t slot_a = must_enter(w, a), slot_b = must_enter(w, b);
-    cr_assert_eq(qv_adapter_cache_enter(w->cache, c), QV_NO_SLOT_FREE);
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, c, false), QV_NO_SLOT_FREE);
     qv_adapter_cache_leave(w->cache, a);
     qv_adapter_cache_leave(w->cache, b);
     must_enter(w, a); /* now b is the least recently used */
@@ -526,6 +596,411 @@ Test(adapter_cache, a_failed_copy_is_fatal)
     world_free(w);
 }
 
+/* --- Host memory and disk -------------------------------------------------------------------- */
+
+static void leave_and_release(world *w, qv_adapter_version *version)
+{
+    qv_adapter_cache_leave(w->cache, version);
+    qv_adapter_cache_release(w->cache, version);
+}
+
+/* Serve one request, start to end. */
+static void serve(world *w, const char *name)
+{
+    qv_adapter_version *version = must_acquire(w, name);
+    must_enter(w, version);
+    leave_and_release(w, version);
+}
+
+static void overwrite(world *w, const char *dir, const char *content)
+{
+    pthread_mutex_lock(&w->source.lock);
+    w->source.generation++;
+    w->source.content[0] = dir;
+    w->source.content[1] = content;
+    pthread_mutex_unlock(&w->source.lock);
+}
+
+Test(adapter_cache, reads_again_what_host_memory_had_no_room_for)
+{
+    world *w = world_of(2, 300);
+    char name[2] = "a", dir[2] = "A";
+    for (int i = 0; i < 10; i++, name[0]++, dir[0]++) {
+        w->n_events = 0;
+        must_load(w, name, dir);
+        cr_assert_leq(stats(w).host_bytes, 300);
+    }
+    cr_assert_eq(stats(w).host_copies, 3);
+    for (int round = 0; round < 3; round++)
+        for (name[0] = 'a'; name[0] <= 'j'; name[0]++) {
+            serve(w, name);
+            cr_assert_leq(stats(w).host_bytes, 300);
+        }
+    int n_opened = w->source.n_opened;
+    cr_assert_gt(n_opened, 10);
+    for (int round = 0; round < 10; round++) /* three that fit take turns in two slots */
+        for (name[0] = 'h'; name[0] <= 'j'; name[0]++)
+            serve(w, name);
+    cr_assert_eq(w->source.n_opened, n_opened, "no read for what is in host memory");
+    world_free(w);
+}
+
+Test(adapter_cache, drops_the_copy_that_was_used_longest_ago)
+{
+    world *w = world_of(1, 300);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    must_load(w, "c", "C");
+    serve(w, "b");
+    serve(w, "a");
+    must_load(w, "d", "D"); /* C goes */
+    w->source.opened[0] = '\0';
+    serve(w, "b");
+    serve(w, "a");
+    cr_assert_str_empty(w->source.opened);
+    serve(w, "c");
+    cr_assert_str_eq(w->source.opened, "C ");
+    world_free(w);
+}
+
+Test(adapter_cache, loses_a_version_whose_files_are_no_longer_what_they_were)
+{
+    static const struct {
+        const char *content;
+        qv_code code;
+        const char *words;
+    } rows[] = {
+        {"missing", QV_CODE_ADAPTER_NOT_FOUND, "no such directory"},
+        {"broken", QV_CODE_ADAPTER_INVALID, "truncated"},
+        {"Z", QV_CODE_ADAPTER_INVALID, "have changed since they were loaded"},
+    };
+    for (int i = 0; i < 3; i++) {
+        world *w = world_of(1, 100);
+        must_load(w, "a", "A");
+        must_load(w, "a2", "A");
+        must_load(w, "b", "B");
+        serve(w, "b"); /* A is on disk only */
+        cr_assert_eq(stats(w).host_copies, 1);
+        overwrite(w, "A", rows[i].content);
+        w->n_events = 0;
+        qv_adapter_version *version = must_acquire(w, "a");
+        await_events(w, 2);
+        for (int k = 0; k < 2; k++) {
+            cr_expect_eq(w->events[k].phase, QV_ADAPTER_FAILED);
+            cr_expect_eq(w->events[k].code, rows[i].code);
+            cr_expect_str_empty(w->events[k].digest, "the name has no version any more");
+            cr_expect_not_null(strstr(w->events[k].reason, rows[i].words), "%s",
+                               w->events[k].reason);
+        }
+        qv_code code;
+        const char *reason;
+        cr_assert_eq(qv_adapter_cache_n_lost(w->cache), 1);
+        cr_assert(qv_adapter_version_is_lost(version, &code, &reason));
+        cr_expect_eq(code, rows[i].code);
+        cr_expect_not_null(strstr(reason, rows[i].words), "%s", reason);
+        qv_adapter_version *other;
+        cr_expect_neq(acquire(w, "a", &other, &code), QV_OK, "new requests are refused");
+        cr_expect_eq(code, rows[i].code);
+        qv_adapter_cache_release(w->cache, version);
+        cr_assert_eq(qv_adapter_cache_n_lost(w->cache), 0);
+        overwrite(w, "A", "A"); /* and it can be loaded again */
+        must_load(w, "a", "A");
+        serve(w, "a");
+        world_free(w);
+    }
+}
+
+Test(adapter_cache, keeps_the_last_copy_of_a_replaced_version_while_requests_hold_it)
+{
+    world *w = world_of(1, 200);
+    must_load(w, "a", "A");
+    qv_adapter_version *old = must_acquire(w, "a");
+    overwrite(w, "A", "A2"); /* in place */
+    must_load(w, "a", "A");
+    for (int i = 0; i < 3; i++) { /* others want its slot and its memory */
+        must_load(w, "b", i % 2 == 0 ? "B" : "C");
+        serve(w, "a");
+        serve(w, "b");
+    }
+    cr_assert_eq(must_enter(w, old), 0);
+    cr_assert_str_eq(w->source.slot[0], "A");
+    leave_and_release(w, old);
+    world_free(w);
+}
+
+Test(adapter_cache, a_copy_that_waits_for_its_slot_is_not_dropped)
+{
+    world *w = world_of(1, 100);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    must_load(w, "c", "C");
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b"),
+                       *c = must_acquire(w, "c");
+    must_enter(w, a); /* and the others must be read, one at a time: there is room for one */
+    while (qv_adapter_cache_enter(w->cache, b, false) != QV_NO_SLOT_FREE)
+        poll_once(w);
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, c, false), QV_NO_SLOT_YET);
+    cr_assert_not(qv_adapter_cache_has_results(w->cache));
+    leave_and_release(w, a);
+    must_enter(w, b);
+    leave_and_release(w, b); /* which makes room */
+    must_enter(w, c);
+    leave_and_release(w, c);
+    world_free(w);
+}
+
+Test(adapter_cache, does_not_read_a_folder_that_has_not_changed)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A");
+    must_load(w, "b", "A");
+    must_load(w, "a", "A");
+    cr_assert_eq(w->source.n_opened, 1);
+    overwrite(w, "A", "A2");
+    must_load(w, "a", "A");
+    cr_assert_eq(w->source.n_opened, 2);
+    cr_assert_str_eq(w->events[3].digest, "A2");
+    w->source.unsettled = true; /* its files may change without a trace */
+    overwrite(w, "A", "A3");
+    must_load(w, "a", "A");
+    must_load(w, "a", "A");
+    cr_assert_eq(w->source.n_opened, 4);
+    world_free(w);
+}
+
+Test(adapter_cache, a_load_that_comes_during_a_read_gets_what_is_there_then)
+{
+    world *w = world_new(2);
+    shut_gate(w, true);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    await_gate(w);
+    pthread_mutex_lock(&w->source.lock); /* what the read finds is decided behind the gate */
+    w->source.content[0] = "A";
+    w->source.content[1] = "A1";
+    pthread_mutex_unlock(&w->source.lock);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "A", false), QV_OK);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    shut_gate(w, false);
+    await_events(w, 2);
+    cr_assert_eq(w->source.n_opened, 1, "a look is enough");
+    cr_assert_str_eq(w->events[0].digest, "A1");
+    cr_assert_str_eq(w->events[1].digest, "A1");
+
+    shut_gate(w, true);
+    overwrite(w, "A", "A2");
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    await_gate(w);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "b", "A", false), QV_OK);
+    w->source.unsettled = true;
+    shut_gate(w, false);
+    await_events(w, 4);
+    cr_assert_eq(w->source.n_opened, 2, "before and after are the same, and settled");
+    world_free(w);
+}
+
+Test(adapter_cache, refuses_files_that_change_while_they_are_read)
+{
+    world *w = world_new(2);
+    shut_gate(w, true);
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "a", "A", false), QV_OK);
+    await_gate(w);
+    overwrite(w, "A", "A2");
+    shut_gate(w, false);
+    await_events(w, 1);
+    cr_assert_eq(w->events[0].phase, QV_ADAPTER_FAILED);
+    cr_assert_not_null(strstr(w->events[0].reason, "changed while they were read"), "%s",
+                       w->events[0].reason);
+    world_free(w);
+}
+
+Test(adapter_cache, a_version_is_read_where_a_name_that_is_left_says)
+{
+    world *w = world_of(1, 100);
+    must_load(w, "a", "A");
+    must_load(w, "b", "A:8"); /* the same content elsewhere */
+    must_load(w, "c", "C");
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "b"), QV_OK);
+    serve(w, "c");
+    w->source.opened[0] = '\0';
+    serve(w, "a");
+    cr_assert_str_eq(w->source.opened, "A ");
+    world_free(w);
+}
+
+Test(adapter_cache, a_version_that_is_gone_from_one_folder_is_read_in_another)
+{
+    world *w = world_of(1, 100);
+    must_load(w, "a", "A");
+    must_load(w, "b", "A:8"); /* the same content elsewhere, where it was read last */
+    must_load(w, "c", "C");
+    serve(w, "c");
+    overwrite(w, "A:8", "broken");
+    w->n_events = 0;
+    serve(w, "a");
+    cr_assert_eq(w->n_events, 1);
+    cr_assert_str_eq(w->events[0].name, "b");
+    cr_assert_eq(w->events[0].phase, QV_ADAPTER_FAILED);
+    cr_assert_eq(qv_adapter_cache_n_lost(w->cache), 0);
+    world_free(w);
+}
+
+Test(adapter_cache, a_slow_folder_holds_up_nobody_else)
+{
+    world *w = world_of(1, 200);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    w->source.slow_shut = true;
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "s", "slow", false), QV_OK);
+    await_gate(w);
+    serve(w, "b"); /* from host memory */
+    must_load(w, "c", "C");
+    serve(w, "c");
+    serve(w, "a"); /* from disk */
+    pthread_mutex_lock(&w->source.lock);
+    w->source.slow_shut = false;
+    pthread_cond_broadcast(&w->source.changed);
+    pthread_mutex_unlock(&w->source.lock);
+    await_events(w, 4);
+    world_free(w);
+}
+
+Test(adapter_cache, what_a_request_waits_for_is_read_before_what_none_does)
+{
+    world *w = world_of(1, 100);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    shut_gate(w, true);
+    char name[8], dir[8];
+    for (int i = 0; i < 20; i++) {
+        snprintf(name, sizeof name, "n%d", i);
+        snprintf(dir, sizeof dir, "N%d", i);
+        cr_assert_eq(qv_adapter_cache_load(w->cache, name, dir, false), QV_OK);
+    }
+    await_gate(w);
+    w->n_events = 0;
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b"), *version;
+    qv_code code;
+    cr_assert_eq(acquire(w, "n19", &version, &code), QV_ERR_BUSY);
+    shut_gate(w, false);
+    await_events(w, 20);
+    int n_before = 0;
+    for (const char *c = w->source.opened; strncmp(c, "N19 ", 4) != 0; c++)
+        n_before += *c == ' ';
+    cr_assert_leq(n_before, 8, "%s", w->source.opened); /* a and b, four in hand, one by its age */
+    qv_adapter_cache_release(w->cache, a);
+    qv_adapter_cache_release(w->cache, b);
+    world_free(w);
+}
+
+Test(adapter_cache, leaves_slots_that_queued_requests_want_unless_one_has_waited_long)
+{
+    world *w = world_new(2);
+    must_load(w, "a", "A");
+    must_load(w, "b", "B");
+    must_load(w, "c", "C");
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b"),
+                       *c = must_acquire(w, "c");
+    await_state(w, 0, QV_SLOT_READY);
+    await_state(w, 1, QV_SLOT_READY);
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, c, false), QV_NO_SLOT_FREE);
+    cr_assert_not(qv_adapter_cache_prefetch(w->cache, c));
+    qv_adapter_cache_release(w->cache, b); /* nobody wants it now, though it was used last */
+    must_enter(w, a);
+    qv_adapter_cache_leave(w->cache, a);
+    cr_assert(qv_adapter_cache_prefetch(w->cache, c));
+    int32_t slot_c = must_enter(w, c);
+    cr_assert_eq(slot_c, 1);
+    b = must_acquire(w, "b");
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, b, false), QV_NO_SLOT_FREE);
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, b, true), QV_NO_SLOT_YET);
+    cr_assert_eq(must_enter(w, b), 0);
+    leave_and_release(w, b);
+    leave_and_release(w, c);
+    qv_adapter_cache_release(w->cache, a);
+    world_free(w);
+}
+
+Test(adapter_cache, counts_where_adapters_were_when_requests_came)
+{
+    world *w = world_of(1, 100);
+    must_load(w, "a", "A");
+    await_state(w, 0, QV_SLOT_READY); /* so that its copy may go */
+    must_load(w, "b", "B");
+    serve(w, "b"); /* from host memory */
+    serve(w, "b"); /* in its slot */
+    serve(w, "a"); /* from disk */
+    qv_adapter_stats s = stats(w);
+    cr_assert_eq(s.host_hits, 1);
+    cr_assert_eq(s.slot_hits, 1);
+    cr_assert_eq(s.misses, 1);
+    world_free(w);
+}
+
+Test(adapter_cache, holds_thousands_of_names_in_little_memory)
+{
+    enum { N = 2000 };
+    world *w = world_of(4, 1000);
+    char name[16], dir[16];
+    for (int i = 0; i < N; i++) {
+        w->n_events = 0;
+        snprintf(name, sizeof name, "n%d", i);
+        snprintf(dir, sizeof dir, "N%d", i);
+        must_load(w, name, dir);
+    }
+    cr_assert_eq(stats(w).n_names, N);
+    cr_assert_eq(stats(w).n_versions, N);
+    cr_assert_leq(stats(w).host_bytes, 1000);
+    for (int i = 0; i < N; i += 61) {
+        snprintf(name, sizeof name, "n%d", i);
+        serve(w, name);
+    }
+    for (int i = 0; i < N; i++) {
+        w->n_events = 0;
+        snprintf(name, sizeof name, "n%d", i);
+        cr_assert_eq(qv_adapter_cache_unload(w->cache, name), QV_OK);
+    }
+    cr_assert_eq(stats(w).n_versions, 0);
+    world_free(w);
+}
+
+Test(adapter_cache, an_adapter_that_the_device_has_no_memory_for_waits_for_others_to_go)
+{
+    world *w = world_new(3);
+    w->source.device_room = 1;
+    must_load(w, "a", "A");
+    await_state(w, 0, QV_SLOT_READY);
+    must_load(w, "b", "B"); /* idle adapters give way */
+    serve(w, "b");
+    serve(w, "a");
+    qv_adapter_version *a = must_acquire(w, "a"), *b = must_acquire(w, "b");
+    must_enter(w, a);
+    int32_t slot;
+    while ((slot = qv_adapter_cache_enter(w->cache, b, true)) == QV_NO_SLOT_YET)
+        poll_once(w);
+    cr_assert_eq(slot, QV_NO_SLOT_FREE);
+    int n_installs = w->source.n_installs;
+    cr_assert_eq(qv_adapter_cache_enter(w->cache, b, true), QV_NO_SLOT_FREE);
+    cr_assert_eq(w->source.n_installs, n_installs, "it is not tried in vain");
+    leave_and_release(w, a);
+    must_enter(w, b);
+    leave_and_release(w, b);
+
+    w->n_events = 0;
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "a"), QV_OK);
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "b"), QV_OK);
+    while (qv_adapter_cache_n_empty(w->cache) < 3)
+        poll_once(w);
+    w->source.device_room = -1; /* and one that does not fit alone says so */
+    cr_assert_eq(qv_adapter_cache_load(w->cache, "c", "C", false), QV_OK);
+    await_events(w, 4);
+    cr_assert_eq(w->events[2].phase, QV_ADAPTER_READY);
+    cr_assert_eq(w->events[3].phase, QV_ADAPTER_FAILED);
+    cr_assert_not_null(strstr(w->events[3].reason, "no memory of the device"), "%s",
+                       w->events[3].reason);
+    cr_assert_eq(stats(w).n_versions, 0);
+    world_free(w);
+}
+
 /* --- Everything at once ---------------------------------------------------------------------- */
 
 Test(adapter_cache, keeps_its_counts_on_drawn_events)
@@ -536,15 +1011,23 @@ Test(adapter_cache, keeps_its_counts_on_drawn_events)
     for (uint64_t seed = 0; seed < 30; seed++) {
         qv_rng rng = qv_rng_seed(seed);
         int32_t n_slots = (int32_t)qv_rng_range(&rng, 1, 5);
-        world *w = world_new(n_slots);
+        world *w = world_of(n_slots, (uint64_t)qv_rng_range(&rng, 1, 8) * 100);
         struct {
             qv_adapter_version *version;
             bool running;
         } held[HELD] = {0};
+        w->source.unsettled = seed % 2 == 0;
         for (int i = 0; i < 400; i++) {
             int h = (int)qv_rng_range(&rng, 0, HELD);
             const char *name = names[qv_rng_range(&rng, 0, 5)];
             w->n_events = 0;
+            if (qv_rng_uniform(&rng) < 0.02) { /* the files of one folder are overwritten */
+                pthread_mutex_lock(&w->source.lock);
+                w->source.generation++;
+                w->source.content[0] = dirs[qv_rng_range(&rng, 0, 6)];
+                w->source.content[1] = dirs[qv_rng_range(&rng, 0, 8)];
+                pthread_mutex_unlock(&w->source.lock);
+            }
             switch (qv_rng_range(&rng, 0, 7)) {
             case 0:
                 cr_assert_eq(qv_adapter_cache_load(w->cache, name, dirs[qv_rng_range(&rng, 0, 8)],
@@ -562,8 +1045,9 @@ Test(adapter_cache, keeps_its_counts_on_drawn_events)
                 break;
             }
             case 3:
-                if (held[h].version != NULL && !held[h].running)
-                    held[h].running = qv_adapter_cache_enter(w->cache, held[h].version) >= 0;
+                if (held[h].version != NULL && !held[h].running && !is_lost(held[h].version))
+                    held[h].running = qv_adapter_cache_enter(w->cache, held[h].version,
+                                                             qv_rng_uniform(&rng) < 0.5) >= 0;
                 break;
             case 4:
                 if (held[h].running)
@@ -581,6 +1065,7 @@ Test(adapter_cache, keeps_its_counts_on_drawn_events)
                 cr_assert_eq(qv_adapter_cache_poll(w->cache, &changed), QV_OK);
             }
             }
+            cr_assert_leq(stats(w).host_bytes, w->host_bytes);
             int32_t n_pinned = 0;
             for (int32_t s = 0; s < n_slots; s++)
                 n_pinned += qv_adapter_cache_slot_state(w->cache, s) == QV_SLOT_PINNED;
@@ -596,8 +1081,7 @@ Test(adapter_cache, keeps_its_counts_on_drawn_events)
         for (int i = 0; i < 5; i++)
             qv_adapter_cache_unload(w->cache, names[i]);
         w->n_events = 0;
-        while (qv_adapter_cache_n_empty(w->cache) < n_slots ||
-               qv_adapter_cache_host_bytes(w->cache) > 0)
+        while (qv_adapter_cache_n_empty(w->cache) < n_slots || stats(w).host_bytes > 0)
             poll_once(w);
         world_free(w);
     }

@@ -16,6 +16,7 @@ typedef struct {
     int32_t slot[MAX_ADAPTERS]; /* -1 = in none */
     int32_t users[MAX_ADAPTERS];
     bool loading[MAX_ADAPTERS];
+    bool prefetched[MAX_ADAPTERS], must[MAX_ADAPTERS];
     bool pinned[MAX_SLOTS];
     int32_t n_slots;
 } adapter_table;
@@ -42,10 +43,11 @@ static int32_t adapter_of(const qv_sequence *seq)
 
 /* Takes a free slot or one that nobody runs on, as an adapter cache does; a copy into it takes no
  * time unless `loading` says so. */
-static int32_t acquire(void *user, qv_sequence *seq)
+static int32_t acquire(void *user, qv_sequence *seq, bool must)
 {
     adapter_table *t = user;
     int32_t a = adapter_of(seq);
+    t->must[a] = must;
     if (t->loading[a])
         return QV_NO_SLOT_YET;
     if (t->slot[a] < 0) {
@@ -65,6 +67,13 @@ static int32_t acquire(void *user, qv_sequence *seq)
     }
     t->users[a]++;
     return t->slot[a];
+}
+
+static bool prefetch(void *user, qv_sequence *seq)
+{
+    adapter_table *t = user;
+    t->prefetched[adapter_of(seq)] = true;
+    return true;
 }
 
 static void release(void *user, qv_sequence *seq)
@@ -106,7 +115,7 @@ static world *world_open(const qv_scheduler_options *options, int32_t n_pages, i
         cr_assert_eq(qv_prefix_cache_join(w->prefix, NULL, &w->scope), QV_OK);
         o.prefix = w->prefix;
     }
-    qv_adapter_slots slots = {acquire, release, is_pinned, &w->adapters};
+    qv_adapter_slots slots = {acquire, prefetch, release, is_pinned, &w->adapters};
     cr_assert_eq(qv_scheduler_new(&o, w->pages, w->states, &slots, &w->scheduler), QV_OK);
     return w;
 }
@@ -471,6 +480,45 @@ Test(scheduler, a_slot_drains_for_an_adapter_that_was_overtaken)
                  qv_seq_state_name(cold->state), cold->overtaken);
     run_to_end(w, &o);
     world_free(w);
+}
+
+Test(scheduler, only_who_was_overtaken_often_may_take_a_slot_that_others_want)
+{
+    qv_scheduler_options o = defaults;
+    o.max_overtakes = 2;
+    world *w = world_new(&o, 64, 16);
+    w->adapters.loading[3] = true;
+    add(w, 4, 1, 3, 0, 0);
+    for (int i = 0; i < 4; i++) {
+        add(w, 4, 1, -1, 0, 1);
+        step(w, &o);
+        cr_assert_eq(w->adapters.must[3], i >= 2, "overtaken %d times", i);
+    }
+    w->adapters.loading[3] = false;
+    run_to_end(w, &o);
+    world_free(w);
+}
+
+Test(scheduler, brings_in_the_adapters_of_those_who_are_next)
+{
+    static const struct {
+        int32_t n_pages, n_running, n_prompt; /* of what runs, one token of an answer at a time */
+        const char *what;
+    } rows[] = {{64, 8, 4, "no state slot"}, {4, 1, 40, "no pages"}, {64, 1, 400, "no tokens"}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        world *w = world_new(&defaults, rows[i].n_pages, 16);
+        for (int k = 0; k < rows[i].n_running; k++)
+            add(w, rows[i].n_prompt, 8, -1, 0, 0);
+        qv_sequence *next = add(w, 20, 1, 5, 0, 1);
+        add(w, 20, 1, 6, 0, 1);
+        add(w, 20, 1, 7, 0, 1);
+        step(w, &defaults);
+        cr_expect(qv_sequence_is_queued(next), "%s", rows[i].what);
+        cr_expect(w->adapters.prefetched[5], "%s", rows[i].what);
+        cr_expect(w->adapters.prefetched[6], "%s", rows[i].what);
+        run_to_end(w, &defaults);
+        world_free(w);
+    }
 }
 
 Test(scheduler, does_not_drain_a_pinned_slot)

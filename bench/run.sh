@@ -13,10 +13,10 @@ esac
 tools/install_deps.sh
 build=${BUILD_DIR:-build}
 cmake -G Ninja -S . -B "$build" -DQV_BENCH=ON >/dev/null
-cmake --build "$build" --target bench_ops bench_engine bench_prefix bench_broker simulate
+cmake --build "$build" --target bench_ops bench_engine bench_prefix bench_adapters bench_broker simulate
 printf 'machine: %s, %s cores, %s\ncommit: %s\n' "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)" "$(nproc)" \
     "$(. /etc/os-release && echo "$PRETTY_NAME")" "$(git describe --always --dirty 2>/dev/null || echo unknown)"
-for name in bench_ops bench_engine bench_prefix bench_broker; do
+for name in bench_ops bench_engine bench_prefix bench_adapters bench_broker; do
     printf '\n== %s\n' "$name"
     "$build/bin/$name" ${quick[@]+"${quick[@]}"}
 done

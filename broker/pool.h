@@ -23,6 +23,8 @@
 #include "common/protocol.h"
 #include "common/want.h"
 
+#include <string.h>
+
 #define QV_POOL_ID_MAX     64 /* bytes of a worker's id */
 #define QV_POOL_DIGEST_MAX 64
 
@@ -258,6 +260,12 @@ void qv_resident_free(qv_resident *resident);
 
 /* Whether a request of this group may be sent there now, credit aside. */
 bool qv_resident_serves(const qv_resident *resident);
+
+/* Whether two texts are equal; NULL equals only NULL. */
+static inline bool qv_same_text(const char *a, const char *b)
+{
+    return a == b || (a != NULL && b != NULL && strcmp(a, b) == 0);
+}
 
 /* Replace an owned text; NULL or "" makes it NULL. Without memory it becomes NULL too: these texts
  * are for people. */

@@ -1,6 +1,7 @@
 """A whole pool on loopback for the system tests: redis-server, quiver-broker and quiver-workers as real
 processes, each with its log in a temporary folder."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -26,10 +27,19 @@ from quiver_client import Client  # noqa: E402
 START_S = 30  # how long a program may take to come up on a busy machine
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port(n=1):
+    """The first of n ports in a row that are free now."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                for i in range(1, n):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + i))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def wait_until(what, condition, seconds=START_S):

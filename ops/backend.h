@@ -74,6 +74,7 @@ typedef struct {
     qv_status (*zero)(qv_backend *be, void *dst, size_t bytes);
     qv_status (*copy)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*sync)(qv_backend *be);
+    qv_status (*put_batch)(qv_backend *be, const qv_batch *host, qv_batch *out);
     /* Only called on a backend that has joined a group of more than one. */
     qv_status (*all_reduce)(qv_backend *be, qv_tensor x);
     qv_status (*gather_cols)(qv_backend *be, qv_tensor part, qv_tensor whole);
@@ -102,5 +103,8 @@ struct qv_weight {
 };
 
 extern const qv_backend_table qv_cpu_backend_table;
+#ifdef QV_WITH_CUDA
+extern const qv_backend_table qv_cuda_backend_table;
+#endif
 
 #endif

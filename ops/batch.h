@@ -14,13 +14,22 @@ typedef struct {
     int32_t n_tokens;
     int32_t n_seqs;
 
+    /* What the host knows of the arrays below, for choosing how to compute: bounds, never less than
+     * the truth. 0: not known, n_tokens and page_stride bound them. */
+    int32_t max_seq_tokens; /* most tokens of one sequence in this step */
+    int32_t max_context;    /* largest position + 1 */
+
     /* Tokens */
     const int32_t *token; /* [n_tokens] ids to embed */
     const int32_t *pos;   /* [n_tokens] position in the sequence, from 0 */
 
     /* Sequences. A sequence whose first position is 0 starts from zero recurrent state; any other
      * goes on from what its state slot holds. */
-    const int32_t *seq_start;  /* [n_seqs + 1] first token of each sequence; last entry n_tokens */
+    const int32_t *seq_start;  /* [n_seqs + 1] first token of each sequence; last entry n_tokens.
+                                * On a device the counts may be padded, so that one recorded step
+                                * serves several sizes: sequences without tokens at the end (state
+                                * slot -1), and tokens behind the last entry that belong to none;
+                                * what is computed for those is never read */
     const int32_t *page_table; /* [n_seqs, page_stride] KV page of positions p/page_tokens */
     int32_t page_stride;
     const int32_t *state_slot; /* [n_seqs] slot of convolution and recurrent state */

@@ -11,6 +11,9 @@
 
 static const qv_backend_table *const backends[] = {
     &qv_cpu_backend_table,
+#ifdef QV_WITH_CUDA
+    &qv_cuda_backend_table,
+#endif
 };
 
 #define N_BACKENDS (sizeof backends / sizeof *backends)
@@ -110,6 +113,11 @@ qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t byt
 qv_status qv_backend_sync(qv_backend *be)
 {
     return be->table->sync(be);
+}
+
+qv_status qv_backend_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
+{
+    return be->table->put_batch(be, host, out);
 }
 
 /* --- Checks ------------------------------------------------------------------------------- */

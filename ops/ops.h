@@ -73,6 +73,12 @@ qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t byt
 /* Wait until everything enqueued so far has finished (CPU: nothing to wait for). */
 qv_status qv_backend_sync(qv_backend *be);
 
+/* Bring a step's batch, whose arrays are host memory, to where ops read it: *out is what to give
+ * them, valid until the next call. CPU: the same arrays. CUDA: one copy through pinned memory, in
+ * the order of the step's kernels; `host` may change once this returns. Also fills what ops choose
+ * their variant by (max_seq_tokens, max_context). The backend's thread. Errors: NOMEM, DEVICE. */
+qv_status qv_backend_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out);
+
 /* --- Weights ------------------------------------------------------------------------------ */
 
 /* A matrix [n_out, n_in] in the backend's own arrangement: the right operand of qv_op_linear. It

@@ -71,6 +71,13 @@ static qv_status cpu_sync(qv_backend *be)
     return QV_OK;
 }
 
+static qv_status cpu_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
+{
+    (void)be;
+    *out = *host;
+    return QV_OK;
+}
+
 /* --- Scratch ------------------------------------------------------------------------------ */
 
 /* Cut `n` elements of `size` bytes off *memory, keeping it aligned; with NULL just count. */
@@ -227,7 +234,8 @@ static qv_status cpu_open(const qv_backend_options *options, qv_backend **out)
         .name = "cpu", .activation_dtype = QV_F32, .lora_dtype = lora, .kv_dtype = QV_F32,         \
         .open = cpu_open, .close = cpu_close, .reserve = cpu_reserve, .alloc = cpu_alloc,          \
         .free = cpu_free, .upload = cpu_copy, .download = cpu_copy, .zero = cpu_zero,              \
-        .copy = cpu_copy, .sync = cpu_sync, .all_reduce = qv_cpu_all_reduce,                       \
+        .copy = cpu_copy, .sync = cpu_sync, .put_batch = cpu_put_batch,                            \
+        .all_reduce = qv_cpu_all_reduce,                                                           \
         .gather_cols = qv_cpu_gather_cols, .weight_new = qv_cpu_weight_new,                        \
         .weight_free = qv_cpu_weight_free, .weight_load = qv_cpu_weight_load,                      \
     }

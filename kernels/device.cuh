@@ -1,0 +1,63 @@
+/* What all kernels share on top of tensor_core.cuh: the check after a launch, vectors of BF16, sums
+ * over a block.
+ */
+#ifndef QV_KERNELS_DEVICE_CUH
+#define QV_KERNELS_DEVICE_CUH
+
+#include "common/status.h"
+#include "kernels/tensor_core.cuh"
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+/* QV_OK, or what the launch of `name` failed with. */
+extern "C" qv_status qv_k_check_launch(const char *name);
+
+/* Eight BF16 numbers as one 16-byte access. */
+struct __align__(16) bf16x8 {
+    uint32_t u[4];
+};
+
+__device__ __forceinline__ void unpack8(const bf16x8 &v, float (&x)[8])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = bf16_low(v.u[i]);
+        x[2 * i + 1] = bf16_high(v.u[i]);
+    }
+}
+
+__device__ __forceinline__ bf16x8 pack8(const float (&x)[8])
+{
+    bf16x8 v;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        v.u[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+    return v;
+}
+
+__device__ __forceinline__ float warp_max(float x)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+    return x;
+}
+
+/* The sum over all threads of a block, given to all; `shared` has a float per warp. The order is
+ * fixed: within warps by halves, then over warps by halves. Ends with a barrier behind the last read
+ * of `shared` only if called once; call __syncthreads() before using `shared` again. */
+__device__ __forceinline__ float block_sum(float x, float *shared)
+{
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n_warps = (blockDim.x + 31) >> 5;
+    x = warp_sum(x);
+    if (n_warps == 1)
+        return x;
+    if (lane == 0)
+        shared[warp] = x;
+    __syncthreads();
+    x = lane < n_warps ? shared[lane] : 0.0f;
+    return warp_sum(x);
+}
+
+#endif

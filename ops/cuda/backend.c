@@ -1,0 +1,164 @@
+/* The CUDA backend's object: device, streams, what is reserved. */
+#include "ops/cuda/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+#define BLAS_WORKSPACE ((size_t)64 << 20)
+
+/* --- Reserve ------------------------------------------------------------------------------ */
+
+static qv_status cuda_reserve(qv_backend *be, const qv_backend_limits *limits)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    qv_backend_limits *have = &cuda->limits;
+#define GROW(field)                                                                                \
+    if (limits->field > have->field)                                                               \
+    have->field = limits->field
+    GROW(max_tokens);
+    GROW(max_logits);
+    GROW(n_vocab);
+#undef GROW
+    void *scratch;
+    QV_TRY(qv_cuda_scratch_require(cuda, (size_t)64 << 20, &scratch));
+    /* What a batch of this size needs, with pages for 4 Ki tokens of a page of 16 each. */
+    return qv_cuda_mirror_require(cuda, &cuda->batch, (size_t)have->max_tokens * 12 + (1 << 20));
+}
+
+/* --- Open and close ----------------------------------------------------------------------- */
+
+static void cuda_close(qv_backend *be)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    (void)cudaSetDevice(cuda->device);
+    if (cuda->stream != NULL)
+        (void)cudaStreamSynchronize(cuda->stream);
+    if (cuda->blas != NULL)
+        (void)cublasLtDestroy(cuda->blas);
+    (void)cudaFree(cuda->blas_workspace);
+    (void)cudaFree(cuda->scratch);
+    qv_cuda_mirror_deinit(&cuda->batch);
+    qv_cuda_mirror_deinit(&cuda->sample);
+    qv_cuda_mirror_deinit(&cuda->result);
+    if (cuda->batch_sent != NULL)
+        (void)cudaEventDestroy(cuda->batch_sent);
+    for (int i = 0; i < QV_CUDA_LANES; i++) {
+        (void)cudaFreeHost(cuda->lanes[i].host);
+        if (cuda->lanes[i].ready != NULL)
+            (void)cudaEventDestroy(cuda->lanes[i].ready);
+        if (cuda->lanes[i].stream != NULL)
+            (void)cudaStreamDestroy(cuda->lanes[i].stream);
+    }
+    if (cuda->stream != NULL)
+        (void)cudaStreamDestroy(cuda->stream);
+    pthread_cond_destroy(&cuda->lane_free);
+    pthread_mutex_destroy(&cuda->lock);
+    free(cuda);
+}
+
+static qv_status open_device(qv_cuda_backend *cuda)
+{
+    int n = 0;
+    cudaError_t error = cudaGetDeviceCount(&n);
+    if (error != cudaSuccess || n == 0) {
+        (void)cudaGetLastError();
+        return qv_fail(QV_ERR_DEVICE, "cuda: this machine has no device that can be used: %s",
+                       error == cudaSuccess ? "there is none" : cudaGetErrorString(error));
+    }
+    if (cuda->device < 0 || cuda->device >= n)
+        return qv_fail(QV_ERR_ARG, "cuda: device %d of %d", cuda->device, n);
+    QV_CUDA_TRY(cudaSetDevice(cuda->device));
+    struct cudaDeviceProp prop;
+    QV_CUDA_TRY(cudaGetDeviceProperties(&prop, cuda->device));
+    cuda->n_sms = prop.multiProcessorCount;
+    cuda->major = prop.major;
+    cuda->minor = prop.minor;
+    if (prop.major < 8)
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "cuda: device %d, %s, has compute capability %d.%d; 8.0 is the least",
+                       cuda->device, prop.name, prop.major, prop.minor);
+    snprintf(cuda->base.description, sizeof cuda->base.description,
+             "cuda %d, %.64s, %d SMs, %.0f GiB, bf16", cuda->device, prop.name, cuda->n_sms,
+             (double)prop.totalGlobalMem / (1 << 30));
+    return QV_OK;
+}
+
+static qv_status open_parts(qv_cuda_backend *cuda)
+{
+    QV_TRY(open_device(cuda));
+    QV_CUDA_TRY(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
+    QV_CUDA_TRY(cudaEventCreateWithFlags(&cuda->batch_sent, cudaEventDisableTiming));
+    for (int i = 0; i < QV_CUDA_LANES; i++) {
+        QV_CUDA_TRY(cudaStreamCreateWithFlags(&cuda->lanes[i].stream, cudaStreamNonBlocking));
+        QV_CUDA_TRY(cudaEventCreateWithFlags(&cuda->lanes[i].ready, cudaEventDisableTiming));
+    }
+    cublasStatus_t status = cublasLtCreate(&cuda->blas);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        return qv_fail(QV_ERR_DEVICE, "cuda: cuBLASLt does not start: %s",
+                       cublasLtGetStatusString(status));
+    QV_CUDA_TRY(cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE));
+    return QV_OK;
+}
+
+static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
+{
+    qv_cuda_backend *cuda = calloc(1, sizeof *cuda);
+    if (cuda == NULL)
+        return qv_fail(QV_ERR_NOMEM, "cuda: no memory");
+    cuda->base.table = &qv_cuda_backend_table;
+    cuda->base.ops = &qv_cuda_ops;
+    cuda->device = options->device;
+    pthread_mutex_init(&cuda->lock, NULL);
+    pthread_cond_init(&cuda->lane_free, NULL);
+    qv_status status = open_parts(cuda);
+    if (status != QV_OK) {
+        cuda_close(&cuda->base);
+        return status;
+    }
+    *out = &cuda->base;
+    return QV_OK;
+}
+
+/* --- Ranks -------------------------------------------------------------------------------- */
+
+static qv_status no_collective(const char *name)
+{
+    return qv_fail(QV_ERR_UNSUPPORTED,
+                   "cuda: %s: ranks on several devices need NCCL, which this "
+                   "build does not have",
+                   name);
+}
+
+static qv_status cuda_all_reduce(qv_backend *be, qv_tensor x)
+{
+    (void)be, (void)x;
+    return no_collective("all_reduce");
+}
+
+static qv_status cuda_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole)
+{
+    (void)be, (void)part, (void)whole;
+    return no_collective("gather_cols");
+}
+
+const qv_backend_table qv_cuda_backend_table = {
+    .name = "cuda",
+    .activation_dtype = QV_BF16,
+    .lora_dtype = QV_BF16,
+    .kv_dtype = QV_BF16,
+    .open = cuda_open,
+    .close = cuda_close,
+    .reserve = cuda_reserve,
+    .alloc = qv_cuda_alloc,
+    .free = qv_cuda_free,
+    .upload = qv_cuda_upload,
+    .download = qv_cuda_download,
+    .zero = qv_cuda_zero,
+    .sync = qv_cuda_sync,
+    .put_batch = qv_cuda_put_batch,
+    .all_reduce = cuda_all_reduce,
+    .gather_cols = cuda_gather_cols,
+    .weight_new = qv_cuda_weight_new,
+    .weight_free = qv_cuda_weight_free,
+    .weight_load = qv_cuda_weight_load,
+};

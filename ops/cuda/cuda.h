@@ -1,0 +1,124 @@
+/* Inside the CUDA backend: its object, its weights, its op functions. Plain C over the runtime API,
+ * cuBLASLt and kernels/.
+ *
+ * Streams: `stream` carries every op and every copy of the step, in order. Uploads from other
+ * threads (weights, adapters) go through lanes: a pinned buffer and a stream each; an upload starts
+ * after what the compute stream held when it was called, and is complete when it returns.
+ *
+ * Every CUDA error becomes a status with a sentence. A fault in a kernel shows at the next call
+ * that waits; after one, nothing on the device works any more, and the worker process has to end.
+ */
+#ifndef QV_OPS_CUDA_CUDA_H
+#define QV_OPS_CUDA_CUDA_H
+
+#include "kernels/kernels.h"
+#include "ops/backend.h"
+
+#include <cublasLt.h>
+#include <cuda_runtime_api.h>
+#include <pthread.h>
+
+#define QV_CUDA_LANES      4
+#define QV_CUDA_LANE_BYTES ((size_t)8 << 20)
+
+/* A way for uploads: the thread that holds it fills `host` and copies from there. */
+typedef struct {
+    void *host; /* pinned, QV_CUDA_LANE_BYTES; NULL until first used */
+    cudaStream_t stream;
+    cudaEvent_t ready; /* what the compute stream held when the upload began */
+    bool taken;
+} qv_cuda_lane;
+
+/* Pinned host memory and as much of the device, grown together when a step needs more. */
+typedef struct {
+    void *host, *device;
+    size_t bytes;
+} qv_cuda_mirror;
+
+typedef struct qv_cuda_plans qv_cuda_plans; /* linear.c */
+
+typedef struct {
+    qv_backend base;
+    int device, n_sms, major, minor;
+    cudaStream_t stream;
+    qv_cuda_lane lanes[QV_CUDA_LANES];
+    pthread_mutex_t lock; /* of lanes[].taken */
+    pthread_cond_t lane_free;
+
+    qv_backend_limits limits; /* what was reserved */
+    void *scratch;            /* of ops, one at a time: what is in it is dead after the op */
+    size_t scratch_bytes;
+    qv_cuda_mirror batch;   /* the arrays of the step */
+    cudaEvent_t batch_sent; /* the host side may be written again */
+    qv_cuda_mirror sample;  /* parameters of rows */
+    qv_cuda_mirror result;
+
+    cublasLtHandle_t blas;
+    void *blas_workspace;
+    qv_cuda_plans *plans;
+} qv_cuda_backend;
+
+typedef struct {
+    qv_weight base;
+    void *data;          /* [max(n_experts, 1), n_out, n_in] row-major */
+    size_t expert_bytes; /* from one expert's matrix to the next */
+} qv_cuda_weight;
+
+static inline qv_cuda_backend *qv_cuda(qv_backend *be)
+{
+    return (qv_cuda_backend *)be;
+}
+
+static inline const qv_cuda_weight *qv_cuda_weight_of(const qv_weight *w)
+{
+    return (const qv_cuda_weight *)w;
+}
+
+/* The failed call and what CUDA says of it, as DEVICE or NOMEM. */
+qv_status qv_cuda_fail(cudaError_t error, const char *what);
+
+#define QV_CUDA_TRY(expr)                                                                          \
+    do {                                                                                           \
+        cudaError_t cuda_try_error_ = (expr);                                                      \
+        if (cuda_try_error_ != cudaSuccess)                                                        \
+            return qv_cuda_fail(cuda_try_error_, #expr);                                           \
+    } while (0)
+
+/* --- memory.c ----------------------------------------------------------------------------- */
+
+qv_status qv_cuda_alloc(qv_backend *be, size_t bytes, void **out);
+void qv_cuda_free(qv_backend *be, void *ptr);
+qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
+qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t bytes);
+qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes);
+qv_status qv_cuda_sync(qv_backend *be);
+
+/* Room for `bytes` in both halves; what they held is lost when they grow. */
+qv_status qv_cuda_mirror_require(qv_cuda_backend *cuda, qv_cuda_mirror *mirror, size_t bytes);
+void qv_cuda_mirror_deinit(qv_cuda_mirror *mirror);
+/* Scratch for one op. Sizes known from the limits are planned at reserve, so that a step grows it
+ * only when a shape was not foreseen. */
+qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **out);
+
+/* --- batch.c, weight.c, linear.c ---------------------------------------------------------- */
+
+qv_status qv_cuda_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out);
+
+qv_status qv_cuda_weight_new(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
+                             qv_dtype dtype, qv_weight **out);
+void qv_cuda_weight_free(qv_backend *be, qv_weight *w);
+qv_status qv_cuda_weight_load(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
+                              int64_t n_rows, const void *src, qv_dtype src_dtype,
+                              int64_t src_stride);
+
+void qv_cuda_plans_free(qv_cuda_plans *plans);
+
+/* --- Ops ---------------------------------------------------------------------------------- */
+
+#define QV_CUDA_OP_PROTOTYPE(name, args) qv_status qv_cuda_##name args;
+QV_OP_LIST(QV_CUDA_OP_PROTOTYPE)
+#undef QV_CUDA_OP_PROTOTYPE
+
+extern const qv_op_table qv_cuda_ops; /* table.c */
+
+#endif

@@ -1,0 +1,142 @@
+/* Gated DeltaNet. Decode reads and writes the state once, 2 * 4 * d_k * d_v bytes per head and token, and
+ * is bound by that; prefill goes by chunks (recurrent.cuh).
+ *
+ * The step needs one pass over the state: with S' the faded state, e = beta (v - S'^T k) and
+ * o = S'^T q + (k . q) e, so both products are sums over the same registers, and S' + k e^T is stored
+ * from them.
+ */
+#include "kernels/recurrent.cuh"
+
+namespace
+{
+
+constexpr int STEP_D = 128; /* d_k and d_v of the fast step */
+
+/* q or k of a head, four numbers a lane, scaled to norm `factor`. */
+__device__ __forceinline__ void load_unit(const bf16 *from, float factor, float *to, int lane)
+{
+    uint2 raw = *(const uint2 *)(from + lane * 4);
+    float x[4] = {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y)};
+    float scale = factor / sqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) +
+                                 1e-6f);
+    *(float4 *)(to + lane * 4) = make_float4(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale);
+}
+
+/* Grid (4, heads, sequences), 128 threads: 32 columns of a head. Thread (rows r = 16 i + thread / 8,
+ * columns 4 (thread % 8)..) keeps 8 x 4 cells in registers, all loaded before the first is used. */
+__global__ void __launch_bounds__(128)
+    gdn_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_tokens)
+{
+    __shared__ __align__(16) float q[STEP_D], k[STEP_D], gates[2], sums[4][8][12];
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    int column = blockIdx.x * 32 + (thread & 7) * 4, head = blockIdx.y, seq = blockIdx.z;
+    int start = s.seq_start[seq], end = s.seq_start[seq + 1], row = thread >> 3;
+    if (start >= end || end - start > most_tokens)
+        return;
+    int key_head = head / (c.n_v_heads / c.n_k_heads);
+    float *state = state_of(s, c, seq, head) + row * STEP_D + column;
+    float4 cell[8];
+    if (s.pos[start] == 0) {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            cell[i] = make_float4(0, 0, 0, 0);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            cell[i] = __ldcs((const float4 *)(state + i * 16 * STEP_D));
+    }
+
+    for (int t = start; t < end; t++) {
+        uint2 raw = *(const uint2 *)(row_of(c.v, t, head) + column);
+        if (warp == 0)
+            load_unit(row_of(c.k, t, key_head), 1, k, lane);
+        if (warp == 1)
+            load_unit(row_of(c.q, t, key_head), rsqrtf((float)STEP_D), q, lane);
+        if (thread == 64) {
+            gate gt = gate_of<true>(c, t, head);
+            gates[0] = expf(gt.g);
+            gates[1] = gt.beta;
+        }
+        __syncthreads();
+        float4 seen = make_float4(0, 0, 0, 0), read = seen;
+        float kq = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float ki = k[i * 16 + row], qi = q[i * 16 + row];
+            seen.x = fmaf(ki, cell[i].x, seen.x);
+            seen.y = fmaf(ki, cell[i].y, seen.y);
+            seen.z = fmaf(ki, cell[i].z, seen.z);
+            seen.w = fmaf(ki, cell[i].w, seen.w);
+            read.x = fmaf(qi, cell[i].x, read.x);
+            read.y = fmaf(qi, cell[i].y, read.y);
+            read.z = fmaf(qi, cell[i].z, read.z);
+            read.w = fmaf(qi, cell[i].w, read.w);
+            kq = fmaf(ki, qi, kq);
+        }
+        float sum[9] = {seen.x, seen.y, seen.z, seen.w, read.x, read.y, read.z, read.w, kq};
+#pragma unroll
+        for (int i = 0; i < 9; i++) {
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 8);
+            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 16);
+        }
+        if (lane < 8)
+#pragma unroll
+            for (int i = 0; i < 9; i++)
+                sums[warp][lane][i] = sum[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 9; i++)
+            sum[i] = sums[0][thread & 7][i] + sums[1][thread & 7][i] + sums[2][thread & 7][i] +
+                     sums[3][thread & 7][i];
+        float decay = gates[0], beta = gates[1];
+        float v[4] = {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y)}, e[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            e[i] = beta * (v[i] - decay * sum[i]);
+        if (row == 0) {
+            uint2 out;
+            out.x = pack_bf16(fmaf(sum[8], e[0], decay * sum[4]), fmaf(sum[8], e[1], decay * sum[5]));
+            out.y = pack_bf16(fmaf(sum[8], e[2], decay * sum[6]), fmaf(sum[8], e[3], decay * sum[7]));
+            *(uint2 *)(row_of<bf16>(c.o, t, head) + column) = out;
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float ki = k[i * 16 + row];
+            cell[i].x = fmaf(ki, e[0], decay * cell[i].x);
+            cell[i].y = fmaf(ki, e[1], decay * cell[i].y);
+            cell[i].z = fmaf(ki, e[2], decay * cell[i].z);
+            cell[i].w = fmaf(ki, e[3], decay * cell[i].w);
+        }
+        __syncthreads(); /* k, q, gates and sums have been read */
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        __stcs((float4 *)(state + i * 16 * STEP_D), cell[i]);
+}
+
+} // namespace
+
+size_t qv_k_recurrent_scratch(int64_t n_tokens, int64_t n_seqs, int64_t n_v_heads)
+{
+    return (size_t)(n_places(n_tokens, n_seqs) * n_v_heads) * sizeof(chunk_record<true>);
+}
+
+qv_status qv_k_gdn(const qv_k_steps *steps, const qv_k_recurrent_args *args, void *scratch,
+                   size_t scratch_bytes, void *stream)
+{
+    const qv_k_steps &s = *steps;
+    const qv_k_recurrent_args &c = *args;
+    cudaStream_t on = (cudaStream_t)stream;
+    bool chunks = fits_chunks(c) && s.n_tokens > s.n_seqs;
+    int most = chunks ? STEP_TOKENS : INT32_MAX;
+    if (!chunks || s.n_seqs > 1 || s.n_tokens <= STEP_TOKENS) {
+        if (fits_chunks(c) && c.d_k == STEP_D && c.d_v == STEP_D)
+            gdn_step_kernel<<<dim3(STEP_D / 32, (unsigned)c.n_v_heads, (unsigned)s.n_seqs), 128, 0,
+                              on>>>(s, c, most);
+        else
+            QV_TRY(launch_any<true>("gdn", s, c, most, on));
+    }
+    if (chunks && s.n_tokens > STEP_TOKENS)
+        QV_TRY(launch_chunks<true>("gdn", s, c, most, scratch, scratch_bytes, on));
+    return launched("gdn");
+}

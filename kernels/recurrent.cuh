@@ -1,0 +1,691 @@
+/* Gated DeltaNet and Mamba-2 in one form. Per head a state S [d_k, d_v] of float32 and per token
+ *   S = exp(g) S;  e = beta (v - S^T k) (delta rule) or dt v (SSD);  S += k e^T;  o = S^T q
+ *
+ * Chunks of C = 64 tokens, for sequences of more than a few: with G the running sum of g in a chunk,
+ *   delta rule: A_ij = beta_i (k_i . k_j) exp(G_i - G_j) for j < i,  T = (I + A)^-1
+ *               u = T (beta (v - exp(G) k S))          (the UT transform; SSD: u = v)
+ *   o_i = exp(G_i) q_i S + sum_j<=i P_ij u_j,  P_ij = (q_i . k_j) exp(G_i - G_j) (SSD: dt_j)
+ *   S   = exp(G_last) S + sum_i k_i (exp(G_last - G_i) u_i)^T (SSD: dt_i)
+ * T - I, P and the gates of a chunk do not depend on S, so a first kernel makes them for all chunks
+ * beside each other, and a second one walks the chunks of a sequence with S in registers: a block
+ * is a head and 32 of its columns, which never meet, 128 blocks for one sequence of the released models.
+ *
+ * Precision: raw q and k are BF16 and enter the products exactly; their norms scale rows of results
+ * in float32. S, and u where it goes into S, are given to the tensor cores as two BF16 numbers, so
+ * they keep 16 bits; P, T and u elsewhere are BF16. T's diagonal of ones stays exact, because the
+ * right hand side enters the accumulator in float32.
+ *
+ * Cost of a chunk and head at 128 x 128: 4 C (C + 4 d) d FLOP on the tensor cores and about C (4 d) 2
+ * bytes; bound by the latency of walking, not by either.
+ */
+#ifndef QV_KERNELS_RECURRENT_CUH
+#define QV_KERNELS_RECURRENT_CUH
+
+#include "kernels/kernels_recurrent.h"
+#include "kernels/tensor_core.cuh"
+
+namespace
+{
+
+constexpr int CHUNK = 64;
+constexpr int MAX_KEY = 128; /* d_k of the chunked form; a smaller one is filled up with zeros */
+constexpr int TILE_V = 32;   /* columns of S of one block */
+constexpr int MAX_D_K = 256; /* of the form for any shape */
+/* Sequences up to this many tokens go token by token, longer ones chunk by chunk. A chunk costs about
+ * as much as four passes over the state. */
+constexpr int STEP_TOKENS = 4;
+
+/* --- Gates -------------------------------------------------------------------------------- */
+
+struct gate {
+    float g, beta; /* log of the decay; beta of the delta rule, dt of SSD */
+};
+
+template <bool DELTA> __device__ gate gate_of(const qv_k_recurrent_args &c, int64_t t, int head)
+{
+    float raw = to_float(((const bf16 *)c.a.data)[t * c.a.token + head]);
+    float dt = softplus(raw + c.dt_bias[head]);
+    gate out;
+    if (DELTA) {
+        out.beta = sigmoid(to_float(((const bf16 *)c.b.data)[t * c.b.token + head]));
+    } else {
+        dt = dt < c.dt_min ? c.dt_min : dt > c.dt_max ? c.dt_max : dt;
+        out.beta = dt;
+    }
+    out.g = -expf(c.a_log[head]) * dt;
+    return out;
+}
+
+/* Where a head's state starts. */
+__device__ __forceinline__ float *state_of(const qv_k_steps &s, const qv_k_recurrent_args &c,
+                                           int seq, int head)
+{
+    int64_t slot = s.state_slot[seq];
+    return c.state + (slot * c.n_v_heads + head) * c.d_k * c.d_v;
+}
+
+template <typename T = const bf16>
+__device__ __forceinline__ T *row_of(const qv_k_heads &v, int64_t t, int head)
+{
+    return (T *)v.data + t * v.token + head * v.head;
+}
+
+/* --- Any shape, token by token ------------------------------------------------------------ */
+
+/* Block (32, 4): 32 columns of S in shared memory, rows dealt to four warps. */
+template <bool DELTA>
+__global__ void any_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_tokens)
+{
+    extern __shared__ float any_state[]; /* [d_k][32] */
+    __shared__ float q[MAX_D_K], k[MAX_D_K], sums[2][4][32];
+    int lane = threadIdx.x, warp = threadIdx.y, column = blockIdx.x * 32 + lane;
+    int head = blockIdx.y, seq = blockIdx.z, key_head = head / (c.n_v_heads / c.n_k_heads);
+    int start = s.seq_start[seq], end = s.seq_start[seq + 1];
+    if (start >= end || end - start > most_tokens)
+        return;
+    int64_t key_stride = DELTA ? c.d_v : 1, value_stride = DELTA ? 1 : c.d_k;
+    float *state = state_of(s, c, seq, head) + column * value_stride;
+    bool fresh = s.pos[start] == 0, mine = column < c.d_v;
+    for (int i = warp; i < c.d_k; i += 4)
+        any_state[i * 32 + lane] = mine && !fresh ? state[i * key_stride] : 0.0f;
+
+    for (int t = start; t < end; t++) {
+        __syncthreads(); /* the token before has been read */
+        if (warp < 2) {
+            const bf16 *from = row_of(warp ? c.q : c.k, t, key_head);
+            float *to = warp ? q : k, sum = 0, scale = 1;
+            for (int i = lane; i < c.d_k; i += 32)
+                sum += to_float(from[i]) * to_float(from[i]);
+            if (DELTA)
+                scale = (warp ? rsqrtf((float)c.d_k) : 1.0f) / sqrtf(warp_sum(sum) + 1e-6f);
+            for (int i = lane; i < c.d_k; i += 32)
+                to[i] = to_float(from[i]) * scale;
+        }
+        gate gt = gate_of<DELTA>(c, t, head);
+        float decay = expf(gt.g), v = mine ? to_float(row_of(c.v, t, head)[column]) : 0.0f;
+        __syncthreads();
+        float seen = 0, out = 0;
+        if (DELTA) {
+            for (int i = warp; i < c.d_k; i += 4)
+                seen = fmaf(k[i], any_state[i * 32 + lane], seen);
+            sums[0][warp][lane] = seen;
+            __syncthreads();
+            seen = decay * (sums[0][0][lane] + sums[0][1][lane] + sums[0][2][lane] +
+                            sums[0][3][lane]);
+        }
+        float e = gt.beta * (v - seen);
+        for (int i = warp; i < c.d_k; i += 4) {
+            float cell = fmaf(k[i], e, decay * any_state[i * 32 + lane]);
+            any_state[i * 32 + lane] = cell;
+            out = fmaf(q[i], cell, out);
+        }
+        sums[1][warp][lane] = out;
+        __syncthreads();
+        if (warp == 0 && mine) {
+            out = sums[1][0][lane] + sums[1][1][lane] + sums[1][2][lane] + sums[1][3][lane];
+            if (!DELTA)
+                out += c.d_skip[head] * v;
+            row_of<bf16>(c.o, t, head)[column] = __float2bfloat16(out);
+        }
+    }
+    if (mine)
+        for (int i = warp; i < c.d_k; i += 4)
+            state[i * key_stride] = any_state[i * 32 + lane];
+}
+
+/* --- Places of chunks --------------------------------------------------------------------- */
+
+/* Sequence s owns places [first_place(s), first_place(s + 1)), enough for its chunks: a numbering
+ * that needs no prefix sum over the sequences. */
+__device__ __forceinline__ int first_place(const qv_k_steps &s, int seq)
+{
+    return s.seq_start[seq] / CHUNK + seq;
+}
+
+inline int64_t n_places(int64_t n_tokens, int64_t n_seqs)
+{
+    return n_tokens / CHUNK + n_seqs;
+}
+
+/* What the first kernel leaves for a chunk and head. */
+template <bool DELTA> struct chunk_record {
+    bf16 p[CHUNK * CHUNK];
+    bf16 l[DELTA ? CHUNK * CHUNK : 8]; /* T - I */
+    float g[CHUNK], beta[CHUNK], k_scale[CHUNK], q_scale[CHUNK];
+};
+
+/* --- First kernel: what does not depend on the state -------------------------------------- */
+
+constexpr int PITCH = CHUNK + 4; /* of float32 matrices in shared memory */
+
+/* Rows [start, start + n) of keys as a tile [64][128], zeros around. */
+__device__ __forceinline__ void load_keys(bf16 *tile, const qv_k_heads &keys, int64_t start, int n,
+                                          int head, int d_k, int thread, int n_threads)
+{
+    for (int i = thread; i < CHUNK * (MAX_KEY / 8); i += n_threads) {
+        int row = i / (MAX_KEY / 8), col = i % (MAX_KEY / 8) * 8;
+        bool valid = row < n && col < d_k;
+        copy16(tile + tile_at<MAX_KEY>(row, col),
+               valid ? row_of(keys, start + row, head) + col : (const bf16 *)keys.data, valid);
+    }
+}
+
+/* out [n, n] = a [n, n] b [n, n] times `sign`, all in shared memory with pitch PITCH, `threads` threads
+ * beginning at 0. n is 16 or 32; each thread makes a row's run of four. */
+template <int N>
+__device__ __forceinline__ void small_product(const float *a, const float *b, float *out, float sign,
+                                              int thread, int threads)
+{
+    for (int i = thread; i < N * N / 4; i += threads) {
+        int row = i / (N / 4), col = i % (N / 4) * 4;
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+        for (int j = 0; j < N; j++) {
+            float x = a[row * PITCH + j];
+            float4 y = *(const float4 *)(b + j * PITCH + col);
+            sum.x = fmaf(x, y.x, sum.x);
+            sum.y = fmaf(x, y.y, sum.y);
+            sum.z = fmaf(x, y.z, sum.z);
+            sum.w = fmaf(x, y.w, sum.w);
+        }
+        *(float4 *)(out + row * PITCH + col) =
+            make_float4(sign * sum.x, sign * sum.y, sign * sum.z, sign * sum.w);
+    }
+}
+
+/* t = (I + a)^-1 for a strictly lower triangular [64, 64]: the four diagonal blocks of 16 by
+ * substitution, a column per lane, then [T11 0; -T22 A21 T11, T22] twice. 128 threads. */
+__device__ __forceinline__ void invert(const float *a, float *t, float *spare)
+{
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    if (lane < 16) {
+        const float *block = a + warp * 16 * (PITCH + 1);
+        float *out = t + warp * 16 * (PITCH + 1), x[16];
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            float sum = i == lane ? 1.0f : 0.0f;
+#pragma unroll
+            for (int j = 0; j < i; j++)
+                sum = fmaf(-block[i * PITCH + j], x[j], sum);
+            x[i] = sum;
+            out[i * PITCH + lane] = sum;
+        }
+    }
+    __syncthreads();
+    /* Pairs of blocks: 64 threads each. */
+    int pair = thread >> 6, in_pair = thread & 63, corner = pair * 32 * (PITCH + 1);
+    small_product<16>(a + corner + 16 * PITCH, t + corner, spare + pair * 16 * PITCH, 1, in_pair, 64);
+    __syncthreads();
+    small_product<16>(t + corner + 16 * (PITCH + 1), spare + pair * 16 * PITCH,
+                      t + corner + 16 * PITCH, -1, in_pair, 64);
+    /* Above the diagonal, within the halves: the next products read whole blocks. */
+    for (int i = in_pair; i < 256; i += 64)
+        t[corner + i / 16 * PITCH + 16 + i % 16] = 0;
+    __syncthreads();
+    small_product<32>(a + 32 * PITCH, t, spare, 1, thread, 128);
+    __syncthreads();
+    small_product<32>(t + 32 * (PITCH + 1), spare, t + 32 * PITCH, -1, thread, 128);
+    __syncthreads();
+}
+
+/* Sums of squares of a tile's rows, scaled into what the row is multiplied with. */
+__device__ __forceinline__ float row_scale(const bf16 *tile, int row)
+{
+    float sum = 0;
+    for (int col = 0; col < MAX_KEY; col += 8) {
+        uint4 v = *(const uint4 *)(tile + tile_at<MAX_KEY>(row, col));
+        const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            sum += bf16_low(w[i]) * bf16_low(w[i]) + bf16_high(w[i]) * bf16_high(w[i]);
+    }
+    return rsqrtf(sum + 1e-6f);
+}
+
+template <bool DELTA> struct prepare_shared {
+    union {
+        struct {
+            bf16 k[CHUNK * MAX_KEY], q[CHUNK * MAX_KEY];
+        };
+        struct {
+            float a[CHUNK * PITCH], t[CHUNK * PITCH];
+        };
+    };
+    float spare[32 * PITCH];
+    float g[CHUNK], beta[CHUNK], k_scale[CHUNK], q_scale[CHUNK];
+};
+
+/* Grid (places, heads), 128 threads: warp w has rows 16 w.. of the chunk's two products. */
+template <bool DELTA>
+__global__ void __launch_bounds__(128)
+    prepare_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int most_tokens,
+                   chunk_record<DELTA> *records)
+{
+    extern __shared__ __align__(16) char prepare_memory[];
+    prepare_shared<DELTA> &m = *(prepare_shared<DELTA> *)prepare_memory;
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    int place = place_0 + blockIdx.x, head = blockIdx.y, low = 0, high = s.n_seqs;
+    while (high - low > 1) {
+        int middle = (low + high) >> 1;
+        if (first_place(s, middle) <= place)
+            low = middle;
+        else
+            high = middle;
+    }
+    int seq_tokens = s.seq_start[low + 1] - s.seq_start[low];
+    int done = (place - first_place(s, low)) * CHUNK, n = min(CHUNK, seq_tokens - done);
+    if (n <= 0 || seq_tokens <= most_tokens)
+        return;
+    int64_t start = s.seq_start[low] + done;
+    int key_head = head / (c.n_v_heads / c.n_k_heads);
+    chunk_record<DELTA> &record = records[(int64_t)blockIdx.x * c.n_v_heads + head];
+
+    /* Load */
+    load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 128);
+    load_keys(m.q, c.q, start, n, key_head, c.d_k, thread, 128);
+    copies_commit();
+    if (warp < 2) {
+        gate gt = {0, 0};
+        if (thread < n)
+            gt = gate_of<DELTA>(c, start + thread, head);
+        float sum = gt.g;
+#pragma unroll
+        for (int i = 1; i < 32; i <<= 1) {
+            float before = __shfl_up_sync(0xffffffffu, sum, i);
+            sum += lane >= i ? before : 0.0f;
+        }
+        m.g[thread] = sum;
+        m.beta[thread] = gt.beta;
+    }
+    copies_wait<0>();
+    __syncthreads();
+    if (DELTA) {
+        float scale = row_scale(thread < CHUNK ? m.k : m.q, thread & 63);
+        if (thread < CHUNK)
+            m.k_scale[thread] = scale;
+        else
+            m.q_scale[thread - CHUNK] = scale * rsqrtf((float)c.d_k);
+    } else if (thread < CHUNK) {
+        m.k_scale[thread] = m.q_scale[thread] = 1;
+    }
+    if (warp == 1)
+        m.g[thread] += m.g[31];
+    __syncthreads();
+
+    /* Compute: columns up to the diagonal */
+    float kk[8][4] = {}, qk[8][4] = {};
+#pragma unroll
+    for (int step = 0; step < MAX_KEY / 16; step++) {
+        uint32_t ak[4], aq[4], b[4];
+        if (DELTA)
+            load_a<MAX_KEY>(ak, m.k, warp * 16, step * 16);
+        load_a<MAX_KEY>(aq, m.q, warp * 16, step * 16);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (j > warp)
+                break;
+            load_b<MAX_KEY>(b, m.k, j * 16, step * 16);
+            if (DELTA) {
+                mma(kk[2 * j], ak, b[0], b[1]);
+                mma(kk[2 * j + 1], ak, b[2], b[3]);
+            }
+            mma(qk[2 * j], aq, b[0], b[1]);
+            mma(qk[2 * j + 1], aq, b[2], b[3]);
+        }
+    }
+    __syncthreads(); /* a and t take the place of k and q */
+
+    /* Store */
+    if (thread < CHUNK) {
+        record.g[thread] = m.g[thread];
+        record.beta[thread] = m.beta[thread];
+        record.k_scale[thread] = m.k_scale[thread];
+        record.q_scale[thread] = m.q_scale[thread];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = warp * 16 + (lane >> 2) + 8 * half, col = j * 8 + (lane & 3) * 2;
+            float p[2] = {0, 0}, a[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int key = col + i;
+                if (key > row)
+                    continue; /* exp might be infinite above the diagonal */
+                float decay = expf(m.g[row] - m.g[key]) * m.k_scale[key];
+                p[i] = qk[j][2 * half + i] * decay * m.q_scale[row];
+                if (!DELTA)
+                    p[i] *= m.beta[key];
+                if (DELTA && key < row)
+                    a[i] = kk[j][2 * half + i] * decay * m.k_scale[row] * m.beta[row];
+            }
+            *(uint32_t *)(record.p + row * CHUNK + col) = pack_bf16(p[0], p[1]);
+            if (DELTA)
+                *(float2 *)(m.a + row * PITCH + col) = make_float2(a[0], a[1]);
+        }
+    if (DELTA) {
+        __syncthreads();
+        invert(m.a, m.t, m.spare);
+        for (int i = thread; i < CHUNK * CHUNK / 8; i += 128) {
+            int row = i / 8, col = i % 8 * 8;
+            uint32_t out[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                int key = col + 2 * j;
+                const float *t = m.t + row * PITCH + key;
+                out[j] = pack_bf16(key < row ? t[0] : 0.0f, key + 1 < row ? t[1] : 0.0f);
+            }
+            *(uint4 *)(record.l + row * CHUNK + col) = make_uint4(out[0], out[1], out[2], out[3]);
+        }
+    }
+}
+
+/* --- Second kernel: walk the chunks ------------------------------------------------------- */
+
+template <bool DELTA> struct scan_stage {
+    bf16 k[CHUNK * MAX_KEY], q[CHUNK * MAX_KEY];
+    bf16 p[CHUNK * CHUNK], l[DELTA ? CHUNK * CHUNK : 8];
+    bf16 v[CHUNK * TILE_V];
+    float gates[4][CHUNK]; /* g, beta, k_scale, q_scale */
+};
+
+template <bool DELTA> struct scan_shared {
+    scan_stage<DELTA> stage[2];
+    bf16 s_high[MAX_KEY * TILE_V], s_low[MAX_KEY * TILE_V]; /* S [k][v] */
+    bf16 rhs[CHUNK * TILE_V];                               /* what T is multiplied with */
+    bf16 u[CHUNK * TILE_V], in_high[CHUNK * TILE_V], in_low[CHUNK * TILE_V];
+};
+
+template <bool DELTA>
+__device__ __forceinline__ void load_stage(scan_stage<DELTA> &m, const qv_k_recurrent_args &c,
+                                           const chunk_record<DELTA> &record, int64_t start, int n,
+                                           int head, int column)
+{
+    int thread = threadIdx.x, key_head = head / (c.n_v_heads / c.n_k_heads);
+    load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 256);
+    load_keys(m.q, c.q, start, n, key_head, c.d_k, thread, 256);
+    for (int i = thread; i < CHUNK * (CHUNK / 8); i += 256) {
+        int row = i / 8, col = i % 8 * 8;
+        copy16(m.p + tile_at<CHUNK>(row, col), record.p + row * CHUNK + col, true);
+        if (DELTA)
+            copy16(m.l + tile_at<CHUNK>(row, col), record.l + row * CHUNK + col, true);
+    }
+    {
+        int row = thread / 4, col = thread % 4 * 8;
+        bool valid = row < n && column + col < c.d_v;
+        copy16(m.v + tile_at<TILE_V>(row, col),
+               valid ? row_of(c.v, start + row, head) + column + col : (const bf16 *)c.v.data,
+               valid);
+    }
+    if (thread < CHUNK)
+        copy16((char *)m.gates + thread * 16, (const char *)record.g + thread * 16, true);
+    copies_commit();
+}
+
+/* acc [16 x 32] += rows of `a` at `row` times S (high and low), over the key dimension. */
+__device__ __forceinline__ void times_state(float (&acc)[4][4], const bf16 *a_tile, int row,
+                                            const bf16 *high, const bf16 *low)
+{
+#pragma unroll
+    for (int step = 0; step < MAX_KEY / 16; step++) {
+        uint32_t a[4], b[4];
+        load_a<MAX_KEY>(a, a_tile, row, step * 16);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            load_b_trans<TILE_V>(b, high, j * 16, step * 16);
+            mma(acc[2 * j], a, b[0], b[1]);
+            mma(acc[2 * j + 1], a, b[2], b[3]);
+            load_b_trans<TILE_V>(b, low, j * 16, step * 16);
+            mma(acc[2 * j], a, b[0], b[1]);
+            mma(acc[2 * j + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* acc [16 x 32] += row block `block` of a lower triangular [64, 64] times b [64, 32]. */
+__device__ __forceinline__ void times_chunk(float (&acc)[4][4], const bf16 *triangle, int block,
+                                            const bf16 *b_tile)
+{
+    for (int step = 0; step <= block; step++) {
+        uint32_t a[4], b[4];
+        load_a<CHUNK>(a, triangle, block * 16, step * 16);
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            load_b_trans<TILE_V>(b, b_tile, j * 16, step * 16);
+            mma(acc[2 * j], a, b[0], b[1]);
+            mma(acc[2 * j + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* Grid (tiles of columns, heads, sequences), 256 threads. S in accumulators: warp w has keys 16 w..,
+ * all 32 columns. Of the chunk's rows, warps 0..3 make u and warps 4..7 the output. */
+template <bool DELTA>
+__global__ void __launch_bounds__(256, 1)
+    scan_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int places, int most_tokens,
+                const chunk_record<DELTA> *records)
+{
+    extern __shared__ __align__(16) char scan_memory[];
+    scan_shared<DELTA> &m = *(scan_shared<DELTA> *)scan_memory;
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    int column = blockIdx.x * TILE_V, head = blockIdx.y, seq = blockIdx.z;
+    int64_t first = s.seq_start[seq];
+    int seq_tokens = s.seq_start[seq + 1] - (int)first, n_chunks = (seq_tokens + CHUNK - 1) / CHUNK;
+    int base = first_place(s, seq);
+    int begin = max(place_0 - base, 0), end = min(place_0 + places - base, n_chunks);
+    if (seq_tokens <= most_tokens || begin >= end)
+        return;
+    const chunk_record<DELTA> *record = records + (int64_t)(base - place_0) * c.n_v_heads + head;
+
+    load_stage(m.stage[0], c, record[(int64_t)begin * c.n_v_heads], first + begin * CHUNK,
+               min(CHUNK, seq_tokens - begin * CHUNK), head, column);
+
+    /* The state, in accumulator layout */
+    int64_t key_stride = DELTA ? c.d_v : 1, value_stride = DELTA ? 1 : c.d_k;
+    float *state = state_of(s, c, seq, head), acc[4][4];
+    bool fresh = begin == 0 && s.pos[first] == 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = warp * 16 + (lane >> 2) + (i >> 1) * 8;
+            int value = column + j * 8 + (lane & 3) * 2 + (i & 1);
+            acc[j][i] = !fresh && key < c.d_k && value < c.d_v
+                            ? state[key * key_stride + value * value_stride]
+                            : 0.0f;
+        }
+
+    for (int chunk = begin; chunk < end; chunk++) {
+        scan_stage<DELTA> &in = m.stage[(chunk - begin) & 1];
+        const float *g = in.gates[0], *beta = in.gates[1], *k_scale = in.gates[2],
+                    *q_scale = in.gates[3];
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int key = warp * 16 + (lane >> 2) + half * 8, col = j * 8 + (lane & 3) * 2;
+                uint32_t high, low;
+                split_bf16(acc[j][2 * half], acc[j][2 * half + 1], high, low);
+                *(uint32_t *)(m.s_high + tile_at<TILE_V>(key, col)) = high;
+                *(uint32_t *)(m.s_low + tile_at<TILE_V>(key, col)) = low;
+            }
+        copies_wait<0>();
+        __syncthreads(); /* S and this chunk's inputs are there; the other stage has been read */
+        if (chunk + 1 < end) {
+            int64_t next = (int64_t)(chunk + 1) * CHUNK;
+            load_stage(m.stage[(chunk + 1 - begin) & 1], c,
+                       record[(int64_t)(chunk + 1) * c.n_v_heads], first + next,
+                       (int)min((int64_t)CHUNK, seq_tokens - next), head, column);
+        }
+
+        float last = g[CHUNK - 1], out[4][4] = {};
+        int block = warp & 3, row = block * 16 + (lane >> 2);
+        if (warp < 4) {
+            if (DELTA)
+                times_state(out, in.k, block * 16, m.s_high, m.s_low);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int r = row + half * 8, col = j * 8 + (lane & 3) * 2;
+                    uint32_t v = *(const uint32_t *)(in.v + tile_at<TILE_V>(r, col));
+                    float *o = out[j] + 2 * half;
+                    if (DELTA) {
+                        float seen = expf(g[r]) * k_scale[r];
+                        o[0] = beta[r] * (bf16_low(v) - seen * o[0]);
+                        o[1] = beta[r] * (bf16_high(v) - seen * o[1]);
+                        *(uint32_t *)(m.rhs + tile_at<TILE_V>(r, col)) = pack_bf16(o[0], o[1]);
+                    } else {
+                        o[0] = bf16_low(v);
+                        o[1] = bf16_high(v);
+                    }
+                }
+            if (DELTA) {
+                asm volatile("bar.sync 1, 128;\n" ::: "memory"); /* rhs, among warps 0..3 */
+                times_chunk(out, in.l, block, m.rhs);
+            }
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int r = row + half * 8, at = tile_at<TILE_V>(r, j * 8 + (lane & 3) * 2);
+                    float *o = out[j] + 2 * half, fade = expf(last - g[r]);
+                    uint32_t high, low;
+                    fade *= DELTA ? k_scale[r] : beta[r];
+                    if (DELTA)
+                        *(uint32_t *)(m.u + at) = pack_bf16(o[0], o[1]);
+                    split_bf16(o[0] * fade, o[1] * fade, high, low);
+                    *(uint32_t *)(m.in_high + at) = high;
+                    *(uint32_t *)(m.in_low + at) = low;
+                }
+        } else {
+            times_state(out, in.q, block * 16, m.s_high, m.s_low);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int r = row + (i >> 1) * 8;
+                    out[j][i] *= expf(g[r]) * q_scale[r];
+                }
+        }
+        __syncthreads(); /* u is there, S has been read */
+        if (warp >= 4) {
+            times_chunk(out, in.p, block, DELTA ? m.u : in.v);
+            int n = min(CHUNK, seq_tokens - chunk * CHUNK);
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    int r = row + half * 8, col = j * 8 + (lane & 3) * 2;
+                    float *o = out[j] + 2 * half;
+                    if (!DELTA) {
+                        uint32_t v = *(const uint32_t *)(in.v + tile_at<TILE_V>(r, col));
+                        o[0] += c.d_skip[head] * bf16_low(v);
+                        o[1] += c.d_skip[head] * bf16_high(v);
+                    }
+                    if (r < n && column + col < c.d_v)
+                        *(uint32_t *)(row_of<bf16>(c.o, first + chunk * CHUNK + r, head) + column +
+                                      col) = pack_bf16(o[0], o[1]);
+                }
+        }
+        float fade = expf(last);
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                acc[j][i] *= fade;
+#pragma unroll
+        for (int step = 0; step < CHUNK / 16; step++) {
+            uint32_t a[4], b[4];
+            load_a_trans<MAX_KEY>(a, in.k, warp * 16, step * 16);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                load_b_trans<TILE_V>(b, m.in_high, j * 16, step * 16);
+                mma(acc[2 * j], a, b[0], b[1]);
+                mma(acc[2 * j + 1], a, b[2], b[3]);
+                load_b_trans<TILE_V>(b, m.in_low, j * 16, step * 16);
+                mma(acc[2 * j], a, b[0], b[1]);
+                mma(acc[2 * j + 1], a, b[2], b[3]);
+            }
+        }
+    }
+
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int key = warp * 16 + (lane >> 2) + (i >> 1) * 8;
+            int value = column + j * 8 + (lane & 3) * 2 + (i & 1);
+            if (key < c.d_k && value < c.d_v)
+                state[key * key_stride + value * value_stride] = acc[j][i];
+        }
+}
+
+/* --- Launch ------------------------------------------------------------------------------- */
+
+inline bool is_aligned(const qv_k_heads &v)
+{
+    return (uintptr_t)v.data % 16 == 0 && v.token % 8 == 0 && v.head % 8 == 0;
+}
+
+inline qv_status launched(const char *what)
+{
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+    return QV_OK;
+}
+
+/* Chunks of at most what the scratch holds at a time. */
+template <bool DELTA>
+qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurrent_args &c,
+                        int most_tokens, void *scratch, size_t scratch_bytes, cudaStream_t stream)
+{
+    typedef chunk_record<DELTA> record;
+    int64_t all = n_places(s.n_tokens, s.n_seqs);
+    int64_t fit = (int64_t)(scratch_bytes / (sizeof(record) * (size_t)c.n_v_heads));
+    if (fit < 1)
+        return qv_fail(QV_ERR_LIMIT, "%s: %zu bytes of scratch, but %d heads need %zu", name,
+                       scratch_bytes, c.n_v_heads, sizeof(record) * (size_t)c.n_v_heads);
+    const int prepare_bytes = (int)sizeof(prepare_shared<DELTA>);
+    const int scan_bytes = (int)sizeof(scan_shared<DELTA>);
+    if (cudaFuncSetAttribute(prepare_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             prepare_bytes) != cudaSuccess ||
+        cudaFuncSetAttribute(scan_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             scan_bytes) != cudaSuccess)
+        return launched(name);
+    for (int64_t place = 0; place < all; place += fit) {
+        int n = (int)(all - place < fit ? all - place : fit);
+        prepare_kernel<DELTA><<<dim3((unsigned)n, (unsigned)c.n_v_heads), 128, prepare_bytes,
+                                stream>>>(s, c, (int)place, most_tokens, (record *)scratch);
+        dim3 grid((unsigned)((c.d_v + TILE_V - 1) / TILE_V), (unsigned)c.n_v_heads,
+                  (unsigned)s.n_seqs);
+        scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,
+                                                              (const record *)scratch);
+    }
+    return launched(name);
+}
+
+/* Whether shapes and strides allow copies of 16 bytes. */
+inline bool fits_chunks(const qv_k_recurrent_args &c)
+{
+    return c.d_k <= MAX_KEY && c.d_k % 8 == 0 && c.d_v % 8 == 0 && is_aligned(c.q) &&
+           is_aligned(c.k) && is_aligned(c.v) && is_aligned(c.o);
+}
+
+template <bool DELTA>
+qv_status launch_any(const char *name, const qv_k_steps &s, const qv_k_recurrent_args &c,
+                     int most_tokens, cudaStream_t stream)
+{
+    if (c.d_k > MAX_D_K)
+        return qv_fail(QV_ERR_LIMIT, "%s: keys of %d, but %d is possible", name, c.d_k, MAX_D_K);
+    dim3 grid((unsigned)((c.d_v + 31) / 32), (unsigned)c.n_v_heads, (unsigned)s.n_seqs);
+    any_step_kernel<DELTA><<<grid, dim3(32, 4), (size_t)c.d_k * 32 * sizeof(float), stream>>>(
+        s, c, most_tokens);
+    return launched(name);
+}
+
+} // namespace
+
+#endif

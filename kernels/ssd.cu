@@ -1,0 +1,97 @@
+/* Mamba-2's state space recurrence. Decode reads and writes the state once, 2 * 4 * d * n_state bytes per
+ * head and token, and is bound by that; prefill goes by chunks (recurrent.cuh).
+ */
+#include "kernels/recurrent.cuh"
+
+namespace
+{
+
+constexpr int STEP_STATE = 128; /* n_state of the fast step: a row of S is one float4 a lane */
+constexpr int STEP_ROWS = 8;    /* rows of S a warp keeps in registers */
+
+/* Grid (tiles of 32 rows, heads, sequences), 128 threads: warp w has rows w, w + 4, .. of its tile, all
+ * loaded before the first is used. */
+__global__ void __launch_bounds__(128)
+    ssd_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_tokens)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, head = blockIdx.y, seq = blockIdx.z;
+    int start = s.seq_start[seq], end = s.seq_start[seq + 1];
+    if (start >= end || end - start > most_tokens)
+        return;
+    int group = head / (c.n_v_heads / c.n_k_heads), row = blockIdx.x * 32 + warp;
+    float *state = state_of(s, c, seq, head) + (int64_t)row * STEP_STATE + lane * 4;
+    bool fresh = s.pos[start] == 0;
+    float4 cell[STEP_ROWS];
+#pragma unroll
+    for (int i = 0; i < STEP_ROWS; i++)
+        cell[i] = !fresh && row + 4 * i < c.d_v
+                      ? __ldcs((const float4 *)(state + i * 4 * STEP_STATE))
+                      : make_float4(0, 0, 0, 0);
+
+    for (int t = start; t < end; t++) {
+        gate gt = gate_of<false>(c, t, head);
+        float decay = expf(gt.g), d_skip = c.d_skip[head];
+        uint2 raw_b = *(const uint2 *)(row_of(c.k, t, group) + lane * 4);
+        uint2 raw_c = *(const uint2 *)(row_of(c.q, t, group) + lane * 4);
+        float b[4] = {bf16_low(raw_b.x), bf16_high(raw_b.x), bf16_low(raw_b.y), bf16_high(raw_b.y)};
+        float r[4] = {bf16_low(raw_c.x), bf16_high(raw_c.x), bf16_low(raw_c.y), bf16_high(raw_c.y)};
+        const bf16 *x_row = row_of(c.v, t, head);
+        float x[STEP_ROWS], sum[STEP_ROWS];
+#pragma unroll
+        for (int i = 0; i < STEP_ROWS; i++)
+            x[i] = row + 4 * i < c.d_v ? to_float(x_row[row + 4 * i]) : 0.0f;
+#pragma unroll
+        for (int i = 0; i < STEP_ROWS; i++) {
+            float in = gt.beta * x[i];
+            cell[i].x = fmaf(in, b[0], decay * cell[i].x);
+            cell[i].y = fmaf(in, b[1], decay * cell[i].y);
+            cell[i].z = fmaf(in, b[2], decay * cell[i].z);
+            cell[i].w = fmaf(in, b[3], decay * cell[i].w);
+            sum[i] = fmaf(cell[i].x, r[0],
+                          fmaf(cell[i].y, r[1], fmaf(cell[i].z, r[2], cell[i].w * r[3])));
+        }
+        /* Lanes fold into eighths, one row each: lane l ends with row l / 4's sum. */
+#pragma unroll
+        for (int width = 4; width > 0; width >>= 1)
+#pragma unroll
+            for (int i = 0; i < width; i++) {
+                bool upper = lane & (width * 4);
+                float give = upper ? sum[i] : sum[i + width];
+                float keep = upper ? sum[i + width] : sum[i];
+                sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, width * 4);
+            }
+        sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 2);
+        sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 1);
+        int mine = row + 4 * (lane >> 2);
+        if ((lane & 3) == 0 && mine < c.d_v)
+            row_of<bf16>(c.o, t, head)[mine] =
+                __float2bfloat16(fmaf(d_skip, to_float(x_row[mine]), sum[0]));
+    }
+#pragma unroll
+    for (int i = 0; i < STEP_ROWS; i++)
+        if (row + 4 * i < c.d_v)
+            __stcs((float4 *)(state + i * 4 * STEP_STATE), cell[i]);
+}
+
+} // namespace
+
+qv_status qv_k_ssd(const qv_k_steps *steps, const qv_k_recurrent_args *args, void *scratch,
+                   size_t scratch_bytes, void *stream)
+{
+    const qv_k_steps &s = *steps;
+    const qv_k_recurrent_args &c = *args;
+    cudaStream_t on = (cudaStream_t)stream;
+    bool chunks = fits_chunks(c) && s.n_tokens > s.n_seqs;
+    int most = chunks ? STEP_TOKENS : INT32_MAX;
+    if (!chunks || s.n_seqs > 1 || s.n_tokens <= STEP_TOKENS) {
+        if (fits_chunks(c) && c.d_k == STEP_STATE)
+            ssd_step_kernel<<<dim3((unsigned)((c.d_v + 31) / 32), (unsigned)c.n_v_heads,
+                                   (unsigned)s.n_seqs),
+                              128, 0, on>>>(s, c, most);
+        else
+            QV_TRY(launch_any<false>("ssd", s, c, most, on));
+    }
+    if (chunks && s.n_tokens > STEP_TOKENS)
+        QV_TRY(launch_chunks<false>("ssd", s, c, most, scratch, scratch_bytes, on));
+    return launched("ssd");
+}

@@ -1,0 +1,77 @@
+/* Launchers of routed experts: router, the list of pairs, the grouped GEMM, the weighted sum. Meanings are
+ * those of ops/ops.h. Device memory, BF16 activations; nothing waits, allocates or reads device memory
+ * on the host.
+ */
+#ifndef QV_KERNELS_KERNELS_MOE_H
+#define QV_KERNELS_KERNELS_MOE_H
+
+#include "common/status.h"
+#include "kernels/kernels_lora.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const float *logits; /* [n_tokens, n_experts], rows logits_stride apart */
+    const float *bias;   /* [n_experts] or NULL */
+    int32_t *ids;        /* [n_tokens, top_k] */
+    float *weights;      /* [n_tokens, top_k] */
+    int64_t logits_stride;
+    int32_t n_tokens, n_experts, top_k, n_groups, topk_groups;
+    float scale;
+    uint8_t sigmoid, normalize; /* sigmoid 0: softmax */
+} qv_k_router_args;
+
+/* Errors: LIMIT (4096 experts, 256 groups), DEVICE. */
+qv_status qv_k_router(const qv_k_router_args *args, void *stream);
+
+/* As qv_moe_run. */
+typedef struct {
+    int32_t first, n, expert, slot;
+} qv_k_run;
+
+/* As qv_moe_list: what of it the device needs. `work` holds what the grouped GEMM walks: number of
+ * experts that have pairs, number of tiles of QV_K_MOE_TILE pairs, then for each such expert its
+ * index and the tiles before it. */
+#define QV_K_MOE_TILE 64
+
+typedef struct {
+    int32_t n_experts, top_k, n_tokens, n_segs;
+    const int32_t *seg_start, *seg_slot;
+    int32_t *expert_start, *pair, *place, *n_runs;
+    qv_k_run *runs;
+    int32_t *work; /* [2 * (max(n_experts, n_tokens * top_k) + 1)] */
+} qv_k_list;
+
+/* Make the list from ids [n_tokens, top_k]. Errors: LIMIT (2048 experts), DEVICE. */
+qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream);
+
+typedef struct {
+    const void *w; /* BF16 [n_experts, n_out, n_in], experts w_expert elements apart */
+    const void *x; /* BF16 [n_tokens or pairs, n_in], rows x_stride apart */
+    void *y;       /* BF16 [pairs, n_out], rows y_stride apart */
+    int64_t w_expert, n_out, n_in, x_stride, y_stride;
+    uint8_t x_pairs; /* 1: x has a row per place, 0: per token */
+} qv_k_moe_linear_args;
+
+/* Errors: DEVICE. */
+qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream);
+
+/* y[t] = sum over j of weights[t, j] o[place], plus what experts share of the adapters' B (site NULL:
+ * none), whose A x stands in `scratch`. Rounded once. Errors: LIMIT (slices, rank), DEVICE. */
+qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
+                           int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
+                           void *y, int64_t y_stride, int64_t d, void *stream);
+
+/* qv_op_moe_lora. scratch [pairs, n_slices, max_rank]. Errors: LIMIT (slices, rank), DEVICE. */
+qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, const void *x,
+                        int64_t x_stride, bool x_pairs, float *scratch, void *y, int64_t y_stride,
+                        void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

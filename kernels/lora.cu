@@ -1,0 +1,201 @@
+/* LoRA over adapter segments, and of the embedding: grids over (segment, tile of tokens) places, numbered
+ * so that no prefix sum over the segments is needed (segment s owns the places from
+ * seg_start[s] / tile + s). Halves and costs: lora_tiles.cuh.
+ */
+#include "kernels/lora_tiles.cuh"
+
+namespace
+{
+
+/* The tokens of a place: n <= 0 if it has none. */
+struct tokens_of_place {
+    int seg, slot, first, n;
+};
+
+__device__ __forceinline__ tokens_of_place find_tokens(const qv_k_segments &s, int place, int tile)
+{
+    int low = 0, high = s.n_segs;
+    while (high - low > 1) {
+        int middle = (low + high) >> 1;
+        if (s.seg_start[middle] / tile + middle <= place)
+            low = middle;
+        else
+            high = middle;
+    }
+    tokens_of_place out;
+    out.seg = low;
+    out.slot = s.seg_slot[low];
+    out.first = s.seg_start[low] + (place - (s.seg_start[low] / tile + low)) * tile;
+    out.n = min(tile, s.seg_start[low + 1] - out.first);
+    return out;
+}
+
+unsigned n_places(const qv_k_segments &s, int tile)
+{
+    return (unsigned)(s.n_tokens / tile + s.n_segs);
+}
+
+/* --- Dense sites -------------------------------------------------------------------------- */
+
+/* Grid (planes x groups of ranks, places). */
+template <bool ALIGNED>
+__global__ void __launch_bounds__(SHRINK_THREADS, 2)
+    shrink_kernel(qv_k_segments s, qv_k_lora_site site, const bf16 *x, int64_t x_stride,
+                  float *scratch)
+{
+    __shared__ shrink_shared m;
+    tokens_of_place p = find_tokens(s, blockIdx.y, SHRINK_ROWS);
+    if (p.n <= 0 || p.slot < 0)
+        return;
+    int plane = blockIdx.x % site.ranges.n, first = blockIdx.x / site.ranges.n * SHRINK_RANKS;
+    int rank =
+        plane_rank(site.slices + (int64_t)p.slot * site.ranges.n, site.ranges.n, plane);
+    if (first >= rank)
+        return;
+    if ((int)threadIdx.x < p.n) {
+        int64_t t = p.first + threadIdx.x;
+        m.x[threadIdx.x] = x + t * x_stride;
+        m.x1[threadIdx.x] = scratch + (t * site.ranges.n + plane) * site.max_rank;
+    }
+    int64_t at = (int64_t)p.slot * site.ranges.n + plane;
+    shrink_block<ALIGNED>(m, (const bf16 *)site.a + at * site.max_rank * site.n_in, site.n_in, rank,
+                          first, p.n);
+}
+
+/* Grid (tiles of columns, places of 16 MT tokens). */
+template <int MT, typename Y>
+__global__ void __launch_bounds__(EXPAND_THREADS)
+    expand_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site,
+                  const float *scratch, Y *y, int64_t y_stride)
+{
+    extern __shared__ __align__(128) char expand_memory[];
+    expand_shared &m = *(expand_shared *)expand_memory;
+    tokens_of_place p = find_tokens(s, blockIdx.y, 16 * MT);
+    if (p.n <= 0 || p.slot < 0)
+        return;
+    if ((int)threadIdx.x < p.n) {
+        int64_t t = p.first + threadIdx.x;
+        m.x1[threadIdx.x] = scratch + t * site.ranges.n * site.max_rank;
+        m.y[threadIdx.x] = y + t * y_stride;
+    }
+    __syncthreads();
+    expand_block<MT, float, Y>(m, (const bf16 *)site.b + (int64_t)p.slot * site.max_rank * site.n_out,
+                               site.n_out, site.max_rank, site.ranges,
+                               site.slices + (int64_t)p.slot * site.ranges.n,
+                               (int64_t)blockIdx.x * EXPAND_COLUMNS, p.n);
+}
+
+/* --- Embedding ---------------------------------------------------------------------------- */
+
+/* Grid (tiles of columns, places of 16 tokens). */
+__global__ void __launch_bounds__(EXPAND_THREADS)
+    embed_expand_kernel(qv_k_segments s, const qv_k_embed_lora_slot *slots, int64_t n_out,
+                        const int32_t *ids, bf16 *y, int64_t y_stride)
+{
+    extern __shared__ __align__(128) char expand_memory[];
+    expand_shared &m = *(expand_shared *)expand_memory;
+    __shared__ qv_k_lora_slice slice;
+    __shared__ qv_k_slices ranges;
+    tokens_of_place p = find_tokens(s, blockIdx.y, 16);
+    if (p.n <= 0 || p.slot < 0)
+        return;
+    qv_k_embed_lora_slot slot = slots[p.slot];
+    if (!slot.a || slot.rank == 0)
+        return;
+    if ((int)threadIdx.x < p.n) {
+        int64_t t = p.first + threadIdx.x;
+        m.x1[threadIdx.x] = (const bf16 *)slot.a + (int64_t)ids[t] * slot.max_rank;
+        m.y[threadIdx.x] = y + t * y_stride;
+    }
+    if (threadIdx.x == 0) {
+        slice.plane = 0;
+        slice.rank = slot.rank;
+        slice.scale = slot.scale;
+        ranges.n = 1;
+        ranges.start[0] = 0;
+        ranges.start[1] = (int32_t)n_out;
+    }
+    __syncthreads();
+    expand_block<1, bf16, bf16>(m, (const bf16 *)slot.b, n_out, slot.max_rank, ranges, &slice,
+                                (int64_t)blockIdx.x * EXPAND_COLUMNS, p.n);
+}
+
+/* --- Launch ------------------------------------------------------------------------------- */
+
+qv_status launched(const char *what)
+{
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+    return QV_OK;
+}
+
+unsigned column_tiles(int64_t n_out)
+{
+    return (unsigned)((n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS);
+}
+
+template <int MT, typename Y>
+void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch, void *y,
+                   int64_t y_stride, cudaStream_t stream)
+{
+    cudaFuncSetAttribute(expand_kernel<MT, Y>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         (int)sizeof(expand_shared));
+    dim3 grid(column_tiles(site.n_out), n_places(s, 16 * MT));
+    expand_kernel<MT, Y>
+        <<<grid, EXPAND_THREADS, sizeof(expand_shared), stream>>>(s, site, scratch, (Y *)y, y_stride);
+}
+
+template <typename Y>
+void choose_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch, void *y,
+                   int64_t y_stride, cudaStream_t stream)
+{
+    /* Tiles of 64 tokens read B a quarter as often; with few tokens a segment they would be empty. */
+    if (s.n_tokens > 16 * s.n_segs)
+        launch_expand<4, Y>(s, site, scratch, y, y_stride, stream);
+    else
+        launch_expand<1, Y>(s, site, scratch, y, y_stride, stream);
+}
+
+} // namespace
+
+qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
+                    int64_t x_stride, float *scratch, void *y, int64_t y_stride, bool y_f32,
+                    void *stream)
+{
+    const qv_k_segments &s = *segments;
+    cudaStream_t on = (cudaStream_t)stream;
+    if (site->ranges.n > QV_K_MAX_SLICES || site->max_rank > QV_K_MAX_RANK)
+        return qv_fail(QV_ERR_LIMIT, "lora: %d slices of rank %d, but %d of %d are possible",
+                       site->ranges.n, site->max_rank, QV_K_MAX_SLICES, QV_K_MAX_RANK);
+    int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;
+    dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
+    bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0 &&
+                   (uintptr_t)site->a % 16 == 0;
+    if (aligned)
+        shrink_kernel<true><<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride,
+                                                             scratch);
+    else
+        shrink_kernel<false><<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride,
+                                                              scratch);
+    if (y_f32)
+        choose_expand<float>(s, *site, scratch, y, y_stride, on);
+    else
+        choose_expand<bf16>(s, *site, scratch, y, y_stride, on);
+    return launched("lora");
+}
+
+qv_status qv_k_embed_lora(const qv_k_segments *segments, const qv_k_embed_lora_slot *slots,
+                          int32_t max_rank, int64_t n_out, const int32_t *ids, void *y,
+                          int64_t y_stride, void *stream)
+{
+    if (max_rank > QV_K_MAX_RANK)
+        return qv_fail(QV_ERR_LIMIT, "embed_lora: pool rank %d, but %d is possible", max_rank,
+                       QV_K_MAX_RANK);
+    cudaFuncSetAttribute(embed_expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                         (int)sizeof(expand_shared));
+    dim3 grid(column_tiles(n_out), n_places(*segments, 16));
+    embed_expand_kernel<<<grid, EXPAND_THREADS, sizeof(expand_shared), (cudaStream_t)stream>>>(
+        *segments, slots, n_out, ids, (bf16 *)y, y_stride);
+    return launched("embed_lora");
+}

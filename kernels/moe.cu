@@ -1,0 +1,591 @@
+/* Router, list of pairs and weighted sum of routed experts. All small: what counts is the number of
+ * launches (one for a router, one for a list of a decode step, one for a sum) and that nothing depends on the
+ * order in which threads happen to run.
+ */
+#include "kernels/kernels_moe.h"
+#include "kernels/tensor_core.cuh"
+
+namespace
+{
+
+constexpr int MAX_EXPERTS = 2048; /* of a list: counts of its chunks fit into the memory of its runs */
+constexpr int MAX_GROUPS = 256;
+constexpr unsigned ALL = 0xffffffffu;
+
+qv_status launched(const char *what)
+{
+    cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
+    return QV_OK;
+}
+
+/* --- Router ------------------------------------------------------------------------------- */
+
+struct best {
+    float value;
+    int id;
+};
+
+/* The higher value, the lower id among equals. */
+__device__ __forceinline__ best better(best a, best b)
+{
+    return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+}
+
+__device__ __forceinline__ best warp_best(best b)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1) {
+        best other = {__shfl_xor_sync(ALL, b.value, i), __shfl_xor_sync(ALL, b.id, i)};
+        b = better(b, other);
+    }
+    return b;
+}
+
+/* The lane's best of values[lane], values[lane + 32], ..; what has been taken is NaN and never wins. */
+__device__ __forceinline__ best lane_best(const float *values, int n)
+{
+    best b = {-INFINITY, INT32_MAX};
+    for (int i = threadIdx.x & 31; i < n; i += 32) {
+        best other = {values[i], i};
+        b = better(b, other);
+    }
+    return b;
+}
+
+/* The sum of the two highest of a group. */
+__device__ float best_two(const float *value, int n)
+{
+    float first = value[0], second = n > 1 ? -INFINITY : 0.0f;
+    for (int i = 1; i < n; i++) {
+        if (value[i] > first) {
+            second = first;
+            first = value[i];
+        } else if (value[i] > second) {
+            second = value[i];
+        }
+    }
+    return first + second;
+}
+
+/* All but the best topk_groups groups become NaN. One warp. */
+__device__ void keep_groups(const qv_k_router_args &c, float *value, float *group)
+{
+    int lane = threadIdx.x & 31, n_each = c.n_experts / c.n_groups;
+    for (int i = lane; i < c.n_groups; i += 32) {
+        float sum = best_two(value + i * n_each, n_each);
+        group[i] = sum == sum ? sum : -INFINITY;
+    }
+    __syncwarp();
+    for (int j = 0; j < c.topk_groups; j++) {
+        best b = warp_best(lane_best(group, c.n_groups));
+        if (lane == 0)
+            group[b.id] = NAN; /* chosen */
+        __syncwarp();
+    }
+    for (int i = lane; i < c.n_experts; i += 32)
+        if (group[i / n_each] == group[i / n_each])
+            value[i] = NAN;
+    __syncwarp();
+}
+
+/* A warp a token. Shared: scores and biased scores of each. */
+__global__ void router_kernel(qv_k_router_args c)
+{
+    extern __shared__ float router_memory[];
+    __shared__ float groups[4][MAX_GROUPS];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n = c.n_experts;
+    int64_t t = (int64_t)blockIdx.x * (blockDim.x >> 5) + warp;
+    if (t >= c.n_tokens)
+        return;
+    float *score = router_memory + warp * 2 * n, *value = score + n;
+    const float *logits = c.logits + t * c.logits_stride;
+    if (c.sigmoid) {
+        for (int i = lane; i < n; i += 32)
+            score[i] = sigmoid(logits[i]);
+    } else {
+        float most = -INFINITY, sum = 0;
+        for (int i = lane; i < n; i += 32)
+            most = fmaxf(most, logits[i]);
+#pragma unroll
+        for (int i = 16; i > 0; i >>= 1)
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, i));
+        for (int i = lane; i < n; i += 32) {
+            score[i] = expf(logits[i] - most);
+            sum += score[i];
+        }
+        sum = warp_sum(sum);
+        for (int i = lane; i < n; i += 32)
+            score[i] /= sum;
+    }
+    for (int i = lane; i < n; i += 32) {
+        float v = score[i] + (c.bias ? c.bias[i] : 0.0f);
+        value[i] = v == v ? v : -INFINITY; /* NaN means taken */
+    }
+    __syncwarp();
+    if (c.n_groups > 1)
+        keep_groups(c, value, groups[warp]);
+
+    float sum = 0;
+    int32_t *ids = c.ids + t * c.top_k;
+    float *weights = c.weights + t * c.top_k;
+    best b = lane_best(value, n);
+    for (int j = 0; j < c.top_k; j++) {
+        best top = warp_best(b);
+        float weight = score[top.id];
+        sum += weight;
+        if (lane == j % 32) {
+            ids[j] = top.id;
+            weights[j] = weight;
+        }
+        if (lane == (top.id & 31)) {
+            value[top.id] = NAN;
+            b = lane_best(value, n);
+        }
+        __syncwarp();
+    }
+    if (c.sigmoid)
+        sum += 1e-20f;
+    for (int j = lane; j < c.top_k; j += 32)
+        weights[j] = (c.normalize ? weights[j] / sum : weights[j]) * c.scale;
+}
+
+/* --- List: a stable counting sort --------------------------------------------------------- */
+
+constexpr int CHUNK = 1024;        /* pairs of a block in the form of many blocks */
+constexpr int ONE_BLOCK = 8 * 1024; /* pairs up to which one block does it all */
+
+__device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,
+                                         int p)
+{
+    int id = p < n_pairs ? ids[p] : -1;
+    return id >= 0 && id < list.n_experts ? id : -1;
+}
+
+/* Exclusive sum over a block of `n` threads, n a multiple of 32; total of all to everyone. */
+__device__ __forceinline__ int block_sum_before(int x, int *warp_sums, int &total)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, n_warps = blockDim.x >> 5, sum = x;
+#pragma unroll
+    for (int i = 1; i < 32; i <<= 1) {
+        int before = __shfl_up_sync(ALL, sum, i);
+        sum += lane >= i ? before : 0;
+    }
+    __syncthreads(); /* warp_sums of a call before have been read */
+    if (lane == 31)
+        warp_sums[warp] = sum;
+    __syncthreads();
+    int before = 0;
+    total = 0;
+    for (int i = 0; i < n_warps; i++) {
+        before += i < warp ? warp_sums[i] : 0;
+        total += warp_sums[i];
+    }
+    return before + sum - x;
+}
+
+/* From how many pairs each expert has (shared), its first place, and the experts that have any. All
+ * threads of one block. start[e] becomes where its next pair goes. */
+__device__ void lay_out_experts(const qv_k_list &list, int *start, int *warp_sums)
+{
+    int places = 0, active = 0, tiles = 0;
+    for (int first = 0; first < list.n_experts; first += blockDim.x) {
+        int e = first + threadIdx.x, n = e < list.n_experts ? start[e] : 0, total;
+        int n_tiles = (n + QV_K_MOE_TILE - 1) / QV_K_MOE_TILE;
+        int at = places + block_sum_before(n, warp_sums, total);
+        places += total;
+        int index = active + block_sum_before(n > 0, warp_sums, total);
+        active += total;
+        int tile = tiles + block_sum_before(n_tiles, warp_sums, total);
+        tiles += total;
+        if (e < list.n_experts) {
+            start[e] = at;
+            list.expert_start[e] = at;
+        }
+        if (n > 0) {
+            list.work[2 + 2 * index] = e;
+            list.work[3 + 2 * index] = tile;
+        }
+    }
+    if (threadIdx.x == 0) {
+        list.expert_start[list.n_experts] = places;
+        list.work[0] = active;
+        list.work[1] = tiles;
+    }
+    __syncthreads();
+}
+
+/* Put the pairs [first, first + blockDim.x) at their places, in order: start[e] is where the next pair
+ * of an expert goes, and moves on. counts [warps][n_experts] is zero before and after. */
+__device__ void place_pairs(const int32_t *ids, const qv_k_list &list, int n_pairs, int first,
+                            int *start, uint16_t *counts)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, p = first + threadIdx.x;
+    int e = expert_of(ids, list, n_pairs, p);
+    unsigned peers = __match_any_sync(ALL, e);
+    int rank = __popc(peers & ((1u << lane) - 1));
+    bool leads = e >= 0 && rank == 0;
+    if (leads)
+        counts[warp * list.n_experts + e] = (uint16_t)__popc(peers);
+    __syncthreads();
+    if (e >= 0) {
+        int place = start[e] + rank;
+        for (int w = 0; w < warp; w++)
+            place += counts[w * list.n_experts + e];
+        list.place[p] = place;
+        list.pair[place] = p;
+    } else if (p < n_pairs) {
+        list.place[p] = -1;
+    }
+    __syncthreads();
+    if (leads) {
+        counts[warp * list.n_experts + e] = 0;
+        atomicAdd(&start[e], __popc(peers)); /* sums of integers: the order is no matter */
+    }
+    __syncthreads();
+}
+
+/* Adapter of the pair at a place. */
+__device__ __forceinline__ int slot_of(const qv_k_list &list, int place)
+{
+    int t = list.pair[place] / list.top_k;
+    return list.seg_slot[range_of(list.seg_start, list.n_segs, t)];
+}
+
+/* Runs of the places [first, first + blockDim.x): where one starts its number is `before` + those in
+ * front of it; where one ends, n holds its end for now. Returns how many start here. */
+__device__ int find_runs(const qv_k_list &list, int first, int before, int *warp_sums, bool store)
+{
+    int p = first + threadIdx.x, places = list.expert_start[list.n_experts], total;
+    int slot = -1, e = 0;
+    bool starts = false, ends = false;
+    if (p < places && (slot = slot_of(list, p)) >= 0) {
+        e = range_of(list.expert_start, list.n_experts, p);
+        /* The last of several experts that start here is the one that is not empty. */
+        starts = p == list.expert_start[e] || slot_of(list, p - 1) != slot;
+        ends = p + 1 == list.expert_start[e + 1] || slot_of(list, p + 1) != slot;
+    }
+    int index = before + block_sum_before(starts, warp_sums, total);
+    if (starts && store) {
+        list.runs[index].first = p;
+        list.runs[index].expert = e;
+        list.runs[index].slot = slot;
+    }
+    if (ends && store)
+        list.runs[index + starts - 1].n = p + 1;
+    return total;
+}
+
+/* Everything for up to ONE_BLOCK pairs. Shared: start [n_experts], counts [warps][n_experts]. */
+__global__ void route_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
+{
+    extern __shared__ int route_memory[];
+    __shared__ int warp_sums[32];
+    int *start = route_memory;
+    uint16_t *counts = (uint16_t *)(start + list.n_experts);
+    int n_counts = (blockDim.x >> 5) * list.n_experts;
+    for (int i = threadIdx.x; i < list.n_experts; i += blockDim.x)
+        start[i] = 0;
+    for (int i = threadIdx.x; i < (n_counts + 1) / 2; i += blockDim.x)
+        ((uint32_t *)counts)[i] = 0;
+    __syncthreads();
+    for (int p = threadIdx.x; p < n_pairs; p += blockDim.x) {
+        int e = expert_of(ids, list, n_pairs, p);
+        if (e >= 0)
+            atomicAdd(&start[e], 1);
+    }
+    __syncthreads();
+    lay_out_experts(list, start, warp_sums);
+    for (int first = 0; first < n_pairs; first += blockDim.x)
+        place_pairs(ids, list, n_pairs, first, start, counts);
+
+    int n_runs = 0, places = list.expert_start[list.n_experts];
+    for (int first = 0; first < places && list.n_segs > 0; first += blockDim.x)
+        n_runs += find_runs(list, first, n_runs, warp_sums, true);
+    __syncthreads();
+    for (int i = threadIdx.x; i < n_runs; i += blockDim.x)
+        list.runs[i].n -= list.runs[i].first;
+    if (threadIdx.x == 0)
+        *list.n_runs = n_runs;
+}
+
+/* Many blocks: counts of each chunk of pairs into the memory of the runs, which are found last. */
+__device__ __forceinline__ int *chunk_counts(const qv_k_list &list, int chunk)
+{
+    return (int *)list.runs + (int64_t)chunk * list.n_experts;
+}
+
+__global__ void count_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
+{
+    extern __shared__ int count_memory[];
+    for (int i = threadIdx.x; i < list.n_experts; i += blockDim.x)
+        count_memory[i] = 0;
+    __syncthreads();
+    int e = expert_of(ids, list, n_pairs, blockIdx.x * CHUNK + threadIdx.x);
+    if (e >= 0)
+        atomicAdd(&count_memory[e], 1);
+    __syncthreads();
+    for (int i = threadIdx.x; i < list.n_experts; i += blockDim.x)
+        chunk_counts(list, blockIdx.x)[i] = count_memory[i];
+}
+
+/* One block: counts of chunks become what comes before each of them. */
+__global__ void layout_kernel(qv_k_list list, int n_chunks)
+{
+    extern __shared__ int layout_memory[];
+    __shared__ int warp_sums[32];
+    for (int e = threadIdx.x; e < list.n_experts; e += blockDim.x) {
+        int sum = 0;
+#pragma unroll 8
+        for (int i = 0; i < n_chunks; i++) {
+            int n = chunk_counts(list, i)[e];
+            chunk_counts(list, i)[e] = sum;
+            sum += n;
+        }
+        layout_memory[e] = sum;
+    }
+    __syncthreads();
+    lay_out_experts(list, layout_memory, warp_sums);
+}
+
+__global__ void place_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
+{
+    extern __shared__ int place_memory[];
+    int *start = place_memory;
+    uint16_t *counts = (uint16_t *)(start + list.n_experts);
+    for (int i = threadIdx.x; i < list.n_experts; i += blockDim.x)
+        start[i] = list.expert_start[i] + chunk_counts(list, blockIdx.x)[i];
+    for (int i = threadIdx.x; i < ((int)(blockDim.x >> 5) * list.n_experts + 1) / 2; i += blockDim.x)
+        ((uint32_t *)counts)[i] = 0;
+    __syncthreads();
+    for (int first = 0; first < CHUNK; first += blockDim.x)
+        place_pairs(ids, list, n_pairs, blockIdx.x * CHUNK + first, start, counts);
+}
+
+/* How many runs start in each chunk of places; behind the experts in `work`. */
+__device__ __forceinline__ int *run_counts(const qv_k_list &list)
+{
+    return list.work + 2 + 2 * list.n_experts;
+}
+
+__global__ void count_runs_kernel(qv_k_list list)
+{
+    __shared__ int warp_sums[32];
+    int n = find_runs(list, blockIdx.x * CHUNK, 0, warp_sums, false);
+    if (threadIdx.x == 0)
+        run_counts(list)[blockIdx.x] = n;
+}
+
+__global__ void find_runs_kernel(qv_k_list list)
+{
+    __shared__ int warp_sums[32];
+    int mine = 0, before, total;
+    for (int i = threadIdx.x; i < blockIdx.x; i += blockDim.x)
+        mine += run_counts(list)[i];
+    block_sum_before(mine, warp_sums, total);
+    before = total;
+    int n = find_runs(list, blockIdx.x * CHUNK, before, warp_sums, true);
+    if (blockIdx.x == gridDim.x - 1 && threadIdx.x == 0)
+        *list.n_runs = before + n;
+}
+
+__global__ void finish_runs_kernel(qv_k_list list)
+{
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < *list.n_runs; i += gridDim.x * blockDim.x)
+        list.runs[i].n -= list.runs[i].first;
+}
+
+qv_status route_many(const int32_t *ids, const qv_k_list &list, int n_pairs, cudaStream_t stream)
+{
+    int n_chunks = (n_pairs + CHUNK - 1) / CHUNK, threads = list.n_experts <= 1024 ? CHUNK : 256;
+    size_t start_bytes = (size_t)list.n_experts * sizeof(int);
+    size_t place_bytes = start_bytes + (size_t)(threads / 32) * list.n_experts * 2 + 4;
+    if (cudaFuncSetAttribute(place_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)place_bytes) != cudaSuccess)
+        return launched("moe_route");
+    count_kernel<<<n_chunks, CHUNK, start_bytes, stream>>>(ids, list, n_pairs);
+    layout_kernel<<<1, 1024, start_bytes, stream>>>(list, n_chunks);
+    place_kernel<<<n_chunks, threads, place_bytes, stream>>>(ids, list, n_pairs);
+    if (list.n_segs > 0) {
+        count_runs_kernel<<<n_chunks, CHUNK, 0, stream>>>(list);
+        find_runs_kernel<<<n_chunks, CHUNK, 0, stream>>>(list);
+        finish_runs_kernel<<<64, 256, 0, stream>>>(list);
+    } else {
+        cudaMemsetAsync(list.n_runs, 0, sizeof(int32_t), stream);
+    }
+    return launched("moe_route");
+}
+
+/* --- Weighted sum ------------------------------------------------------------------------- */
+
+__device__ __forceinline__ int slice_of(const qv_k_slices &ranges, int64_t col)
+{
+    int slice = 0;
+    while (col >= ranges.start[slice + 1])
+        slice++;
+    return slice;
+}
+
+/* The delta of B shared by all experts for column `col`: scale * sum over ranks of B[r] folded[r]. */
+__device__ __forceinline__ float shared_delta(const qv_k_moe_lora_site &site,
+                                              const qv_k_moe_lora_slot &part, const float *folded,
+                                              int64_t col)
+{
+    qv_k_lora_slice s = part.slices[slice_of(site.ranges, col)];
+    const bf16 *b = (const bf16 *)part.b + col;
+    const float *x1 = folded + s.plane * site.max_rank;
+    float sum = 0;
+    for (int r = 0; r < s.rank; r++)
+        sum = fmaf(to_float(b[r * site.n_out]), x1[r], sum);
+    return s.scale * sum;
+}
+
+/* The same for eight columns, sum += delta; the order of a column's sum is the same. */
+__device__ __forceinline__ void shared_deltas(const qv_k_moe_lora_site &site,
+                                              const qv_k_moe_lora_slot &part, const float *folded,
+                                              int64_t col, float (&sum)[8])
+{
+    int slice = slice_of(site.ranges, col);
+    if (col + 8 > site.ranges.start[slice + 1] || ((uintptr_t)part.b & 15)) {
+        for (int i = 0; i < 8; i++)
+            sum[i] += shared_delta(site, part, folded, col + i);
+        return;
+    }
+    qv_k_lora_slice s = part.slices[slice];
+    const bf16 *b = (const bf16 *)part.b + col;
+    const float *x1 = folded + s.plane * site.max_rank;
+    float delta[8] = {};
+#pragma unroll 4
+    for (int r = 0; r < s.rank; r++) {
+        uint4 raw = *(const uint4 *)(b + r * site.n_out);
+        const uint32_t v[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            delta[2 * i] = fmaf(bf16_low(v[i]), x1[r], delta[2 * i]);
+            delta[2 * i + 1] = fmaf(bf16_high(v[i]), x1[r], delta[2 * i + 1]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        sum[i] += s.scale * delta[i];
+}
+
+/* A block a token. Shared: folded [n_slices][max_rank], the weighted sums of A x. */
+__global__ void __launch_bounds__(256)
+    combine_kernel(qv_k_list list, const float *weights, const bf16 *o, int64_t o_stride,
+                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch, bf16 *y,
+                   int64_t y_stride, int64_t d, bool wide)
+{
+    extern __shared__ float folded[];
+    int64_t t = blockIdx.x;
+    const int32_t *place = list.place + t * list.top_k;
+    const float *w = weights + t * list.top_k;
+    const qv_k_moe_lora_slot *part = nullptr;
+    if (site.slots && list.n_segs > 0) {
+        int slot = list.seg_slot[range_of(list.seg_start, list.n_segs, (int)t)];
+        if (slot >= 0 && site.slots[slot].a && site.slots[slot].b_shared)
+            part = &site.slots[slot];
+    }
+    if (part) {
+        int n = site.ranges.n * site.max_rank;
+        for (int i = threadIdx.x; i < n; i += blockDim.x) {
+            int plane = i / site.max_rank, rank = 0;
+            for (int s = 0; s < site.ranges.n; s++)
+                if (part->slices[s].plane == plane)
+                    rank = max(rank, part->slices[s].rank);
+            float sum = 0;
+            for (int j = 0; j < list.top_k && i % site.max_rank < rank; j++)
+                if (place[j] >= 0)
+                    sum = fmaf(w[j], scratch[(t * list.top_k + j) * n + i], sum);
+            folded[i] = sum;
+        }
+        __syncthreads();
+    }
+    if (wide) {
+        for (int64_t col = threadIdx.x * 8; col < d; col += blockDim.x * 8) {
+            float sum[8] = {};
+            for (int j = 0; j < list.top_k; j++) {
+                if (place[j] < 0)
+                    continue;
+                uint4 raw = *(const uint4 *)(o + place[j] * o_stride + col);
+                const uint32_t v[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    sum[2 * i] = fmaf(w[j], bf16_low(v[i]), sum[2 * i]);
+                    sum[2 * i + 1] = fmaf(w[j], bf16_high(v[i]), sum[2 * i + 1]);
+                }
+            }
+            if (part)
+                shared_deltas(site, *part, folded, col, sum);
+            *(uint4 *)(y + t * y_stride + col) =
+                make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
+                           pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+        }
+    } else {
+        for (int64_t col = threadIdx.x; col < d; col += blockDim.x) {
+            float sum = 0;
+            for (int j = 0; j < list.top_k; j++)
+                if (place[j] >= 0)
+                    sum = fmaf(w[j], to_float(o[place[j] * o_stride + col]), sum);
+            if (part)
+                sum += shared_delta(site, *part, folded, col);
+            y[t * y_stride + col] = __float2bfloat16(sum);
+        }
+    }
+}
+
+} // namespace
+
+/* --- Launch ------------------------------------------------------------------------------- */
+
+qv_status qv_k_router(const qv_k_router_args *args, void *stream)
+{
+    int warps = args->n_experts <= 1024 ? 4 : 1;
+    if (args->n_experts > 4096 || args->n_groups > MAX_GROUPS)
+        return qv_fail(QV_ERR_LIMIT, "router: %d experts in %d groups, but 4096 in %d are possible",
+                       args->n_experts, args->n_groups, MAX_GROUPS);
+    size_t bytes = (size_t)warps * 2 * args->n_experts * sizeof(float);
+    router_kernel<<<(args->n_tokens + warps - 1) / warps, warps * 32, bytes,
+                    (cudaStream_t)stream>>>(*args);
+    return launched("router");
+}
+
+qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream)
+{
+    cudaStream_t on = (cudaStream_t)stream;
+    int64_t n_pairs = (int64_t)list->n_tokens * list->top_k;
+    if (list->n_experts > MAX_EXPERTS)
+        return qv_fail(QV_ERR_LIMIT, "moe_route: %d experts, but %d are possible", list->n_experts,
+                       MAX_EXPERTS);
+    if (n_pairs > ONE_BLOCK)
+        return route_many(ids, *list, (int)n_pairs, on);
+    int threads = list->n_experts <= 1024 ? 1024 : 256;
+    while (threads > 128 && threads / 2 >= n_pairs)
+        threads /= 2;
+    size_t bytes =
+        (size_t)list->n_experts * sizeof(int) + (size_t)(threads / 32) * list->n_experts * 2 + 4;
+    if (cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)bytes) != cudaSuccess)
+        return launched("moe_route");
+    route_kernel<<<1, threads, bytes, on>>>(ids, *list, (int)n_pairs);
+    return launched("moe_route");
+}
+
+qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
+                           int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
+                           void *y, int64_t y_stride, int64_t d, void *stream)
+{
+    qv_k_moe_lora_site none = {};
+    size_t bytes = site ? (size_t)site->ranges.n * site->max_rank * sizeof(float) : 0;
+    if (bytes > 48 * 1024)
+        return qv_fail(QV_ERR_LIMIT, "moe_combine: %d slices of rank %d", site->ranges.n,
+                       site->max_rank);
+    bool wide = d % 8 == 0 && o_stride % 8 == 0 && y_stride % 8 == 0 && (uintptr_t)o % 16 == 0 &&
+                (uintptr_t)y % 16 == 0;
+    int threads = wide && d / 8 < 256 ? (int)((d / 8 + 31) / 32 * 32) : 256;
+    combine_kernel<<<list->n_tokens, threads, bytes, (cudaStream_t)stream>>>(
+        *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y, y_stride,
+        d, wide);
+    return launched("moe_combine");
+}

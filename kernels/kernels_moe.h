@@ -39,7 +39,7 @@ typedef struct {
 #define QV_K_MOE_TILE 64
 
 typedef struct {
-    int32_t n_experts, top_k, n_tokens, n_segs;
+    int32_t n_experts, first_expert, top_k, n_tokens, n_segs;
     const int32_t *seg_start, *seg_slot;
     int32_t *expert_start, *pair, *place, *n_runs;
     qv_k_run *runs;

@@ -156,10 +156,11 @@ __global__ void router_kernel(qv_k_router_args c)
 constexpr int CHUNK = 1024;        /* pairs of a block in the form of many blocks */
 constexpr int ONE_BLOCK = 8 * 1024; /* pairs up to which one block does it all */
 
+/* -1: it lives elsewhere. */
 __device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,
                                          int p)
 {
-    int id = p < n_pairs ? ids[p] : -1;
+    int id = p < n_pairs ? ids[p] - list.first_expert : -1;
     return id >= 0 && id < list.n_experts ? id : -1;
 }
 

@@ -1,0 +1,319 @@
+/* Routed experts on CUDA against the CPU, op by op: router, list, grouped GEMM, adapters, weighted sum.
+ */
+#include "tests/ops/moe_test.h"
+#include "tests/ops/pair.h"
+
+#define N_SLOTS 4
+
+/* --- Router ------------------------------------------------------------------------------- */
+
+static void check_router(const qv_router *r, int64_t n, int64_t n_experts, bool with_bias)
+{
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(11);
+    both logits = random_f32(p, &rng, n, n_experts, 4), bias = random_f32(p, &rng, 1, n_experts, 0.3f);
+    both weights = nan_f32(p, n, r->top_k);
+    both_memory ids = alloc_both(p, (size_t)(n * r->top_k) * 4, (size_t)(n * r->top_k) * 4);
+    for (int side = 0; side < 2; side++) {
+        qv_router router = *r;
+        if (with_bias)
+            router.bias = qv_tensor_1d(bias.t[side].data, QV_F32, n_experts);
+        PASS(qv_op_router(p->be[side], &router, logits.t[side],
+                          qv_tensor_2d(ids.at[side], QV_I32, n, r->top_k), weights.t[side]));
+    }
+    char what[96];
+    snprintf(what, sizeof what, "router, %d of %lld experts, %d groups", r->top_k,
+             (long long)n_experts, r->n_groups);
+    compare_i32(p, what, ids.at[CPU], ids.at[GPU], n * r->top_k);
+    compare(p, what, weights, 1e-5, 1e-6);
+    close_pair(p);
+}
+
+Test(cuda_moe, router_agrees_with_the_cpu, .timeout = 60)
+{
+    const qv_router softmax = {
+        .kind = QV_ROUTER_SOFTMAX, .top_k = 8, .normalize = true, .scale = 1, .n_groups = 1, .topk_groups = 1};
+    qv_router sigmoid = {
+        .kind = QV_ROUTER_SIGMOID, .top_k = 6, .normalize = true, .scale = 2.5f, .n_groups = 1, .topk_groups = 1};
+    check_router(&softmax, 1, 256, false);
+    check_router(&softmax, 67, 256, false);
+    check_router(&softmax, 3, 9, true);
+    check_router(&sigmoid, 67, 128, true);
+    sigmoid.top_k = 22;
+    check_router(&sigmoid, 33, 512, true);
+    sigmoid.top_k = 4;
+    sigmoid.n_groups = 8;
+    sigmoid.topk_groups = 3;
+    check_router(&sigmoid, 33, 64, true);
+    sigmoid.normalize = false;
+    sigmoid.top_k = 40;
+    check_router(&sigmoid, 5, 2048, false);
+}
+
+/* --- Lists -------------------------------------------------------------------------------- */
+
+typedef struct {
+    qv_moe_list list[2];
+    both_memory ids, start, slot;
+} lists;
+
+static lists route_both(pair *p, const int32_t *ids, int32_t n_experts, int32_t first,
+                        int32_t top_k, int32_t n, int32_t n_segs, const int32_t *start,
+                        const int32_t *slot)
+{
+    lists l;
+    size_t bytes = qv_moe_list_bytes(n_experts, top_k, n);
+    char *garbage = must(malloc(bytes));
+    memset(garbage, 0xA5, bytes);
+    both_memory m = upload_both(p, garbage, bytes);
+    l.ids = upload_both(p, ids, (size_t)(n * top_k) * 4);
+    l.start = upload_both(p, start, (size_t)(n_segs + 1) * 4);
+    l.slot = upload_both(p, slot, (size_t)n_segs * 4);
+    for (int side = 0; side < 2; side++) {
+        PASS(qv_moe_list_init(&l.list[side], n_experts, top_k, n, m.at[side]));
+        l.list[side].first_expert = first;
+        PASS(qv_op_moe_route(p->be[side], qv_tensor_2d(l.ids.at[side], QV_I32, n, top_k), n_segs,
+                             l.start.at[side], l.slot.at[side], &l.list[side]));
+    }
+    free(garbage);
+    return l;
+}
+
+static void check_list(pair *p, const char *what, const lists *l)
+{
+    const qv_moe_list *c = &l->list[CPU], *g = &l->list[GPU];
+    int32_t n_pairs = c->n_tokens * c->top_k, n_places = c->expert_start[c->n_experts];
+    PASS(qv_backend_sync(p->be[GPU]));
+    compare_i32(p, what, c->expert_start, g->expert_start, c->n_experts + 1);
+    compare_i32(p, what, c->pair, g->pair, n_places);
+    compare_i32(p, what, c->place, g->place, n_pairs);
+    compare_i32(p, what, c->n_runs, g->n_runs, 1);
+    compare_i32(p, what, (const int32_t *)c->runs, (const int32_t *)g->runs, 4 * *c->n_runs);
+}
+
+static void check_route(int32_t n_experts, int32_t first, int32_t top_k, int32_t n)
+{
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(12);
+    int32_t *ids = must(malloc((size_t)(n * top_k) * 4));
+    for (int64_t i = 0; i < (int64_t)n * top_k; i++) /* some are elsewhere, some experts are crowded */
+        ids[i] = (int32_t)(qv_rng_range(&rng, -2, n_experts + 3) % (i % 3 ? n_experts + 3 : 5));
+    const int32_t start[] = {0, n / 4, n / 4, n / 2, n - 1, n}, slot[] = {-1, 3, 0, 2, 1};
+    lists l = route_both(p, ids, n_experts, first, top_k, n, 5, start, slot);
+    char what[96];
+    snprintf(what, sizeof what, "list of %d tokens, %d of %d experts", n, top_k, n_experts);
+    check_list(p, what, &l);
+    free(ids);
+    close_pair(p);
+}
+
+Test(cuda_moe, lists_are_the_cpus, .timeout = 60)
+{
+    static const int32_t sizes[] = {1, 2, 64, 129, 1024, 3001};
+    for (size_t i = 0; i < QV_ROWS(sizes); i++) {
+        check_route(256, 0, 8, sizes[i]);
+        check_route(512, 0, 22, sizes[i]);
+        check_route(5, 1, 2, sizes[i]);
+        check_route(1500, 7, 6, sizes[i]);
+    }
+}
+
+/* --- Grouped GEMM and weighted sum -------------------------------------------------------- */
+
+static void load_both(pair *p, qv_rng *rng, int64_t n_experts, int64_t n_out, int64_t n_in,
+                      qv_weight *w[2])
+{
+    float *values = random_floats(rng, n_experts * n_out * n_in, 1.7f / sqrtf((float)n_in));
+    round_to_bf16(values, n_experts * n_out * n_in);
+    for (int side = 0; side < 2; side++)
+        w[side] = load_experts(p->be[side], values, n_experts, n_out, n_in, QV_BF16);
+    free(values);
+}
+
+static const qv_moe_shape more_shapes[] = {
+    {"tiles", 4, 2, 264, 136, true}, {"crowded", 2, 1, 128, 72, false}};
+
+static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
+{
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(13);
+    int64_t n_pairs = (int64_t)n * s->top_k, n_out = s->gated ? 2 * s->ffn : s->ffn;
+    int32_t *ids = random_ids(&rng, n, s->n_experts, s->top_k);
+    for (int64_t i = 0; i < n_pairs; i += 7)
+        ids[i] = -1;
+    const int32_t start[] = {0, n}, slot[] = {-1};
+    lists l = route_both(p, ids, s->n_experts, 0, s->top_k, n, 1, start, slot);
+    qv_weight *w[2];
+    load_both(p, &rng, s->n_experts, n_out, s->d, w);
+    both x = random_act(p, &rng, pairs ? n_pairs : n, s->d, 1), y = nan_act(p, n_pairs, n_out);
+    both weights = random_f32(p, &rng, n, s->top_k, 1), sum = nan_act(p, n, n_out);
+    for (int side = 0; side < 2; side++) {
+        PASS(qv_op_moe_linear(p->be[side], w[side], &l.list[side], x.t[side],
+                              pairs ? QV_MOE_PAIRS : QV_MOE_TOKENS, y.t[side]));
+        PASS(qv_op_moe_combine(p->be[side], &l.list[side], weights.t[side], y.t[side], NULL,
+                               (qv_tensor){0}, sum.t[side]));
+    }
+    char what[96];
+    snprintf(what, sizeof what, "moe_linear %s, %d tokens by %s", s->name, n,
+             pairs ? "pair" : "token");
+    compare(p, what, y, ROUNDED_ONCE);
+    compare(p, "moe_combine", sum, 0.0079, 0.008);
+    for (int side = 0; side < 2; side++)
+        qv_weight_free(p->be[side], w[side]);
+    free(ids);
+    close_pair(p);
+}
+
+Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 120)
+{
+    static const int32_t sizes[] = {1, 3, 40, 700};
+    for (size_t j = 0; j < QV_ROWS(sizes); j++)
+        for (int pairs = 0; pairs < 2; pairs++) {
+            for (size_t i = 0; i < QV_ROWS(qv_moe_shapes); i++)
+                check_linear(&qv_moe_shapes[i], sizes[j], pairs);
+            for (size_t i = 0; i < QV_ROWS(more_shapes); i++)
+                check_linear(&more_shapes[i], sizes[j], pairs);
+        }
+}
+
+/* --- Adapters ----------------------------------------------------------------------------- */
+
+/* One projection's site on both sides: what slots hold is made by `add_part`. */
+typedef struct {
+    qv_moe_lora_site site[2];
+    qv_moe_lora_slot slots[2][N_SLOTS];
+    both_memory slot_memory;
+    int64_t slice_start[3];
+    uint8_t active[N_SLOTS];
+} part_pool;
+
+static part_pool *new_pool(pair *p, const qv_moe_shape *s, bool up, int32_t max_rank)
+{
+    part_pool *l = must(calloc(1, sizeof *l));
+    int32_t n_slices = up && s->gated ? 2 : 1;
+    l->slice_start[1] = up ? s->ffn : s->d;
+    l->slice_start[2] = 2 * s->ffn;
+    l->slot_memory = alloc_both(p, sizeof l->slots[0], sizeof l->slots[0]);
+    for (int side = 0; side < 2; side++)
+        l->site[side] = (qv_moe_lora_site){.n_in = up ? s->d : s->ffn,
+                                           .n_out = l->slice_start[n_slices],
+                                           .n_experts = s->n_experts,
+                                           .n_slices = n_slices,
+                                           .n_slots = N_SLOTS,
+                                           .max_rank = max_rank,
+                                           .dtype = QV_BF16,
+                                           .slice_start = l->slice_start,
+                                           .slots = l->slot_memory.at[side],
+                                           .slot_active = l->active};
+    return l;
+}
+
+/* A slot of `rank`, planes `spacing` apart, NaN above the rank; experts that are multiples of `missing`
+ * have none. */
+static void add_part(pair *p, part_pool *l, qv_rng *rng, int32_t slot, int32_t rank,
+                     int32_t spacing, bool a_shared, bool b_shared, int32_t missing)
+{
+    const qv_moe_lora_site *s = &l->site[CPU];
+    int64_t n_a = a_shared ? 1 : s->n_experts, n_b = b_shared ? 1 : s->n_experts;
+    float *a = random_floats(rng, n_a * s->n_slices * spacing * s->n_in, 1 / sqrtf((float)s->n_in));
+    float *b = random_floats(rng, n_b * spacing * s->n_out, 1);
+    for (int64_t i = 0; i < n_a * s->n_slices * spacing; i++)
+        for (int64_t k = 0; i % spacing >= rank && k < s->n_in; k++)
+            a[i * s->n_in + k] = NAN;
+    for (int64_t i = 0; i < n_b * spacing; i++)
+        for (int64_t k = 0; i % spacing >= rank && k < s->n_out; k++)
+            b[i * s->n_out + k] = NAN;
+    qv_lora_slice *slices = must(calloc((size_t)(s->n_experts * s->n_slices), sizeof *slices));
+    for (int32_t i = 0; i < s->n_experts * s->n_slices; i++)
+        slices[i] = (qv_lora_slice){.plane = i % s->n_slices,
+                                    .rank = missing && i / s->n_slices % missing == 0 ? 0 : rank,
+                                    .scale = 0.5f + (float)(i % s->n_slices)};
+    both ta = tensor_both(p, a, QV_BF16, QV_BF16, n_a * s->n_slices * spacing, s->n_in, 1);
+    both tb = tensor_both(p, b, QV_BF16, QV_BF16, n_b * spacing, s->n_out, 1);
+    both_memory ts = upload_both(p, slices, (size_t)(s->n_experts * s->n_slices) * sizeof *slices);
+    for (int side = 0; side < 2; side++)
+        l->slots[side][slot] = (qv_moe_lora_slot){.a = ta.t[side].data,
+                                                  .b = tb.t[side].data,
+                                                  .slices = ts.at[side],
+                                                  .max_rank = spacing,
+                                                  .a_shared = a_shared,
+                                                  .b_shared = b_shared};
+    l->active[slot] = 1;
+    free(a);
+    free(b);
+    free(slices);
+}
+
+static void upload_slots(pair *p, part_pool *l)
+{
+    for (int side = 0; side < 2; side++)
+        PASS(qv_backend_upload(p->be[side], l->slot_memory.at[side], l->slots[side],
+                               sizeof l->slots[side]));
+}
+
+/* Three adapters of different forms, base tokens, and a slot without experts: A of the up-projection and B
+ * of the down-projection shared or not, and the other way round, which nothing forbids. */
+static const struct {
+    int32_t rank, spacing, missing;
+    bool up_a, up_b, down_a, down_b;
+} forms[][3] = {
+    {{7, 16, 0, false, false, false, false}, {16, 16, 3, false, false, false, false}, {1, 4, 0, false, false, false, false}},
+    {{7, 9, 0, true, false, false, true}, {16, 16, 2, false, false, false, false}, {1, 1, 0, true, false, false, true}},
+    {{40, 48, 0, true, true, true, true}, {33, 33, 0, false, true, true, false}, {48, 48, 0, true, false, false, true}},
+};
+
+static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
+{
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(14);
+    int64_t n_pairs = (int64_t)n * s->top_k, n_up = s->gated ? 2 * s->ffn : s->ffn;
+    int32_t *ids = random_ids(&rng, n, s->n_experts, s->top_k), max_rank = form == 2 ? 48 : 16;
+    for (int64_t i = 3; i < n_pairs; i += 11)
+        ids[i] = -1;
+    const int32_t start[] = {0, n / 5, n / 2, n / 2, n * 3 / 4, n - n / 6, n};
+    const int32_t slot[] = {-1, 0, 1, 2, 1, 3};
+    lists l = route_both(p, ids, s->n_experts, 0, s->top_k, n, 6, start, slot);
+    part_pool *up = new_pool(p, s, true, max_rank), *down = new_pool(p, s, false, max_rank);
+    for (int i = 0; i < 3; i++) {
+        add_part(p, up, &rng, i, forms[form][i].rank, forms[form][i].spacing, forms[form][i].up_a,
+                 forms[form][i].up_b, forms[form][i].up_a || forms[form][i].up_b ? 0 : forms[form][i].missing);
+        add_part(p, down, &rng, i, forms[form][i].rank, forms[form][i].spacing, forms[form][i].down_a,
+                 forms[form][i].down_b,
+                 forms[form][i].down_a || forms[form][i].down_b ? 0 : forms[form][i].missing);
+    }
+    upload_slots(p, up);
+    upload_slots(p, down);
+    both x = random_act(p, &rng, n, s->d, 1), h = random_act(p, &rng, n_pairs, n_up, 1);
+    both a = random_act(p, &rng, n_pairs, s->ffn, 1), o = random_act(p, &rng, n_pairs, s->d, 1);
+    both weights = random_f32(p, &rng, n, s->top_k, 1), y = nan_act(p, n, s->d);
+    both scratch = nan_f32(p, n_pairs, 2 * max_rank);
+    for (int side = 0; side < 2; side++) {
+        qv_backend *be = p->be[side];
+        const qv_moe_list *list = &l.list[side];
+        qv_tensor x1 = qv_tensor_3d(scratch.t[side].data, QV_F32, n_pairs, up->site[side].n_slices,
+                                    max_rank);
+        PASS(qv_op_moe_lora(be, &up->site[side], list, x.t[side], QV_MOE_TOKENS, x1, h.t[side]));
+        x1 = qv_tensor_3d(scratch.t[side].data, QV_F32, n_pairs, 1, max_rank);
+        PASS(qv_op_moe_lora(be, &down->site[side], list, a.t[side], QV_MOE_PAIRS, x1, o.t[side]));
+        PASS(qv_op_moe_combine(be, list, weights.t[side], o.t[side], &down->site[side], x1,
+                               y.t[side]));
+    }
+    char what[96];
+    snprintf(what, sizeof what, "moe_lora %s, form %zu, %d tokens", s->name, form, n);
+    compare(p, what, h, ROUNDED_ONCE);
+    compare(p, what, o, ROUNDED_ONCE);
+    compare(p, what, y, 0.0079, 0.008);
+    free(up);
+    free(down);
+    free(ids);
+    close_pair(p);
+}
+
+Test(cuda_moe, adapters_agree_with_the_cpu, .timeout = 120)
+{
+    static const int32_t sizes[] = {1, 12, 170, 700};
+    for (size_t i = 0; i < QV_ROWS(qv_moe_shapes); i++)
+        for (size_t form = 0; form < QV_ROWS(forms); form++)
+            for (size_t j = 0; j < QV_ROWS(sizes); j++)
+                check_adapters(&qv_moe_shapes[i], form, sizes[j]);
+}

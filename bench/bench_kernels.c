@@ -190,6 +190,7 @@ static qv_k_steps new_steps(int n_seqs, int n_each, int first_slot)
     free(host);
     return (qv_k_steps){.n_tokens = n,
                         .n_seqs = n_seqs,
+                        .max_seq_tokens = n_each,
                         .pos = p,
                         .seq_start = p + n,
                         .state_slot = p + n + n_seqs + 1};

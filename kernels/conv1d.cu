@@ -248,7 +248,7 @@ qv_status qv_k_conv1d(const qv_k_steps *steps, const qv_k_conv1d_args *args, voi
     if (!is_wide(c)) {
         any_conv_kernel<<<dim3((unsigned)((c.n_channels + 127) / 128), (unsigned)s.n_seqs), 128, 0,
                           on>>>(s, c);
-    } else if (s.n_tokens <= s.n_seqs || overlaps(s, c)) {
+    } else if (s.n_tokens <= s.n_seqs || s.max_seq_tokens == 1 || overlaps(s, c)) {
         wide_conv_kernel<<<dim3(tiles, (unsigned)s.n_seqs), 128, 0, on>>>(s, c);
     } else {
         unsigned token_tiles = (unsigned)((s.n_tokens + TILE_TOKENS - 1) / TILE_TOKENS);

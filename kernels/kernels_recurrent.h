@@ -18,6 +18,7 @@ extern "C" {
 /* A ragged batch, as in qv_batch. n_tokens and n_seqs bound what seq_start says. */
 typedef struct {
     int32_t n_tokens, n_seqs;
+    int32_t max_seq_tokens;    /* bound on the tokens of one sequence; 0: n_tokens */
     const int32_t *pos;        /* [n_tokens] */
     const int32_t *seq_start;  /* [n_seqs + 1] */
     const int32_t *state_slot; /* [n_seqs] */

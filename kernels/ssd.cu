@@ -81,7 +81,7 @@ qv_status qv_k_ssd(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
     const qv_k_steps &s = *steps;
     const qv_k_recurrent_args &c = *args;
     cudaStream_t on = (cudaStream_t)stream;
-    bool chunks = fits_chunks(c) && s.n_tokens > s.n_seqs;
+    bool chunks = fits_chunks(c) && has_chunks(s);
     int most = chunks ? STEP_TOKENS : INT32_MAX;
     if (!chunks || s.n_seqs > 1 || s.n_tokens <= STEP_TOKENS) {
         if (fits_chunks(c) && c.d_k == STEP_STATE)
@@ -91,7 +91,7 @@ qv_status qv_k_ssd(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
         else
             QV_TRY(launch_any<false>("ssd", s, c, most, on));
     }
-    if (chunks && s.n_tokens > STEP_TOKENS)
+    if (chunks)
         QV_TRY(launch_chunks<false>("ssd", s, c, most, scratch, scratch_bytes, on));
     return launched("ssd");
 }

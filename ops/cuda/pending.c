@@ -7,27 +7,6 @@
 #define PENDING(name)                                                                              \
     return qv_fail(QV_ERR_UNSUPPORTED, "cuda: the op '%s' has no kernel in this build", name)
 
-qv_status qv_cuda_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
-                       const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
-                       qv_tensor scratch, qv_tensor y)
-{
-    PENDING("lora");
-}
-
-qv_status qv_cuda_lora_f32(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
-                           const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
-                           qv_tensor scratch, qv_tensor y)
-{
-    PENDING("lora_f32");
-}
-
-qv_status qv_cuda_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,
-                             const int32_t *seg_start, const int32_t *seg_slot, const int32_t *ids,
-                             qv_tensor y)
-{
-    PENDING("embed_lora");
-}
-
 qv_status qv_cuda_embed(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
                         qv_tensor y)
 {
@@ -102,52 +81,6 @@ qv_status qv_cuda_attention(qv_backend *be, const qv_batch *batch, const qv_kv_l
                             float scale, qv_tensor q, qv_tensor o)
 {
     PENDING("attention");
-}
-
-qv_status qv_cuda_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
-                         qv_tensor bias, qv_tensor state, qv_tensor y)
-{
-    PENDING("conv1d");
-}
-
-qv_status qv_cuda_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
-{
-    PENDING("gdn");
-}
-
-qv_status qv_cuda_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
-{
-    PENDING("ssd");
-}
-
-qv_status qv_cuda_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
-                         qv_tensor weights)
-{
-    PENDING("router");
-}
-
-qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
-{
-    PENDING("moe_route");
-}
-
-qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                             qv_tensor x, qv_moe_rows rows, qv_tensor y)
-{
-    PENDING("moe_linear");
-}
-
-qv_status qv_cuda_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_moe_list *list,
-                           qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y)
-{
-    PENDING("moe_lora");
-}
-
-qv_status qv_cuda_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
-                              qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
-                              qv_tensor y)
-{
-    PENDING("moe_combine");
 }
 
 qv_status qv_cuda_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,

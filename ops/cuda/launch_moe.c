@@ -1,0 +1,106 @@
+/* Routed experts: tensors, lists and sites to raw pointers. */
+#include "kernels/kernels_moe.h"
+#include "ops/cuda/launch_lora.h"
+
+#include <stddef.h>
+
+/* The structs of ops.h go to kernels as they are. */
+_Static_assert(sizeof(qv_moe_run) == sizeof(qv_k_run) &&
+                   offsetof(qv_moe_run, slot) == offsetof(qv_k_run, slot),
+               "runs");
+_Static_assert(sizeof(qv_moe_lora_slot) == sizeof(qv_k_moe_lora_slot) &&
+                   offsetof(qv_moe_lora_slot, b_shared) == offsetof(qv_k_moe_lora_slot, b_shared),
+               "slots");
+
+qv_status qv_cuda_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                         qv_tensor weights)
+{
+    qv_k_router_args args = {.logits = logits.data,
+                             .bias = router->bias.data,
+                             .ids = ids.data,
+                             .weights = weights.data,
+                             .logits_stride = logits.stride[0],
+                             .n_tokens = (int32_t)logits.shape[0],
+                             .n_experts = (int32_t)logits.shape[1],
+                             .top_k = router->top_k,
+                             .n_groups = router->n_groups,
+                             .topk_groups = router->topk_groups,
+                             .scale = router->scale,
+                             .sigmoid = router->kind == QV_ROUTER_SIGMOID,
+                             .normalize = router->normalize};
+    return qv_k_router(&args, qv_cuda(be)->stream);
+}
+
+static qv_k_list list_of(const qv_moe_list *list)
+{
+    return (qv_k_list){.n_experts = list->n_experts,
+                       .first_expert = list->first_expert,
+                       .top_k = list->top_k,
+                       .n_tokens = list->n_tokens,
+                       .n_segs = list->n_segs,
+                       .seg_start = list->seg_start,
+                       .seg_slot = list->seg_slot,
+                       .expert_start = list->expert_start,
+                       .pair = list->pair,
+                       .place = list->place,
+                       .n_runs = list->n_runs,
+                       .runs = (qv_k_run *)list->runs,
+                       .work = (int32_t *)list->work};
+}
+
+qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
+{
+    qv_k_list l = list_of(list);
+    return qv_k_moe_route(ids.data, &l, qv_cuda(be)->stream);
+}
+
+qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                             qv_tensor x, qv_moe_rows rows, qv_tensor y)
+{
+    qv_k_list l = list_of(list);
+    if (w->dtype != QV_BF16)
+        return qv_fail(QV_ERR_UNSUPPORTED, "moe_linear: on CUDA experts are BF16, not %s",
+                       qv_dtype_name(w->dtype));
+    qv_k_moe_linear_args args = {.w = qv_cuda_weight_of(w)->data,
+                                 .x = x.data,
+                                 .y = y.data,
+                                 .w_expert = w->n_out * w->n_in,
+                                 .n_out = w->n_out,
+                                 .n_in = w->n_in,
+                                 .x_stride = x.stride[0],
+                                 .y_stride = y.stride[0],
+                                 .x_pairs = rows == QV_MOE_PAIRS};
+    return qv_k_moe_linear(&l, &args, qv_cuda(be)->stream);
+}
+
+static qv_status site_of(const char *op, const qv_moe_lora_site *site, qv_k_moe_lora_site *out)
+{
+    *out = (qv_k_moe_lora_site){.slots = (const qv_k_moe_lora_slot *)site->slots,
+                                .n_in = site->n_in,
+                                .n_out = site->n_out,
+                                .max_rank = site->max_rank};
+    QV_TRY(qv_cuda_lora_is_bf16(op, site->dtype));
+    return qv_cuda_slices(op, site->n_slices, site->slice_start, &out->ranges);
+}
+
+qv_status qv_cuda_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_moe_list *list,
+                           qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y)
+{
+    qv_k_list l = list_of(list);
+    qv_k_moe_lora_site s;
+    QV_TRY(site_of("moe_lora", site, &s));
+    return qv_k_moe_lora(&l, &s, x.data, x.stride[0], rows == QV_MOE_PAIRS, scratch.data, y.data,
+                         y.stride[0], qv_cuda(be)->stream);
+}
+
+qv_status qv_cuda_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                              qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                              qv_tensor y)
+{
+    qv_k_list l = list_of(list);
+    qv_k_moe_lora_site s;
+    if (site)
+        QV_TRY(site_of("moe_combine", site, &s));
+    return qv_k_moe_combine(&l, weights.data, o.data, o.stride[0], site ? &s : NULL, scratch.data,
+                            y.data, y.stride[0], y.shape[1], qv_cuda(be)->stream);
+}

@@ -35,6 +35,7 @@ typedef struct {
 typedef struct {
     int32_t n_tokens, n_segs;
     const int32_t *seg_start, *seg_slot; /* [n_segs + 1], [n_segs] */
+    uint8_t one_form; /* 1: sum in the same order however many tokens there are */
 } qv_k_segments;
 
 typedef struct {

@@ -35,8 +35,9 @@ typedef struct {
 
 /* As qv_moe_list: what of it the device needs. `work` holds what the grouped GEMM walks: number of
  * experts that have pairs, number of tiles of QV_K_MOE_TILE pairs, then for each such expert its
- * index and the tiles before it. */
-#define QV_K_MOE_TILE 64
+ * index, with the tiles of twice that size before it in the bits above, and the tiles before it. */
+#define QV_K_MOE_TILE        64
+#define QV_K_MOE_EXPERT_BITS 11
 
 typedef struct {
     int32_t n_experts, first_expert, top_k, n_tokens, n_segs;

@@ -12,21 +12,21 @@ struct tokens_of_place {
     int seg, slot, first, n;
 };
 
+/* Every warp looks at all segments at once: a search would wait for memory at every step. */
 __device__ __forceinline__ tokens_of_place find_tokens(const qv_k_segments &s, int place, int tile)
 {
-    int low = 0, high = s.n_segs;
-    while (high - low > 1) {
-        int middle = (low + high) >> 1;
-        if (s.seg_start[middle] / tile + middle <= place)
-            low = middle;
-        else
-            high = middle;
+    int lane = threadIdx.x & 31, n_before = 0;
+    for (int i = 0; i < s.n_segs; i += 32) {
+        int seg = i + lane;
+        bool before = seg < s.n_segs && s.seg_start[seg] / tile + seg <= place;
+        n_before += __popc(__ballot_sync(0xffffffffu, before));
     }
     tokens_of_place out;
-    out.seg = low;
-    out.slot = s.seg_slot[low];
-    out.first = s.seg_start[low] + (place - (s.seg_start[low] / tile + low)) * tile;
-    out.n = min(tile, s.seg_start[low + 1] - out.first);
+    out.seg = n_before - 1;
+    int start = s.seg_start[out.seg], end = s.seg_start[out.seg + 1];
+    out.slot = s.seg_slot[out.seg];
+    out.first = start + (place - (start / tile + out.seg)) * tile;
+    out.n = min(tile, end - out.first);
     return out;
 }
 
@@ -39,7 +39,7 @@ unsigned n_places(const qv_k_segments &s, int tile)
 
 /* Grid (planes x groups of ranks, places). */
 template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, 2)
+__global__ void __launch_bounds__(SHRINK_THREADS, 1)
     shrink_kernel(qv_k_segments s, qv_k_lora_site site, const bf16 *x, int64_t x_stride,
                   float *scratch)
 {
@@ -62,6 +62,28 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 2)
                           first, p.n);
 }
 
+/* Grid (blocks of ranks, places of 64 tokens). */
+__global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
+    shrink_many_kernel(qv_k_segments s, qv_k_lora_site site, const bf16 *x, int64_t x_stride,
+                       float *scratch)
+{
+    extern __shared__ __align__(128) char many_memory[];
+    many_shared &m = *(many_shared *)many_memory;
+    tokens_of_place p = find_tokens(s, blockIdx.y, MANY_X);
+    if (p.n <= 0 || p.slot < 0)
+        return;
+    if (threadIdx.x < MANY_X) {
+        int64_t t = p.first + min((int)threadIdx.x, p.n - 1);
+        m.x_row[threadIdx.x] = x + t * x_stride;
+        m.x1[threadIdx.x] = scratch + t * site.ranges.n * site.max_rank;
+    }
+    int64_t slot = p.slot;
+    if (choose_ranks(m, site.slices + slot * site.ranges.n, site.ranges.n,
+                     (const bf16 *)site.a + slot * site.ranges.n * site.max_rank * site.n_in,
+                     site.max_rank, site.max_rank, site.n_in, blockIdx.x * MANY_RANKS))
+        shrink_many(m, site.n_in, p.n);
+}
+
 /* Grid (tiles of columns, places of 16 MT tokens). */
 template <int MT, typename Y>
 __global__ void __launch_bounds__(EXPAND_THREADS)
@@ -69,7 +91,7 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
                   const float *scratch, Y *y, int64_t y_stride)
 {
     extern __shared__ __align__(128) char expand_memory[];
-    expand_shared &m = *(expand_shared *)expand_memory;
+    expand_shared<MT> &m = *(expand_shared<MT> *)expand_memory;
     tokens_of_place p = find_tokens(s, blockIdx.y, 16 * MT);
     if (p.n <= 0 || p.slot < 0)
         return;
@@ -93,7 +115,7 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
                         const int32_t *ids, bf16 *y, int64_t y_stride)
 {
     extern __shared__ __align__(128) char expand_memory[];
-    expand_shared &m = *(expand_shared *)expand_memory;
+    expand_shared<1> &m = *(expand_shared<1> *)expand_memory;
     __shared__ qv_k_lora_slice slice;
     __shared__ qv_k_slices ranges;
     tokens_of_place p = find_tokens(s, blockIdx.y, 16);
@@ -122,6 +144,10 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
 
 /* --- Launch ------------------------------------------------------------------------------- */
 
+/* From here on the form for many rows: a step with a prompt in it. Below, blocks of 16 rows fill the device
+ * better, and a decode step is the same bit for bit whoever is in it. */
+constexpr int MANY_TOKENS = 512;
+
 qv_status launched(const char *what)
 {
     cudaError_t error = cudaGetLastError();
@@ -139,20 +165,18 @@ template <int MT, typename Y>
 void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch, void *y,
                    int64_t y_stride, cudaStream_t stream)
 {
-    cudaFuncSetAttribute(expand_kernel<MT, Y>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         (int)sizeof(expand_shared));
     dim3 grid(column_tiles(site.n_out), n_places(s, 16 * MT));
     expand_kernel<MT, Y>
-        <<<grid, EXPAND_THREADS, sizeof(expand_shared), stream>>>(s, site, scratch, (Y *)y, y_stride);
+        <<<grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream>>>(s, site, scratch, (Y *)y, y_stride);
 }
 
 template <typename Y>
 void choose_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch, void *y,
                    int64_t y_stride, cudaStream_t stream)
 {
-    /* Tiles of 64 tokens read B a quarter as often; with few tokens a segment they would be empty. */
+    /* Tiles of 32 tokens read B half as often; with few tokens a segment they would be empty. */
     if (s.n_tokens > 16 * s.n_segs)
-        launch_expand<4, Y>(s, site, scratch, y, y_stride, stream);
+        launch_expand<2, Y>(s, site, scratch, y, y_stride, stream);
     else
         launch_expand<1, Y>(s, site, scratch, y, y_stride, stream);
 }
@@ -169,10 +193,16 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
         return qv_fail(QV_ERR_LIMIT, "lora: %d slices of rank %d, but %d of %d are possible",
                        site->ranges.n, site->max_rank, QV_K_MAX_SLICES, QV_K_MAX_RANK);
     int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;
-    dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
     bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0 &&
                    (uintptr_t)site->a % 16 == 0;
-    if (aligned)
+    dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
+    if (aligned && s.n_tokens >= MANY_TOKENS && s.n_tokens > SHRINK_ROWS * s.n_segs && !s.one_form) {
+        cudaFuncSetAttribute(shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)sizeof(many_shared));
+        grid = dim3(rank_blocks(site->ranges.n, site->max_rank), n_places(s, MANY_X));
+        shrink_many_kernel<<<grid, MANY_LORA_THREADS, sizeof(many_shared), on>>>(
+            s, *site, (const bf16 *)x, x_stride, scratch);
+    } else if (aligned)
         shrink_kernel<true><<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride,
                                                              scratch);
     else
@@ -192,10 +222,8 @@ qv_status qv_k_embed_lora(const qv_k_segments *segments, const qv_k_embed_lora_s
     if (max_rank > QV_K_MAX_RANK)
         return qv_fail(QV_ERR_LIMIT, "embed_lora: pool rank %d, but %d is possible", max_rank,
                        QV_K_MAX_RANK);
-    cudaFuncSetAttribute(embed_expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         (int)sizeof(expand_shared));
     dim3 grid(column_tiles(n_out), n_places(*segments, 16));
-    embed_expand_kernel<<<grid, EXPAND_THREADS, sizeof(expand_shared), (cudaStream_t)stream>>>(
+    embed_expand_kernel<<<grid, EXPAND_THREADS, sizeof(expand_shared<1>), (cudaStream_t)stream>>>(
         *segments, slots, n_out, ids, (bf16 *)y, y_stride);
     return launched("embed_lora");
 }

@@ -5,6 +5,7 @@
  * Loops end at the loaded rank, rounded up to the 16 of the tensor core with zeros in place of
  * what lies above it, which is never read. The result of a row does not depend on which rows share
  * its block, nor on the pool's rank: ranges of k and steps of rank are cut in the same way always.
+ * Shrink has a second form for hundreds of rows, which sums in another order.
  *
  * x1 is float32. Expand gives scale * x1 to the tensor cores as two BF16 numbers (16 bits).
  *
@@ -20,11 +21,11 @@
 namespace
 {
 
-/* --- Shrink ------------------------------------------------------------------------------- */
+/* --- Shrink, few rows ---------------------------------------------------------------------- */
 
-constexpr int SHRINK_RANKS = 32; /* rows of A of a block */
-constexpr int SHRINK_SPLITS = 8; /* ranges of k, a warp each */
-constexpr int SHRINK_ROWS = 32;  /* rows of x that share a pass over A */
+constexpr int SHRINK_RANKS = 32;  /* rows of A of a block */
+constexpr int SHRINK_SPLITS = 16; /* ranges of k, a warp each: enough loads in flight for one adapter */
+constexpr int SHRINK_ROWS = 16;   /* rows of x that share a pass over A */
 constexpr int SHRINK_THREADS = 32 * SHRINK_SPLITS;
 
 struct shrink_shared {
@@ -63,10 +64,8 @@ __device__ void shrink_block(shrink_shared &m, const bf16 *a, int64_t n_in, int 
     __syncthreads();
     if (n <= 8)
         shrink_tiles<1, ALIGNED>(m, a, n_in, n_ranks, n);
-    else if (n <= 16)
-        shrink_tiles<2, ALIGNED>(m, a, n_in, n_ranks, n);
     else
-        shrink_tiles<4, ALIGNED>(m, a, n_in, n_ranks, n);
+        shrink_tiles<2, ALIGNED>(m, a, n_in, n_ranks, n);
     __syncthreads();
     for (int i = threadIdx.x; i < n * SHRINK_RANKS; i += SHRINK_THREADS) {
         int row = i / SHRINK_RANKS, r = i % SHRINK_RANKS;
@@ -91,22 +90,134 @@ __device__ __forceinline__ int plane_rank(const qv_k_lora_slice *slices, int n, 
     return rank;
 }
 
+/* --- Shrink, many rows --------------------------------------------------------------------- */
+
+/* 64 rows of x by 64 ranks, which may belong to several planes, so that x is read once where ranks are
+ * small. Four stages of 64 along k; 8 warps as 4 x 2. n_in is a multiple of 8. */
+constexpr int MANY_X = 64;
+constexpr int MANY_RANKS = 64;
+constexpr int MANY_STEP = 64;
+constexpr int MANY_DEPTH = 4;
+constexpr int MANY_LORA_THREADS = 256;
+
+struct many_shared {
+    bf16 x[MANY_DEPTH][MANY_X * MANY_STEP], a[MANY_DEPTH][MANY_RANKS * MANY_STEP];
+    const bf16 *x_row[MANY_X];
+    float *x1[MANY_X];            /* where a row's planes begin */
+    const bf16 *a_row[MANY_RANKS]; /* NULL: no such rank */
+    int place[MANY_RANKS];         /* plane * max_rank + rank */
+};
+
+/* Which ranks stand in columns [first, first + 64): tiles of 16 ranks, plane after plane. `a` is the first
+ * plane of A; planes lie a_spacing ranks apart there and x1_spacing in x1. False: none. */
+__device__ __forceinline__ bool choose_ranks(many_shared &m, const qv_k_lora_slice *slices,
+                                             int n_slices, const bf16 *a, int a_spacing,
+                                             int x1_spacing, int64_t n_in, int first)
+{
+    int column = first + (threadIdx.x & (MANY_RANKS - 1)), begin = 0, all = 0;
+    const bf16 *row = nullptr;
+    int place = 0;
+    for (int plane = 0; plane < n_slices; plane++) {
+        int rank = plane_rank(slices, n_slices, plane), padded = (rank + 15) & ~15;
+        if (column >= begin && column < begin + padded && column - begin < rank) {
+            row = a + ((int64_t)plane * a_spacing + column - begin) * n_in;
+            place = plane * x1_spacing + column - begin;
+        }
+        begin += padded;
+        all += padded;
+    }
+    if (threadIdx.x < MANY_RANKS) {
+        m.a_row[threadIdx.x] = row;
+        m.place[threadIdx.x] = place;
+    }
+    return first < all;
+}
+
+__device__ __forceinline__ void load_many_step(many_shared &m, int stage, int n, int64_t k,
+                                               int64_t n_in)
+{
+    int col = threadIdx.x % 8 * 8;
+    bool inside = k + col < n_in;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int row = threadIdx.x / 8 + 32 * i;
+        const bf16 *x = row < n ? m.x_row[row] : nullptr, *a = m.a_row[row];
+        copy16(m.x[stage] + tile_at<MANY_STEP>(row, col), x && inside ? x + k + col : m.x_row[0],
+               x && inside);
+        copy16(m.a[stage] + tile_at<MANY_STEP>(row, col), a && inside ? a + k + col : m.x_row[0],
+               a && inside);
+    }
+}
+
+/* x1 of n <= 64 rows, whose addresses stand in m, for the ranks chosen. All threads of the block. */
+__device__ __forceinline__ void shrink_many(many_shared &m, int64_t n_in, int n)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int steps = (int)((n_in + MANY_STEP - 1) / MANY_STEP);
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < MANY_DEPTH - 1; i++) {
+        if (i < steps)
+            load_many_step(m, i, n, i * MANY_STEP, n_in);
+        copies_commit();
+    }
+    int row = (warp & 3) * 16, column = (warp >> 2) * 32;
+    float acc[4][4] = {};
+    for (int step = 0; step < steps; step++) {
+        copies_wait<MANY_DEPTH - 2>();
+        __syncthreads();
+        if (step + MANY_DEPTH - 1 < steps)
+            load_many_step(m, (step + MANY_DEPTH - 1) % MANY_DEPTH, n,
+                           (int64_t)(step + MANY_DEPTH - 1) * MANY_STEP, n_in);
+        copies_commit();
+#pragma unroll
+        for (int k = 0; k < MANY_STEP; k += 16) {
+            uint32_t x[4], a[4];
+            load_a<MANY_STEP>(x, m.x[step % MANY_DEPTH], row, k);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                load_b<MANY_STEP>(a, m.a[step % MANY_DEPTH], column + j * 16, k);
+                mma(acc[2 * j], x, a[0], a[1]);
+                mma(acc[2 * j + 1], x, a[2], a[3]);
+            }
+        }
+    }
+    copies_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int r = row + (lane >> 2) + (i >> 1) * 8, c = column + j * 8 + (lane & 3) * 2 + (i & 1);
+            if (r < n && m.a_row[c])
+                m.x1[r][m.place[c]] = acc[j][i];
+        }
+    __syncthreads();
+}
+
+/* Blocks along ranks that a site may need. */
+inline unsigned rank_blocks(int n_slices, int max_rank)
+{
+    return (unsigned)((n_slices * ((max_rank + 15) / 16 * 16) + MANY_RANKS - 1) / MANY_RANKS);
+}
+
 /* --- Expand ------------------------------------------------------------------------------- */
 
 constexpr int EXPAND_COLUMNS = 256; /* columns of y of a block, 32 a warp */
-constexpr int EXPAND_RANKS = 64;    /* rows of B in shared memory */
-constexpr int EXPAND_ROWS = 64;     /* rows of y, at most */
+constexpr int EXPAND_RANKS = 32;    /* rows of B in shared memory at a time */
 constexpr int EXPAND_THREADS = 256;
 
-struct expand_shared {
+/* For 16 MT rows of y. */
+template <int MT> struct expand_shared {
     bf16 b[EXPAND_RANKS * EXPAND_COLUMNS];
-    bf16 high[EXPAND_ROWS * EXPAND_RANKS], low[EXPAND_ROWS * EXPAND_RANKS];
-    const void *x1[EXPAND_ROWS]; /* float32, or BF16 rows of an embedding's A */
-    void *y[EXPAND_ROWS];
+    bf16 high[16 * MT * EXPAND_RANKS], low[16 * MT * EXPAND_RANKS];
+    const void *x1[16 * MT]; /* float32, or BF16 rows of an embedding's A */
+    void *y[16 * MT];
+    qv_k_lora_slice slices[QV_K_MAX_SLICES];
 };
 
 /* Rows [0, n_ranks) of b and columns [first, end) of the block's, which begin at col_0; zeros around. */
-__device__ __forceinline__ void load_b_rows(expand_shared &m, const bf16 *b, int64_t n_out,
+template <int MT>
+__device__ __forceinline__ void load_b_rows(expand_shared<MT> &m, const bf16 *b, int64_t n_out,
                                             int n_ranks, int padded, int64_t col_0, int64_t first,
                                             int64_t end)
 {
@@ -128,11 +239,11 @@ __device__ __forceinline__ void load_b_rows(expand_shared &m, const bf16 *b, int
     copies_commit();
 }
 
-template <typename X1>
-__device__ __forceinline__ void load_x1_rows(expand_shared &m, int rows, int n, int64_t offset,
+template <int MT, typename X1>
+__device__ __forceinline__ void load_x1_rows(expand_shared<MT> &m, int n, int64_t offset,
                                              int n_ranks, int padded, float scale)
 {
-    for (int i = threadIdx.x; i < rows * padded / 2; i += EXPAND_THREADS) {
+    for (int i = threadIdx.x; i < 16 * MT * padded / 2; i += EXPAND_THREADS) {
         int row = i / (padded / 2), r = i % (padded / 2) * 2;
         const X1 *x1 = (const X1 *)m.x1[row] + offset + r;
         float v[2] = {0, 0};
@@ -147,10 +258,41 @@ __device__ __forceinline__ void load_x1_rows(expand_shared &m, int rows, int n, 
     }
 }
 
+/* What y holds before, for pairs of columns of BF16 that can be read as one; loaded while B is. */
+template <int MT> struct old_rows {
+    uint32_t value[MT][2][4];
+};
+
+template <int MT, typename Y>
+__device__ __forceinline__ bool is_whole(const Y *y, int64_t column, int64_t n_out)
+{
+    return sizeof(Y) == 2 && ((uintptr_t)y & 3) == 0 && column + 1 < n_out;
+}
+
+template <int MT, typename Y>
+__device__ __forceinline__ void load_old(const expand_shared<MT> &m, int n, int64_t n_out,
+                                         int64_t col_0, old_rows<MT> &old)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = i * 16 + (lane >> 2) + half * 8;
+            int64_t column = col_0 + warp * 32 + (lane & 3) * 2;
+            const Y *y = row < n ? (const Y *)m.y[row] + column : nullptr;
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                old.value[i][half][j] =
+                    y && is_whole<MT, Y>(y, column + 8 * j, n_out) ? *(const uint32_t *)(y + 8 * j) : 0;
+        }
+}
+
 /* y[i][col] += acc where the column is touched. */
 template <int MT, typename Y>
-__device__ __forceinline__ void add_to_rows(const expand_shared &m, int n, int64_t col_0,
-                                            uint32_t touched, const float (&acc)[MT][4][4])
+__device__ __forceinline__ void add_to_rows(const expand_shared<MT> &m, int n, int64_t n_out,
+                                            int64_t col_0, uint32_t touched,
+                                            const old_rows<MT> &old, const float (&acc)[MT][4][4])
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
@@ -160,16 +302,15 @@ __device__ __forceinline__ void add_to_rows(const expand_shared &m, int n, int64
             int row = i * 16 + (lane >> 2) + half * 8;
             if (row >= n)
                 continue;
-            Y *y = (Y *)m.y[row] + col_0 + warp * 32 + (lane & 3) * 2;
-            bool even = ((uintptr_t)y & (2 * sizeof(Y) - 1)) == 0;
+            int64_t column = col_0 + warp * 32 + (lane & 3) * 2;
+            Y *y = (Y *)m.y[row] + column;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                uint32_t bits = touched >> (2 * j) & 3;
+                uint32_t bits = touched >> (2 * j) & 3, before = old.value[i][half][j];
                 const float *d = acc[i][j] + 2 * half;
                 Y *to = y + 8 * j;
-                if (sizeof(Y) == 2 && bits == 3 && even) {
-                    uint32_t old = *(const uint32_t *)to;
-                    *(uint32_t *)to = pack_bf16(bf16_low(old) + d[0], bf16_high(old) + d[1]);
+                if (bits == 3 && is_whole<MT, Y>(y, column + 8 * j, n_out)) {
+                    *(uint32_t *)to = pack_bf16(bf16_low(before) + d[0], bf16_high(before) + d[1]);
                 } else {
 #pragma unroll
                     for (int k = 0; k < 2; k++)
@@ -183,19 +324,24 @@ __device__ __forceinline__ void add_to_rows(const expand_shared &m, int n, int64
 /* y[i][col_0 .. col_0 + 256) += delta for n <= 16 MT rows whose addresses stand in m; x1[i] is where the
  * row's planes begin, max_rank apart. All threads of the block. */
 template <int MT, typename X1, typename Y>
-__device__ void expand_block(expand_shared &m, const bf16 *b, int64_t n_out, int max_rank,
+__device__ void expand_block(expand_shared<MT> &m, const bf16 *b, int64_t n_out, int max_rank,
                              const qv_k_slices &ranges, const qv_k_lora_slice *slices,
                              int64_t col_0, int n)
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     float acc[MT][4][4] = {};
+    old_rows<MT> old;
+    if (threadIdx.x < ranges.n)
+        m.slices[threadIdx.x] = slices[threadIdx.x];
+    load_old<MT, Y>(m, n, n_out, col_0, old);
+    __syncthreads();
     uint32_t touched = 0; /* bit 2 j + i: column 8 j + 2 t + i of the warp's has a pair */
     for (int s = 0; s < ranges.n; s++) {
         int64_t first = max((int64_t)ranges.start[s], col_0);
         int64_t end = min((int64_t)ranges.start[s + 1], col_0 + EXPAND_COLUMNS);
-        if (first >= end || slices[s].rank == 0)
+        qv_k_lora_slice slice = m.slices[s];
+        if (first >= end || slice.rank == 0)
             continue;
-        qv_k_lora_slice slice = slices[s];
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int64_t col = col_0 + warp * 32 + (j >> 1) * 8 + (lane & 3) * 2 + (j & 1);
@@ -206,8 +352,8 @@ __device__ void expand_block(expand_shared &m, const bf16 *b, int64_t n_out, int
             int n_ranks = min(EXPAND_RANKS, slice.rank - done), padded = (n_ranks + 15) & ~15;
             __syncthreads(); /* the tiles before have been read */
             load_b_rows(m, b + done * n_out, n_out, n_ranks, padded, col_0, first, end);
-            load_x1_rows<X1>(m, MT * 16, n, (int64_t)slice.plane * max_rank + done, n_ranks, padded,
-                             slice.scale);
+            load_x1_rows<MT, X1>(m, n, (int64_t)slice.plane * max_rank + done, n_ranks, padded,
+                                 slice.scale);
             copies_wait<0>();
             __syncthreads();
             for (int k = 0; k < padded; k += 16) {
@@ -229,7 +375,7 @@ __device__ void expand_block(expand_shared &m, const bf16 *b, int64_t n_out, int
             }
         }
     }
-    add_to_rows<MT, Y>(m, n, col_0, touched, acc);
+    add_to_rows<MT, Y>(m, n, n_out, col_0, touched, old, acc);
 }
 
 } // namespace

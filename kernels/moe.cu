@@ -190,7 +190,7 @@ __device__ __forceinline__ int block_sum_before(int x, int *warp_sums, int &tota
  * threads of one block. start[e] becomes where its next pair goes. */
 __device__ void lay_out_experts(const qv_k_list &list, int *start, int *warp_sums)
 {
-    int places = 0, active = 0, tiles = 0;
+    int places = 0, active = 0, tiles = 0, wide_tiles = 0;
     for (int first = 0; first < list.n_experts; first += blockDim.x) {
         int e = first + threadIdx.x, n = e < list.n_experts ? start[e] : 0, total;
         int n_tiles = (n + QV_K_MOE_TILE - 1) / QV_K_MOE_TILE;
@@ -200,12 +200,14 @@ __device__ void lay_out_experts(const qv_k_list &list, int *start, int *warp_sum
         active += total;
         int tile = tiles + block_sum_before(n_tiles, warp_sums, total);
         tiles += total;
+        int wide = wide_tiles + block_sum_before((n_tiles + 1) / 2, warp_sums, total);
+        wide_tiles += total;
         if (e < list.n_experts) {
             start[e] = at;
             list.expert_start[e] = at;
         }
         if (n > 0) {
-            list.work[2 + 2 * index] = e;
+            list.work[2 + 2 * index] = wide << QV_K_MOE_EXPERT_BITS | e;
             list.work[3 + 2 * index] = tile;
         }
     }

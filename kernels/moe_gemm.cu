@@ -10,6 +10,7 @@
  */
 #include "kernels/kernels_moe.h"
 #include "kernels/skinny.cuh"
+#include "kernels/wgmma.cuh"
 
 namespace
 {
@@ -20,6 +21,8 @@ __device__ __forceinline__ const bf16 *x_of(const qv_k_list &list, const qv_k_mo
     int64_t row = c.x_pairs ? place : list.pair[place] / list.top_k;
     return (const bf16 *)c.x + row * c.x_stride;
 }
+
+constexpr int EXPERT_MASK = (1 << QV_K_MOE_EXPERT_BITS) - 1;
 
 /* --- Few pairs an expert ------------------------------------------------------------------ */
 
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
     __shared__ float sums[FEW_SPLITS][FEW_ROWS][FEW_TOKENS + 1];
     if ((int)blockIdx.y >= list.work[0])
         return;
-    int expert = list.work[2 + 2 * blockIdx.y], thread = threadIdx.x;
+    int expert = list.work[2 + 2 * blockIdx.y] & EXPERT_MASK, thread = threadIdx.x;
     int first = list.expert_start[expert], n_pairs = list.expert_start[expert + 1] - first;
     int64_t row = (int64_t)blockIdx.x * FEW_ROWS;
     int n_rows = (int)min((int64_t)FEW_ROWS, c.n_out - row);
@@ -85,7 +88,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
     }
 }
 
-/* --- Many --------------------------------------------------------------------------------- */
+/* --- Many, on any device ------------------------------------------------------------------ */
 
 constexpr int MANY_ROWS = 128; /* rows of the matrix of a tile */
 constexpr int MANY_K = 64;
@@ -142,7 +145,7 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
     }
     int64_t row = (int64_t)blockIdx.x * MANY_ROWS;
     int n_rows = (int)min((int64_t)MANY_ROWS, c.n_out - row);
-    int expert = work[2 + 2 * low], end = list.expert_start[expert + 1];
+    int expert = work[2 + 2 * low] & EXPERT_MASK, end = list.expert_start[expert + 1];
     int first = list.expert_start[expert] + (tile - work[3 + 2 * low]) * QV_K_MOE_TILE;
     int n = min(PAIRS, end - first);
     const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + row * c.n_in;
@@ -206,6 +209,147 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
     }
 }
 
+/* --- Many, on Hopper ---------------------------------------------------------------------- */
+
+/* Tiles of 128 pairs by 256 rows: 85 FLOP for each byte from the L2 cache, which smaller tiles are bound
+ * by. Two warpgroups have 64 pairs each; the second rests where an expert's last tile has no more. */
+constexpr int WIDE_PAIRS = 2 * QV_K_MOE_TILE;
+constexpr int WIDE_ROWS = 256;
+constexpr int WIDE_K = 64;
+constexpr int WIDE_STAGES = 4;
+constexpr int WIDE_THREADS = 256;
+
+struct wide_stage {
+    bf16 x[WIDE_PAIRS * WIDE_K], w[WIDE_ROWS * WIDE_K];
+};
+
+__device__ __forceinline__ void load_wide(wide_stage &m, const bf16 *const *x, const bf16 *w,
+                                          int64_t w_stride, int n_pairs, int n_rows, int64_t k,
+                                          int64_t n_in)
+{
+    int col = threadIdx.x % 8 * 8;
+    bool inside = k + col < n_in;
+#pragma unroll
+    for (int i = 0; i < WIDE_PAIRS / 32; i++) {
+        int row = threadIdx.x / 8 + 32 * i;
+        bool valid = row < n_pairs && inside;
+        copy16(m.x + tile_at<WIDE_K>(row, col), valid ? x[row] + k + col : w, valid);
+    }
+#pragma unroll
+    for (int i = 0; i < WIDE_ROWS / 32; i++) {
+        int row = threadIdx.x / 8 + 32 * i;
+        bool valid = row < n_rows && inside;
+        copy16(m.w + tile_at<WIDE_K>(row, col), valid ? w + row * w_stride + k + col : w, valid);
+    }
+}
+
+/* Grid (tiles of rows, tiles of pairs). */
+__global__ void __launch_bounds__(WIDE_THREADS, 1)
+    wide_kernel(qv_k_list list, qv_k_moe_linear_args c)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) char wide_memory[];
+    wide_stage *stage = (wide_stage *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
+    __shared__ const bf16 *x[WIDE_PAIRS];
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = thread >> 7;
+
+    const int32_t *work = list.work;
+    int tile = blockIdx.y, low = 0, high = work[0];
+    while (high - low > 1) {
+        int middle = (low + high) >> 1;
+        if (work[2 + 2 * middle] >> QV_K_MOE_EXPERT_BITS <= tile)
+            low = middle;
+        else
+            high = middle;
+    }
+    int expert = work[2 + 2 * low] & EXPERT_MASK, end = list.expert_start[expert + 1];
+    int first = list.expert_start[expert] +
+                (tile - (work[2 + 2 * low] >> QV_K_MOE_EXPERT_BITS)) * WIDE_PAIRS;
+    int n = min(WIDE_PAIRS, end - first);
+    if (n <= 0)
+        return;
+    int64_t row = (int64_t)blockIdx.x * WIDE_ROWS;
+    int n_rows = (int)min((int64_t)WIDE_ROWS, c.n_out - row);
+    const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + row * c.n_in;
+    if (thread < n)
+        x[thread] = x_of(list, c, first + thread);
+    __syncthreads();
+
+    int steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
+#pragma unroll
+    for (int i = 0; i < WIDE_STAGES - 2; i++) {
+        if (i < steps)
+            load_wide(stage[i], x, w, c.n_in, n, n_rows, i * WIDE_K, c.n_in);
+        copies_commit();
+    }
+    float acc[WIDE_ROWS / 2] = {};
+    bool works = group * QV_K_MOE_TILE < n;
+    for (int step = 0; step < steps; step++) {
+        copies_wait<WIDE_STAGES - 3>();
+        wgmma_publish();
+        /* This stage is there for all. Both groups have waited for the step before the last, so
+         * its stage is free. */
+        __syncthreads();
+        if (step + WIDE_STAGES - 2 < steps)
+            load_wide(stage[(step + WIDE_STAGES - 2) % WIDE_STAGES], x, w, c.n_in, n, n_rows,
+                      (int64_t)(step + WIDE_STAGES - 2) * WIDE_K, c.n_in);
+        copies_commit();
+        if (works) {
+            const wide_stage &m = stage[step % WIDE_STAGES];
+            uint64_t a = wgmma_tile(m.x + group * QV_K_MOE_TILE * WIDE_K), b = wgmma_tile(m.w);
+            wgmma_begin();
+#pragma unroll
+            for (int k = 0; k < WIDE_K / 16; k++)
+                wgmma_256(acc, a + 2 * k, b + 2 * k);
+            wgmma_commit();
+            wgmma_wait<1>();
+        }
+    }
+    wgmma_wait<0>();
+    copies_wait<0>();
+    __syncthreads();
+
+    /* Store through shared memory, so that rows leave in pieces of 16 bytes. */
+    bf16 *out = (bf16 *)stage; /* [128][256], a tile */
+#pragma unroll
+    for (int j = 0; j < WIDE_ROWS / 8; j++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            *(uint32_t *)(out + tile_at<WIDE_ROWS>(warp * 16 + (lane >> 2) + 8 * half,
+                                                   j * 8 + (lane & 3) * 2)) =
+                pack_bf16(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+    __syncthreads();
+    for (int i = thread; i < n * (WIDE_ROWS / 8); i += WIDE_THREADS) {
+        int p = i / (WIDE_ROWS / 8), col = i % (WIDE_ROWS / 8) * 8;
+        if (col < n_rows)
+            *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + row + col) =
+                *(const uint4 *)(out + tile_at<WIDE_ROWS>(p, col));
+    }
+#else
+    (void)list, (void)c;
+    __trap(); /* not launched on other devices */
+#endif
+}
+
+void launch_wide(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
+                 int64_t n_active, cudaStream_t stream)
+{
+    const int bytes = (int)sizeof(wide_stage) * WIDE_STAGES + 1024;
+    cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    dim3 grid((unsigned)((c.n_out + WIDE_ROWS - 1) / WIDE_ROWS),
+              (unsigned)(n_pairs / WIDE_PAIRS + n_active));
+    wide_kernel<<<grid, WIDE_THREADS, bytes, stream>>>(list, c);
+}
+
+bool is_hopper()
+{
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           major == 9;
+}
+
 template <int PAIRS>
 void launch_many(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
                  int64_t n_active, cudaStream_t stream)
@@ -232,7 +376,9 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
     bool aligned = c.n_in % 8 == 0 && c.x_stride % 8 == 0 && c.w_expert % 8 == 0 &&
                    (uintptr_t)c.x % 16 == 0 && (uintptr_t)c.w % 16 == 0;
     bool tiles = aligned && c.n_out % 8 == 0 && c.y_stride % 8 == 0 && (uintptr_t)c.y % 16 == 0;
-    if (tiles && n_pairs > FEW_TOKENS * n_active) {
+    if (tiles && n_pairs > 2 * QV_K_MOE_TILE * n_active && is_hopper()) {
+        launch_wide(*list, c, n_pairs, n_active, on);
+    } else if (tiles && n_pairs > FEW_TOKENS * n_active) {
         launch_many<QV_K_MOE_TILE>(*list, c, n_pairs, n_active, on);
     } else {
         dim3 grid((unsigned)((c.n_out + FEW_ROWS - 1) / FEW_ROWS), (unsigned)n_active);

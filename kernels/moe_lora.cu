@@ -57,24 +57,31 @@ __device__ void shrink_run(shrink_shared &m, const qv_k_list &list, const qv_k_m
     }
 }
 
-/* Tokens [32 tile, ..) of a segment whose slot shares A. */
+/* The tokens of a place of segments, in tiles: segment s owns places from seg_start[s] / tile + s. */
+__device__ __forceinline__ void find_segment(const qv_k_list &list, int place, int tile, int &seg,
+                                             int &token, int &n)
+{
+    int lane = threadIdx.x & 31, n_before = 0;
+    for (int i = 0; i < list.n_segs; i += 32) {
+        bool before =
+            i + lane < list.n_segs && list.seg_start[i + lane] / tile + i + lane <= place;
+        n_before += __popc(__ballot_sync(0xffffffffu, before));
+    }
+    seg = n_before - 1;
+    int start = list.seg_start[seg], end = list.seg_start[seg + 1];
+    token = start + (place - (start / tile + seg)) * tile;
+    n = min(tile, end - token);
+}
+
+/* Tokens of a segment whose slot shares A. */
 template <bool ALIGNED>
 __device__ void shrink_tokens(shrink_shared &m, const qv_k_list &list,
                               const qv_k_moe_lora_site &site, const moe_rows &rows, float *scratch,
                               int place, int plane, int first)
 {
-    int low = 0, high = list.n_segs;
-    while (high - low > 1) {
-        int middle = (low + high) >> 1;
-        if (list.seg_start[middle] / SHRINK_ROWS + middle <= place)
-            low = middle;
-        else
-            high = middle;
-    }
-    int start = list.seg_start[low];
-    int token = start + (place - (start / SHRINK_ROWS + low)) * SHRINK_ROWS;
-    int n = min(SHRINK_ROWS, list.seg_start[low + 1] - token);
-    const qv_k_moe_lora_slot *part = part_of(site, list.seg_slot[low]);
+    int seg, token, n;
+    find_segment(list, place, SHRINK_ROWS, seg, token, n);
+    const qv_k_moe_lora_slot *part = part_of(site, list.seg_slot[seg]);
     if (n <= 0 || !part || !part->a_shared || rows.pairs)
         return;
     int rank = plane_rank(part->slices, site.ranges.n, plane);
@@ -91,7 +98,7 @@ __device__ void shrink_tokens(shrink_shared &m, const qv_k_list &list,
 
 /* Grid (runs and then places of segments, planes x groups of ranks). */
 template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, 2)
+__global__ void __launch_bounds__(SHRINK_THREADS, 1)
     moe_shrink_kernel(qv_k_list list, qv_k_moe_lora_site site, moe_rows rows, float *scratch,
                       int most_runs)
 {
@@ -104,28 +111,78 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 2)
         shrink_run<ALIGNED>(m, list, site, rows, scratch, index, plane, first);
 }
 
+/* Grid (runs and then places of segments, blocks of ranks): runs in tiles of 64 pairs, and the tokens of
+ * segments whose slot shares A. */
+__device__ void shrink_run_many(many_shared &m, const qv_k_list &list,
+                                const qv_k_moe_lora_site &site, const moe_rows &rows, float *scratch,
+                                int index)
+{
+    qv_k_run run = list.runs[index];
+    const qv_k_moe_lora_slot *part = part_of(site, run.slot);
+    if (!part || (part->a_shared && !rows.pairs))
+        return;
+    int64_t expert = part->a_shared ? 0 : run.expert;
+    const bf16 *a = (const bf16 *)part->a + expert * site.ranges.n * part->max_rank * site.n_in;
+    if (!choose_ranks(m, slices_of(site, part, run.expert), site.ranges.n, a, part->max_rank,
+                      site.max_rank, site.n_in, blockIdx.y * MANY_RANKS))
+        return;
+    for (int done = 0; done < run.n; done += MANY_X) {
+        int n = min(MANY_X, run.n - done);
+        if (threadIdx.x < MANY_X) {
+            int64_t place = run.first + done + min((int)threadIdx.x, n - 1), pair = list.pair[place];
+            m.x_row[threadIdx.x] = rows.x + (rows.pairs ? place : pair / list.top_k) * rows.x_stride;
+            m.x1[threadIdx.x] = scratch + pair * site.ranges.n * site.max_rank;
+        }
+        shrink_many(m, site.n_in, n);
+    }
+}
+
+__device__ void shrink_tokens_many(many_shared &m, const qv_k_list &list,
+                                   const qv_k_moe_lora_site &site, const moe_rows &rows,
+                                   float *scratch, int place)
+{
+    int seg, token, n;
+    find_segment(list, place, MANY_X, seg, token, n);
+    const qv_k_moe_lora_slot *part = part_of(site, list.seg_slot[seg]);
+    if (n <= 0 || !part || !part->a_shared || rows.pairs ||
+        !choose_ranks(m, part->slices, site.ranges.n, (const bf16 *)part->a, part->max_rank,
+                      site.max_rank, site.n_in, blockIdx.y * MANY_RANKS))
+        return;
+    if (threadIdx.x < MANY_X) {
+        int64_t t = token + min((int)threadIdx.x, n - 1);
+        m.x_row[threadIdx.x] = rows.x + t * rows.x_stride;
+        m.x1[threadIdx.x] = scratch + t * list.top_k * site.ranges.n * site.max_rank;
+    }
+    shrink_many(m, site.n_in, n);
+}
+
+__global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
+    moe_shrink_many_kernel(qv_k_list list, qv_k_moe_lora_site site, moe_rows rows, float *scratch,
+                           int most_runs)
+{
+    extern __shared__ __align__(128) char many_memory[];
+    many_shared &m = *(many_shared *)many_memory;
+    int index = blockIdx.x;
+    if (index >= most_runs)
+        shrink_tokens_many(m, list, site, rows, scratch, index - most_runs);
+    else if (index < *list.n_runs)
+        shrink_run_many(m, list, site, rows, scratch, index);
+}
+
 /* --- Expand ------------------------------------------------------------------------------- */
 
-/* Grid (runs, tiles of columns). */
-__global__ void __launch_bounds__(EXPAND_THREADS)
-    moe_expand_kernel(qv_k_list list, const __grid_constant__ qv_k_moe_lora_site site, bool pairs, const float *scratch,
-                      bf16 *y, int64_t y_stride)
+/* A run's pairs in tiles of 16 MT. */
+template <int MT>
+__device__ void expand_run(char *memory, const qv_k_list &list, const qv_k_moe_lora_site &site,
+                           const qv_k_moe_lora_slot *part, const qv_k_run &run, bool by_token,
+                           const float *scratch, bf16 *y, int64_t y_stride, int64_t column)
 {
-    extern __shared__ __align__(128) char expand_memory[];
-    expand_shared &m = *(expand_shared *)expand_memory;
-    if ((int)blockIdx.x >= *list.n_runs)
-        return;
-    qv_k_run run = list.runs[blockIdx.x];
-    const qv_k_moe_lora_slot *part = part_of(site, run.slot);
-    if (!part || (part->b_shared && pairs))
-        return;
-    bool by_token = part->a_shared && !pairs;
+    expand_shared<MT> &m = *(expand_shared<MT> *)memory;
     int64_t expert = part->b_shared ? 0 : run.expert;
     const bf16 *b = (const bf16 *)part->b + expert * part->max_rank * site.n_out;
     const qv_k_lora_slice *slices = slices_of(site, part, run.expert);
-    int64_t column = (int64_t)blockIdx.y * EXPAND_COLUMNS;
-    for (int done = 0; done < run.n; done += EXPAND_ROWS) {
-        int n = min(EXPAND_ROWS, run.n - done);
+    for (int done = 0; done < run.n; done += 16 * MT) {
+        int n = min(16 * MT, run.n - done);
         __syncthreads();
         if ((int)threadIdx.x < n) {
             int64_t place = run.first + done + threadIdx.x, pair = list.pair[place];
@@ -135,13 +192,36 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
             m.y[threadIdx.x] = y + place * y_stride;
         }
         __syncthreads();
-        if (n <= 16)
-            expand_block<1, float, bf16>(m, b, site.n_out, site.max_rank, site.ranges, slices, column,
-                                         n);
-        else
-            expand_block<4, float, bf16>(m, b, site.n_out, site.max_rank, site.ranges, slices, column,
-                                         n);
+        expand_block<MT, float, bf16>(m, b, site.n_out, site.max_rank, site.ranges, slices, column,
+                                      n);
     }
+}
+
+/* Grid (runs, tiles of columns). MT 1 where runs are short: more blocks fit beside each other. */
+template <int MT>
+__global__ void __launch_bounds__(EXPAND_THREADS)
+    moe_expand_kernel(qv_k_list list, const __grid_constant__ qv_k_moe_lora_site site, bool pairs,
+                      const float *scratch, bf16 *y, int64_t y_stride)
+{
+    extern __shared__ __align__(128) char expand_memory[];
+    if ((int)blockIdx.x >= *list.n_runs)
+        return;
+    qv_k_run run = list.runs[blockIdx.x];
+    const qv_k_moe_lora_slot *part = part_of(site, run.slot);
+    if (part && !(part->b_shared && pairs))
+        expand_run<MT>(expand_memory, list, site, part, run, part->a_shared && !pairs, scratch, y,
+                       y_stride, (int64_t)blockIdx.y * EXPAND_COLUMNS);
+}
+
+template <int MT>
+void launch_expand(const qv_k_list &list, const qv_k_moe_lora_site &site, int64_t most_runs,
+                   bool pairs, const float *scratch, void *y, int64_t y_stride,
+                   cudaStream_t stream)
+{
+    dim3 grid((unsigned)most_runs,
+              (unsigned)((site.n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS));
+    moe_expand_kernel<MT><<<grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream>>>(
+        list, site, pairs, scratch, (bf16 *)y, y_stride);
 }
 
 } // namespace
@@ -159,22 +239,31 @@ qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, c
     most_runs = most_runs < n_pairs ? most_runs : n_pairs;
     if (most_runs == 0)
         return QV_OK;
-    int64_t places = x_pairs ? 0 : list->n_tokens / SHRINK_ROWS + list->n_segs;
+    /* Runs of hundreds of pairs: a prompt. */
+    bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0;
+    bool many = n_pairs >= 32 * most_runs;
+    int tile = many && aligned ? MANY_X : SHRINK_ROWS;
+    unsigned blocks = (unsigned)(most_runs + (x_pairs ? 0 : list->n_tokens / tile + list->n_segs));
     int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;
     moe_rows rows = {(const bf16 *)x, x_stride, x_pairs};
-    dim3 grid((unsigned)(most_runs + places), (unsigned)(site->ranges.n * groups));
-    if (site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0)
+    dim3 grid(blocks, (unsigned)(site->ranges.n * groups));
+    if (many && aligned) {
+        cudaFuncSetAttribute(moe_shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)sizeof(many_shared));
+        moe_shrink_many_kernel<<<dim3(blocks, rank_blocks(site->ranges.n, site->max_rank)),
+                                 MANY_LORA_THREADS, sizeof(many_shared), on>>>(
+            *list, *site, rows, scratch, (int)most_runs);
+    } else if (aligned) {
         moe_shrink_kernel<true>
             <<<grid, SHRINK_THREADS, 0, on>>>(*list, *site, rows, scratch, (int)most_runs);
-    else
+    } else {
         moe_shrink_kernel<false>
             <<<grid, SHRINK_THREADS, 0, on>>>(*list, *site, rows, scratch, (int)most_runs);
-    cudaFuncSetAttribute(moe_expand_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                         (int)sizeof(expand_shared));
-    dim3 expand_grid((unsigned)most_runs,
-                     (unsigned)((site->n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS));
-    moe_expand_kernel<<<expand_grid, EXPAND_THREADS, sizeof(expand_shared), on>>>(
-        *list, *site, x_pairs, scratch, (bf16 *)y, y_stride);
+    }
+    if (many)
+        launch_expand<2>(*list, *site, most_runs, x_pairs, scratch, y, y_stride, on);
+    else
+        launch_expand<1>(*list, *site, most_runs, x_pairs, scratch, y, y_stride, on);
     cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "moe_lora: %s", cudaGetErrorString(error));

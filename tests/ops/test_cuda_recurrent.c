@@ -84,8 +84,9 @@ Test(cuda_recurrent, conv1d_agrees_with_the_cpu, .timeout = 120)
 static const qv_gdn_shape more_gdn[] = {{1, 1, 128, 40}, {2, 4, 128, 128}, {1, 2, 24, 8}};
 
 /* Chunks are solved on the tensor cores with BF16 operands, so their outputs differ from the CPU's by more
- * than a rounding: 2^-8 of the terms of a sum of 64, against a result that may be smaller. */
-#define CHUNKED 0.016, 0.016
+ * than a rounding: 2^-9 of the terms of a sum of up to 64, which for single elements is 1 to 2 % of the
+ * root mean square of all. */
+#define CHUNKED 0.016, 0.03
 
 static void check_gdn(const qv_gdn_shape *shape, int32_t chunk)
 {

@@ -223,8 +223,8 @@ struct wide_stage {
     bf16 x[WIDE_PAIRS * WIDE_K], w[WIDE_ROWS * WIDE_K];
 };
 
-__device__ __forceinline__ void load_wide(wide_stage &m, const bf16 *const *x, const bf16 *w,
-                                          int64_t w_stride, int n_pairs, int n_rows, int64_t k,
+[[maybe_unused]] __device__ __forceinline__ void load_wide(wide_stage &m, const bf16 *const *x,
+                                                           const bf16 *w, int64_t w_stride, int n_pairs, int n_rows, int64_t k,
                                           int64_t n_in)
 {
     int col = threadIdx.x % 8 * 8;

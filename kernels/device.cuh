@@ -14,7 +14,8 @@
 extern "C" qv_status qv_k_check_launch(const char *name);
 
 /* Eight BF16 numbers as one 16-byte access. */
-struct __align__(16) bf16x8 {
+struct __align__(16) bf16x8
+{
     uint32_t u[4];
 };
 
@@ -45,8 +46,8 @@ __device__ __forceinline__ float warp_max(float x)
 }
 
 /* The sum over all threads of a block, given to all; `shared` has a float per warp. The order is
- * fixed: within warps by halves, then over warps by halves. Ends with a barrier behind the last read
- * of `shared` only if called once; call __syncthreads() before using `shared` again. */
+ * fixed: within warps by halves, then over warps by halves. Ends with a barrier behind the last
+ * read of `shared` only if called once; call __syncthreads() before using `shared` again. */
 __device__ __forceinline__ float block_sum(float x, float *shared)
 {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, n_warps = (blockDim.x + 31) >> 5;

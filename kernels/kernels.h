@@ -11,5 +11,8 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
+#include "kernels/kernels_attention.h"
+#include "kernels/kernels_dense.h"
+#include "kernels/kernels_linear.h"
 
 #endif

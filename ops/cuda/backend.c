@@ -4,8 +4,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#define BLAS_WORKSPACE ((size_t)64 << 20)
-
 /* --- Reserve ------------------------------------------------------------------------------ */
 
 static qv_status cuda_reserve(qv_backend *be, const qv_backend_limits *limits)
@@ -33,6 +31,8 @@ static void cuda_close(qv_backend *be)
     (void)cudaSetDevice(cuda->device);
     if (cuda->stream != NULL)
         (void)cudaStreamSynchronize(cuda->stream);
+    qv_cuda_plans_free(cuda->plans);
+    (void)cudaFree(cuda->counters);
     if (cuda->blas != NULL)
         (void)cublasLtDestroy(cuda->blas);
     (void)cudaFree(cuda->blas_workspace);
@@ -96,7 +96,10 @@ static qv_status open_parts(qv_cuda_backend *cuda)
     if (status != CUBLAS_STATUS_SUCCESS)
         return qv_fail(QV_ERR_DEVICE, "cuda: cuBLASLt does not start: %s",
                        cublasLtGetStatusString(status));
-    QV_CUDA_TRY(cudaMalloc(&cuda->blas_workspace, BLAS_WORKSPACE));
+    QV_CUDA_TRY(cudaMalloc(&cuda->blas_workspace, QV_CUDA_BLAS_WORKSPACE));
+    void *counters;
+    QV_TRY(qv_cuda_alloc(&cuda->base, QV_CUDA_COUNTERS * sizeof *cuda->counters, &counters));
+    cuda->counters = counters;
     return QV_OK;
 }
 

@@ -21,6 +21,9 @@
 #define QV_CUDA_LANES      4
 #define QV_CUDA_LANE_BYTES ((size_t)8 << 20)
 
+#define QV_CUDA_BLAS_WORKSPACE ((size_t)64 << 20)
+#define QV_CUDA_COUNTERS       ((size_t)1 << 16)
+
 /* A way for uploads: the thread that holds it fills `host` and copies from there. */
 typedef struct {
     void *host; /* pinned, QV_CUDA_LANE_BYTES; NULL until first used */
@@ -40,12 +43,14 @@ typedef struct qv_cuda_plans qv_cuda_plans; /* linear.c */
 typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
+    bool deterministic;
     cudaStream_t stream;
     qv_cuda_lane lanes[QV_CUDA_LANES];
     pthread_mutex_t lock; /* of lanes[].taken */
     pthread_cond_t lane_free;
 
     qv_backend_limits limits; /* what was reserved */
+    uint32_t *counters;       /* [QV_CUDA_COUNTERS] 0 between ops: blocks that have arrived */
     void *scratch;            /* of ops, one at a time: what is in it is dead after the op */
     size_t scratch_bytes;
     qv_cuda_mirror batch;   /* the arrays of the step */

@@ -1,0 +1,112 @@
+/* What both attention kernels share: where a key is, and the online softmax. */
+#ifndef QV_KERNELS_ATTENTION_CUH
+#define QV_KERNELS_ATTENTION_CUH
+
+#include "kernels/device.cuh"
+#include "kernels/kernels_attention.h"
+
+#define LOG2_E 1.4426950408889634f
+
+/* Offset of the key (or value) of position p for a KV head: elements from the start of the pages.
+ */
+__device__ __forceinline__ int64_t key_at(const qv_k_attention_args &c, const int32_t *pages, int p,
+                                          int kv_head)
+{
+    int page = p / c.page_tokens, slot = p - page * c.page_tokens;
+    int64_t row = (int64_t)pages[page] * c.page_tokens + slot;
+    return (row * c.n_kv_heads + kv_head) * c.head_dim;
+}
+
+/* Rows [first, first + ROWS) of keys or values into a tile, by all THREADS threads; rows at and
+ * after `end` become zero (their page may not exist). */
+template <int D, int ROWS, int THREADS>
+__device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *pool,
+                                          const qv_k_attention_args &c, const int32_t *pages,
+                                          int kv_head, int first, int end)
+{
+    constexpr int PIECES = D / 8; /* of a row, 16 bytes each */
+#pragma unroll
+    for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
+        int at = i * THREADS + threadIdx.x, row = at / PIECES, piece = at % PIECES;
+        bool in = first + row < end;
+        const bf16 *src = in ? pool + key_at(c, pages, first + row, kv_head) + piece * 8 : pool;
+        copy16(tile + tile_at<D>(row, piece * 8), src, in);
+    }
+}
+
+/* One step of the online softmax for the scores of a warp's 16 rows: s in, probabilities out. Row g
+ * of the fragment is number 0, row g + 8 number 1. `scale` has log2(e) in it. Returns what the sums
+ * so far must be multiplied by. */
+template <int N>
+__device__ __forceinline__ void softmax_step(float (&s)[N][4], float scale, float (&max)[2],
+                                             float (&sum)[2], float (&keep)[2])
+{
+    float now[2] = {max[0], max[1]};
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        now[0] = fmaxf(now[0], fmaxf(s[i][0], s[i][1]));
+        now[1] = fmaxf(now[1], fmaxf(s[i][2], s[i][3]));
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 1));
+        now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 2));
+        /* A row without any key so far has -inf: use 0 in its place, so that nothing is NaN. */
+        float base = now[r] == -INFINITY ? 0.0f : now[r] * scale;
+        keep[r] = exp2f(max[r] * scale - base);
+        sum[r] *= keep[r];
+        max[r] = now[r];
+        now[r] = base;
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            s[i][j] = exp2f(s[i][j] * scale - now[j >> 1]);
+            sum[j >> 1] += s[i][j];
+        }
+}
+
+/* S [16, 8 N] = Q K^T: q_tile has the 16 rows at q_row, k_tile the keys at `key`. */
+template <int D, int N>
+__device__ __forceinline__ void scores(float (&s)[N][4], const bf16 *q_tile, int q_row,
+                                       const bf16 *k_tile, int key)
+{
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0;
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+        uint32_t a[4];
+        load_a<D>(a, q_tile, q_row, k);
+#pragma unroll
+        for (int i = 0; i < N; i += 2) {
+            uint32_t b[4];
+            load_b<D>(b, k_tile, key + i * 8, k);
+            mma(s[i], a, b[0], b[1]);
+            mma(s[i + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* O [16, D] += P [16, 8 N] V. */
+template <int D, int N>
+__device__ __forceinline__ void add_values(float (&o)[D / 8][4], const float (&p)[N][4],
+                                           const bf16 *v_tile, int key)
+{
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        const uint32_t a[4] = {pack_bf16(p[i][0], p[i][1]), pack_bf16(p[i][2], p[i][3]),
+                               pack_bf16(p[i + 1][0], p[i + 1][1]),
+                               pack_bf16(p[i + 1][2], p[i + 1][3])};
+#pragma unroll
+        for (int n = 0; n < D / 8; n += 2) {
+            uint32_t b[4];
+            load_b_trans<D>(b, v_tile, n * 8, key + i * 8);
+            mma(o[n], a, b[0], b[1]);
+            mma(o[n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,38 @@
+/* Launchers of matrix products that cuBLASLt does not do, or not well: y [T, n_out] = x [T, n_in]
+ * W^T with W row-major [n_out, n_in], x BF16, y BF16 or float32, sums in float32.
+ */
+#ifndef QV_KERNELS_KERNELS_LINEAR_H
+#define QV_KERNELS_KERNELS_LINEAR_H
+
+#include "common/status.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const void *w; /* BF16, or float32 with w_f32 */
+    const void *x;
+    void *y;
+    int64_t n_tokens, n_out, n_in;
+    int64_t x_stride, y_stride; /* elements between rows */
+    bool w_f32, y_f32;
+} qv_k_linear_args;
+
+/* The most tokens of qv_k_skinny_linear. */
+#define QV_K_SKINNY_TOKENS 64
+
+/* For few tokens: streams W once at the speed of memory. W BF16 with n_in a multiple of 32, x rows
+ * on 16 bytes. What is computed for a row does not depend on the others. Errors: DEVICE. */
+bool qv_k_skinny_linear_can(const qv_k_linear_args *args);
+qv_status qv_k_skinny_linear(const qv_k_linear_args *args, void *stream);
+
+/* Any shape, alignment and dtype, slowly. */
+qv_status qv_k_any_linear(const qv_k_linear_args *args, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

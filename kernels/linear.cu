@@ -1,0 +1,157 @@
+/* Matrix products for few tokens, and for shapes that nothing else takes.
+ *
+ * Skinny: y^T [16 rows of W, 8 tokens] = W x^T by mma.m16n8k16 with W as the left operand, so that
+ * a decode step pays for the bytes of W and for nothing else: 2 n_out n_in bytes over the
+ * bandwidth. W goes from memory straight into fragments. The order of k within 32 is free as long
+ * as both operands agree, so thread t of four takes k = 8 t .. 8 t + 7 of a row as one 16-byte
+ * load: its numbers 0..3 are the fragment of the first product, 4..7 that of the second. A block is
+ * 16 rows of W; its 8 warps take pieces of 128 of k in turn and add up in shared memory, in a fixed
+ * order.
+ */
+#include "kernels/device.cuh"
+#include "kernels/kernels_linear.h"
+
+namespace
+{
+
+constexpr int WARPS = 8;
+constexpr int STEP = 128; /* of k, by one warp at a time: 8 loads of W a thread in flight */
+
+__device__ __forceinline__ uint4 load_stream(const bf16 *p)
+{
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+
+__device__ __forceinline__ void store(void *y, bool f32, int64_t at, float v)
+{
+    if (f32)
+        ((float *)y)[at] = v;
+    else
+        ((bf16 *)y)[at] = __float2bfloat16(v);
+}
+
+/* NT tiles of 8 tokens. */
+template <int NT> __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
+{
+    __shared__ float sums[WARPS][NT][4][32];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int64_t row0 = (int64_t)blockIdx.x * 16;
+    /* Rows beyond the end read the last one, and are not stored. */
+    int64_t upper = row0 + g < c.n_out ? row0 + g : c.n_out - 1;
+    int64_t lower = row0 + g + 8 < c.n_out ? row0 + g + 8 : c.n_out - 1;
+    const bf16 *w0 = (const bf16 *)c.w + upper * c.n_in + t * 8;
+    const bf16 *w1 = (const bf16 *)c.w + lower * c.n_in + t * 8;
+    const bf16 *x[NT];
+#pragma unroll
+    for (int i = 0; i < NT; i++) {
+        int64_t token = i * 8 + g < c.n_tokens ? i * 8 + g : c.n_tokens - 1;
+        x[i] = (const bf16 *)c.x + token * c.x_stride + t * 8;
+    }
+    float acc[NT][4] = {};
+    for (int64_t k0 = (int64_t)warp * STEP; k0 < c.n_in; k0 += WARPS * STEP) {
+        uint4 a0[4], a1[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            bool in = k0 + j * 32 < c.n_in; /* n_in is a multiple of 32 */
+            a0[j] = in ? load_stream(w0 + k0 + j * 32) : uint4{};
+            a1[j] = in ? load_stream(w1 + k0 + j * 32) : uint4{};
+        }
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (k0 + j * 32 >= c.n_in)
+                break;
+            const uint32_t first[4] = {a0[j].x, a1[j].x, a0[j].y, a1[j].y};
+            const uint32_t second[4] = {a0[j].z, a1[j].z, a0[j].w, a1[j].w};
+#pragma unroll
+            for (int i = 0; i < NT; i++) {
+                uint4 b = *(const uint4 *)(x[i] + k0 + j * 32);
+                mma(acc[i], first, b.x, b.y);
+                mma(acc[i], second, b.z, b.w);
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < NT; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            sums[warp][i][j][lane] = acc[i][j];
+    __syncthreads();
+    /* Number j of lane (g, t) is row g + 8 (j / 2) of token 2 t + j % 2. Threads next to each other
+     * take rows next to each other. */
+    for (int i = threadIdx.x; i < NT * 128; i += 32 * WARPS) {
+        int row = i & 15, token = i >> 4;
+        int tile = token >> 3, in_tile = token & 7;
+        int j = (row >> 3) * 2 + (in_tile & 1), from = (row & 7) * 4 + (in_tile >> 1);
+        float v = 0;
+#pragma unroll
+        for (int k = 0; k < WARPS; k++)
+            v += sums[k][tile][j][from];
+        if (row0 + row < c.n_out && token < c.n_tokens)
+            store(c.y, c.y_f32, token * c.y_stride + row0 + row, v);
+    }
+}
+
+/* --- Any shape ---------------------------------------------------------------------------- */
+
+constexpr int ANY_TOKENS = 8;
+
+/* A warp a row of W and ANY_TOKENS tokens. */
+__global__ void __launch_bounds__(32 * WARPS) any_kernel(qv_k_linear_args c)
+{
+    int lane = threadIdx.x & 31;
+    int64_t row = (int64_t)blockIdx.x * WARPS + (threadIdx.x >> 5);
+    int64_t first = (int64_t)blockIdx.y * ANY_TOKENS;
+    if (row >= c.n_out)
+        return;
+    float acc[ANY_TOKENS] = {};
+    for (int64_t k = lane; k < c.n_in; k += 32) {
+        float w = c.w_f32 ? ((const float *)c.w)[row * c.n_in + k]
+                          : to_float(((const bf16 *)c.w)[row * c.n_in + k]);
+#pragma unroll
+        for (int i = 0; i < ANY_TOKENS; i++)
+            if (first + i < c.n_tokens)
+                acc[i] =
+                    fmaf(w, to_float(((const bf16 *)c.x)[(first + i) * c.x_stride + k]), acc[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < ANY_TOKENS; i++) {
+        float v = warp_sum(acc[i]);
+        if (lane == 0 && first + i < c.n_tokens)
+            store(c.y, c.y_f32, (first + i) * c.y_stride + row, v);
+    }
+}
+
+} // namespace
+
+bool qv_k_skinny_linear_can(const qv_k_linear_args *c)
+{
+    return !c->w_f32 && c->n_tokens <= QV_K_SKINNY_TOKENS && c->n_in % 32 == 0 &&
+           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && c->x_stride % 8 == 0;
+}
+
+qv_status qv_k_skinny_linear(const qv_k_linear_args *c, void *stream)
+{
+    unsigned blocks = (unsigned)((c->n_out + 15) / 16);
+    cudaStream_t s = (cudaStream_t)stream;
+    if (c->n_tokens <= 8)
+        skinny_kernel<1><<<blocks, 32 * WARPS, 0, s>>>(*c);
+    else if (c->n_tokens <= 16)
+        skinny_kernel<2><<<blocks, 32 * WARPS, 0, s>>>(*c);
+    else if (c->n_tokens <= 32)
+        skinny_kernel<4><<<blocks, 32 * WARPS, 0, s>>>(*c);
+    else
+        skinny_kernel<8><<<blocks, 32 * WARPS, 0, s>>>(*c);
+    return qv_k_check_launch("skinny_linear");
+}
+
+qv_status qv_k_any_linear(const qv_k_linear_args *c, void *stream)
+{
+    dim3 grid((unsigned)((c->n_out + WARPS - 1) / WARPS),
+              (unsigned)((c->n_tokens + ANY_TOKENS - 1) / ANY_TOKENS));
+    any_kernel<<<grid, 32 * WARPS, 0, (cudaStream_t)stream>>>(*c);
+    return qv_k_check_launch("any_linear");
+}

@@ -1,0 +1,229 @@
+/* Elements and rows: SwiGLU, gates, addition, squared ReLU, embedding, RoPE with the page write.
+ * All bound by bandwidth: each number is read once and written once, 16 bytes a thread where the
+ * rows allow it.
+ */
+#include "kernels/device.cuh"
+#include "kernels/kernels_dense.h"
+
+namespace
+{
+
+constexpr int THREADS = 256;
+
+__device__ __forceinline__ int64_t offset(const qv_k_rows &r, int64_t token, int64_t head)
+{
+    return token * r.token + head * r.head;
+}
+
+template <qv_k_pointwise_kind KIND> __device__ __forceinline__ float apply(float a, float b)
+{
+    switch (KIND) {
+    case QV_K_SWIGLU:
+        return a / (1.0f + expf(-a)) * b;
+    case QV_K_SIGMOID_GATE:
+        return b * sigmoid(a);
+    case QV_K_ADD:
+        return a + b;
+    default: {
+        float positive = a < 0.0f ? 0.0f : a; /* NaN stays NaN */
+        return positive * positive;
+    }
+    }
+}
+
+/* STEP numbers a thread: 8 as one vector, or 1. */
+template <qv_k_pointwise_kind KIND, int STEP>
+__global__ void __launch_bounds__(THREADS)
+    pointwise_kernel(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, int64_t total)
+{
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= total)
+        return;
+    int64_t per_row = e.d / STEP, row = i / per_row, at = (i - row * per_row) * STEP;
+    int64_t token = row / e.n, head = row - token * e.n;
+    const bf16 *pa = (const bf16 *)a.data + offset(a, token, head) + at;
+    const bf16 *pb = KIND == QV_K_RELU2 ? pa : (const bf16 *)b.data + offset(b, token, head) + at;
+    bf16 *py = (bf16 *)y.data + offset(y, token, head) + at;
+    if constexpr (STEP == 1) {
+        *py = __float2bfloat16(apply<KIND>(to_float(*pa), to_float(*pb)));
+    } else {
+        float va[8], vb[8];
+        unpack8(*(const bf16x8 *)pa, va);
+        unpack8(*(const bf16x8 *)pb, vb);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            va[k] = apply<KIND>(va[k], vb[k]);
+        *(bf16x8 *)py = pack8(va);
+    }
+}
+
+bool aligned(const qv_k_rows &r)
+{
+    return (uintptr_t)r.data % 16 == 0 && r.token % 8 == 0 && r.head % 8 == 0;
+}
+
+template <qv_k_pointwise_kind KIND>
+void launch(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, cudaStream_t stream)
+{
+    bool vector = e.d % 8 == 0 && aligned(a) && aligned(b) && aligned(y);
+    int64_t total = e.n_tokens * e.n * (vector ? e.d / 8 : e.d);
+    unsigned blocks = (unsigned)((total + THREADS - 1) / THREADS);
+    if (vector)
+        pointwise_kernel<KIND, 8><<<blocks, THREADS, 0, stream>>>(e, a, b, y, total);
+    else
+        pointwise_kernel<KIND, 1><<<blocks, THREADS, 0, stream>>>(e, a, b, y, total);
+}
+
+/* A block a token. */
+__global__ void __launch_bounds__(THREADS)
+    sigmoid_scale_kernel(int64_t d, qv_k_rows x, qv_k_rows gate)
+{
+    int64_t token = blockIdx.x;
+    float g = sigmoid(to_float(((const bf16 *)gate.data)[token * gate.token]));
+    bf16 *row = (bf16 *)x.data + token * x.token;
+    for (int64_t i = threadIdx.x; i < d; i += THREADS)
+        row[i] = __float2bfloat16(to_float(row[i]) * g);
+}
+
+/* A block a row. */
+template <bool F32, bool VECTOR>
+__global__ void __launch_bounds__(THREADS)
+    embed_kernel(const void *table, int64_t table_stride, int64_t n_rows, int64_t first,
+                 const int32_t *ids, int64_t d, bf16 *y, int64_t y_stride)
+{
+    int64_t row = ids[blockIdx.x] - first;
+    bool there = row >= 0 && row < n_rows;
+    bf16 *out = y + blockIdx.x * y_stride;
+    if constexpr (VECTOR) {
+        const bf16x8 *src =
+            (const bf16x8 *)((const bf16 *)table + (there ? row : 0) * table_stride);
+        for (int64_t i = threadIdx.x; i < d / 8; i += THREADS)
+            ((bf16x8 *)out)[i] = there ? src[i] : bf16x8{};
+    } else {
+        for (int64_t i = threadIdx.x; i < d; i += THREADS) {
+            float v = 0;
+            if (there)
+                v = F32 ? ((const float *)table)[row * table_stride + i]
+                        : to_float(((const bf16 *)table)[row * table_stride + i]);
+            out[i] = __float2bfloat16(v);
+        }
+    }
+}
+
+/* --- RoPE --------------------------------------------------------------------------------- */
+
+constexpr int MAX_ROTARY = 1024;
+constexpr int KNOWN = 64; /* frequencies that travel with the launch */
+
+struct frequencies {
+    double f[KNOWN]; /* theta^(-2i / rotary_dim) */
+};
+
+/* A block a token: the angles once into shared memory, then all heads. A thread turns both numbers
+ * of a pair; numbers that do not turn are copied. */
+__global__ void __launch_bounds__(THREADS)
+    rope_kernel(qv_k_rope_args c, __grid_constant__ const frequencies known)
+{
+    __shared__ float cosine[MAX_ROTARY / 2], sine[MAX_ROTARY / 2];
+    int t = blockIdx.x, half = c.rotary_dim / 2, d = c.head_dim;
+    if (t >= c.seq_start[c.n_seqs])
+        return;
+    int pos = c.pos[t];
+    for (int i = threadIdx.x; i < half; i += THREADS) {
+        double f = i < KNOWN ? known.f[i] : pow(c.theta, -2.0 * i / c.rotary_dim);
+        double s, co;
+        sincos(pos * f, &s, &co);
+        cosine[i] = (float)co;
+        sine[i] = (float)s;
+    }
+    int seq = range_of(c.seq_start, c.n_seqs, t);
+    int64_t page = c.page_table[(int64_t)seq * c.page_stride + pos / c.page_tokens];
+    int64_t slot = (page * c.page_tokens + pos % c.page_tokens) * c.n_kv_heads * d;
+    __syncthreads();
+
+    bf16 *q = (bf16 *)c.q.data + t * c.q.token;
+    for (int i = threadIdx.x; i < c.n_heads * half; i += THREADS) {
+        int head = i / half, j = i - head * half;
+        bf16 *p = q + head * c.q.head + j;
+        float a = to_float(p[0]), b = to_float(p[half]);
+        p[0] = __float2bfloat16(a * cosine[j] - b * sine[j]);
+        p[half] = __float2bfloat16(b * cosine[j] + a * sine[j]);
+    }
+    const bf16 *k = (const bf16 *)c.k.data + t * c.k.token;
+    const bf16 *v = (const bf16 *)c.v.data + t * c.v.token;
+    bf16 *k_out = (bf16 *)c.k_pages + slot, *v_out = (bf16 *)c.v_pages + slot;
+    for (int i = threadIdx.x; i < c.n_kv_heads * d; i += THREADS) {
+        int head = i / d, j = i - head * d;
+        v_out[i] = v[head * c.v.head + j];
+        const bf16 *p = k + head * c.k.head;
+        float x = to_float(p[j]);
+        if (j < half)
+            x = x * cosine[j] - to_float(p[j + half]) * sine[j];
+        else if (j < 2 * half)
+            x = x * cosine[j - half] + to_float(p[j - half]) * sine[j - half];
+        k_out[i] = __float2bfloat16(x);
+    }
+}
+
+} // namespace
+
+qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows a, qv_k_rows b,
+                         qv_k_rows y, void *stream)
+{
+    cudaStream_t s = (cudaStream_t)stream;
+    switch (kind) {
+    case QV_K_SWIGLU:
+        launch<QV_K_SWIGLU>(extent, a, b, y, s);
+        break;
+    case QV_K_SIGMOID_GATE:
+        launch<QV_K_SIGMOID_GATE>(extent, a, b, y, s);
+        break;
+    case QV_K_ADD:
+        launch<QV_K_ADD>(extent, a, b, y, s);
+        break;
+    case QV_K_RELU2:
+        launch<QV_K_RELU2>(extent, a, a, y, s);
+        break;
+    }
+    return qv_k_check_launch("pointwise");
+}
+
+qv_status qv_k_sigmoid_scale(qv_k_extent extent, qv_k_rows x, qv_k_rows gate, void *stream)
+{
+    sigmoid_scale_kernel<<<(unsigned)extent.n_tokens, THREADS, 0, (cudaStream_t)stream>>>(extent.d,
+                                                                                          x, gate);
+    return qv_k_check_launch("sigmoid_scale");
+}
+
+qv_status qv_k_embed(const void *table, bool f32, int64_t table_stride, int64_t n_rows,
+                     int64_t first, const int32_t *ids, int64_t n, int64_t d, void *y,
+                     int64_t y_stride, void *stream)
+{
+    cudaStream_t s = (cudaStream_t)stream;
+    unsigned rows = (unsigned)n;
+    bool vector = !f32 && d % 8 == 0 && table_stride % 8 == 0 && y_stride % 8 == 0 &&
+                  (uintptr_t)table % 16 == 0 && (uintptr_t)y % 16 == 0;
+#define EMBED(F32, VECTOR)                                                                         \
+    embed_kernel<F32, VECTOR>                                                                      \
+        <<<rows, THREADS, 0, s>>>(table, table_stride, n_rows, first, ids, d, (bf16 *)y, y_stride)
+    if (f32)
+        EMBED(true, false);
+    else if (vector)
+        EMBED(false, true);
+    else
+        EMBED(false, false);
+#undef EMBED
+    return qv_k_check_launch("embed");
+}
+
+qv_status qv_k_rope_kv_write(const qv_k_rope_args *args, void *stream)
+{
+    if (args->rotary_dim > MAX_ROTARY)
+        return qv_fail(QV_ERR_LIMIT, "rope_kv_write: %d rotary dimensions, but %d are possible",
+                       args->rotary_dim, MAX_ROTARY);
+    frequencies known;
+    for (int i = 0; i < KNOWN; i++)
+        known.f[i] = i < args->rotary_dim / 2 ? pow(args->theta, -2.0 * i / args->rotary_dim) : 0;
+    rope_kernel<<<(unsigned)args->n_tokens, THREADS, 0, (cudaStream_t)stream>>>(*args, known);
+    return qv_k_check_launch("rope_kv_write");
+}

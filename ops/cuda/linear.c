@@ -1,0 +1,186 @@
+/* qv_op_linear: cuBLASLt with plans kept by shape, or a kernel of our own for few tokens and for
+ * shapes that it does not take. */
+#include "ops/cuda/cuda.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* --- Plans -------------------------------------------------------------------------------- */
+
+/* Everything that a choice of algorithm depends on. */
+typedef struct {
+    int64_t n_out, n_in, n_tokens, x_stride, y_stride;
+    int64_t y_f32;
+} plan_key;
+
+typedef struct {
+    plan_key key;
+    bool used;
+    cublasLtMatmulDesc_t op;
+    cublasLtMatrixLayout_t w, x, y;
+    cublasLtMatmulAlgo_t algo;
+} plan;
+
+/* Open addressing over a fixed table: a model has some ten shapes, times the numbers of tokens that
+ * occur. A full neighbourhood gives its first place away. */
+#define N_PLANS    4096
+#define MAX_PROBES 8
+
+struct qv_cuda_plans {
+    plan plans[N_PLANS];
+};
+
+static void free_plan(plan *p)
+{
+    if (p->op != NULL)
+        (void)cublasLtMatmulDescDestroy(p->op);
+    if (p->w != NULL)
+        (void)cublasLtMatrixLayoutDestroy(p->w);
+    if (p->x != NULL)
+        (void)cublasLtMatrixLayoutDestroy(p->x);
+    if (p->y != NULL)
+        (void)cublasLtMatrixLayoutDestroy(p->y);
+    *p = (plan){.used = false};
+}
+
+void qv_cuda_plans_free(qv_cuda_plans *plans)
+{
+    for (int i = 0; plans != NULL && i < N_PLANS; i++)
+        free_plan(&plans->plans[i]);
+    free(plans);
+}
+
+#define BLAS_TRY(expr)                                                                             \
+    do {                                                                                           \
+        cublasStatus_t blas_status_ = (expr);                                                      \
+        if (blas_status_ != CUBLAS_STATUS_SUCCESS)                                                 \
+            return qv_fail(QV_ERR_DEVICE, "cuda: %s: %s", #expr,                                   \
+                           cublasLtGetStatusString(blas_status_));                                 \
+    } while (0)
+
+/* cuBLASLt counts by columns: y^T [n_out, T] = (W^T)^T x^T. Sets *found to whether it has an
+ * algorithm at all. */
+static qv_status make_plan(qv_cuda_backend *cuda, const plan_key *k, plan *p, bool *found)
+{
+    const cublasOperation_t transpose = CUBLAS_OP_T;
+    cudaDataType_t y_type = k->y_f32 ? CUDA_R_32F : CUDA_R_16BF;
+    *p = (plan){.key = *k, .used = true};
+    BLAS_TRY(cublasLtMatmulDescCreate(&p->op, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    BLAS_TRY(cublasLtMatmulDescSetAttribute(p->op, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
+                                            sizeof transpose));
+    BLAS_TRY(cublasLtMatrixLayoutCreate(&p->w, CUDA_R_16BF, (uint64_t)k->n_in, (uint64_t)k->n_out,
+                                        k->n_in));
+    BLAS_TRY(cublasLtMatrixLayoutCreate(&p->x, CUDA_R_16BF, (uint64_t)k->n_in,
+                                        (uint64_t)k->n_tokens, k->x_stride));
+    BLAS_TRY(cublasLtMatrixLayoutCreate(&p->y, y_type, (uint64_t)k->n_out, (uint64_t)k->n_tokens,
+                                        k->y_stride));
+    cublasLtMatmulPreference_t preference;
+    BLAS_TRY(cublasLtMatmulPreferenceCreate(&preference));
+    size_t workspace = QV_CUDA_BLAS_WORKSPACE;
+    cublasStatus_t status = cublasLtMatmulPreferenceSetAttribute(
+        preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace);
+    cublasLtMatmulHeuristicResult_t result;
+    int n = 0;
+    if (status == CUBLAS_STATUS_SUCCESS)
+        status = cublasLtMatmulAlgoGetHeuristic(cuda->blas, p->op, p->w, p->x, p->y, p->y,
+                                                preference, 1, &result, &n);
+    (void)cublasLtMatmulPreferenceDestroy(preference);
+    *found = status == CUBLAS_STATUS_SUCCESS && n > 0;
+    if (*found)
+        p->algo = result.algo;
+    return QV_OK;
+}
+
+static uint64_t hash_key(const plan_key *k)
+{
+    const int64_t words[] = {k->n_out, k->n_in, k->n_tokens, k->x_stride, k->y_stride, k->y_f32};
+    uint64_t h = 0;
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        h = (h ^ (uint64_t)words[i]) * UINT64_C(0x9E3779B97F4A7C15) + (h >> 29);
+    return h ^ h >> 32;
+}
+
+/* The plan for a shape, made if need be; NULL when cuBLASLt has none. */
+static qv_status find_plan(qv_cuda_backend *cuda, const plan_key *key, const plan **out)
+{
+    if (cuda->plans == NULL && (cuda->plans = calloc(1, sizeof *cuda->plans)) == NULL)
+        return qv_fail(QV_ERR_NOMEM, "cuda: no memory for plans of matrix products");
+    uint64_t first = hash_key(key);
+    plan *place = &cuda->plans->plans[first % N_PLANS];
+    for (uint64_t i = 0; i < MAX_PROBES; i++) {
+        plan *p = &cuda->plans->plans[(first + i) % N_PLANS];
+        if (p->used && memcmp(&p->key, key, sizeof *key) == 0) {
+            *out = p;
+            return QV_OK;
+        }
+        if (!p->used) {
+            place = p;
+            break;
+        }
+    }
+    free_plan(place);
+    bool found = false;
+    qv_status status = make_plan(cuda, key, place, &found);
+    if (status != QV_OK || !found)
+        free_plan(place);
+    *out = found ? place : NULL;
+    return status;
+}
+
+static qv_status run_plan(qv_cuda_backend *cuda, const plan *p, const qv_k_linear_args *c)
+{
+    const float one = 1, zero = 0;
+    BLAS_TRY(cublasLtMatmul(cuda->blas, p->op, &one, c->w, p->w, c->x, p->x, &zero, c->y, p->y,
+                            c->y, p->y, &p->algo, cuda->blas_workspace, QV_CUDA_BLAS_WORKSPACE,
+                            cuda->stream));
+    return QV_OK;
+}
+
+/* --- Choice ------------------------------------------------------------------------------- */
+
+/* Up to this many tokens our own kernel streams the weights faster; docs/performance.md has the
+ * measurement. */
+#define SKINNY_TOKENS 16
+
+static bool blas_can(const qv_k_linear_args *c)
+{
+    int64_t y_unit = c->y_f32 ? 4 : 8;
+    return !c->w_f32 && c->n_in % 8 == 0 && c->x_stride % 8 == 0 && c->y_stride % y_unit == 0 &&
+           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0;
+}
+
+static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_k_linear_args c = {.w = qv_cuda_weight_of(w)->data,
+                                .x = x.data,
+                                .y = y.data,
+                                .n_tokens = x.shape[0],
+                                .n_out = w->n_out,
+                                .n_in = w->n_in,
+                                .x_stride = x.stride[0],
+                                .y_stride = y.stride[0],
+                                .w_f32 = w->dtype == QV_F32,
+                                .y_f32 = y.dtype == QV_F32};
+    bool skinny = qv_k_skinny_linear_can(&c);
+    if (skinny && (c.n_tokens <= SKINNY_TOKENS || cuda->deterministic))
+        return qv_k_skinny_linear(&c, cuda->stream);
+    const plan *p = NULL;
+    if (blas_can(&c)) {
+        const plan_key key = {c.n_out, c.n_in, c.n_tokens, c.x_stride, c.y_stride, c.y_f32};
+        QV_TRY(find_plan(cuda, &key, &p));
+    }
+    if (p != NULL)
+        return run_plan(cuda, p, &c);
+    return skinny ? qv_k_skinny_linear(&c, cuda->stream) : qv_k_any_linear(&c, cuda->stream);
+}
+
+qv_status qv_cuda_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    return run_linear(be, w, x, y);
+}
+
+qv_status qv_cuda_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    return run_linear(be, w, x, y);
+}

@@ -14,5 +14,6 @@
 #include "kernels/kernels_attention.h"
 #include "kernels/kernels_dense.h"
 #include "kernels/kernels_linear.h"
+#include "kernels/kernels_sample.h"
 
 #endif

@@ -3,6 +3,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* --- Reserve ------------------------------------------------------------------------------ */
 
@@ -15,7 +16,15 @@ static qv_status cuda_reserve(qv_backend *be, const qv_backend_limits *limits)
     have->field = limits->field
     GROW(max_tokens);
     GROW(max_logits);
-    GROW(n_vocab);
+    if (limits->n_vocab > have->n_vocab) {
+        size_t n = (size_t)limits->n_vocab;
+        int32_t *place = realloc(cuda->seen_place, n * sizeof *place);
+        if (place == NULL)
+            return qv_fail(QV_ERR_NOMEM, "cuda: no memory for marks of %zu tokens", n);
+        memset(place, 0xFF, n * sizeof *place);
+        cuda->seen_place = place;
+        have->n_vocab = limits->n_vocab;
+    }
 #undef GROW
     void *scratch;
     QV_TRY(qv_cuda_scratch_require(cuda, (size_t)64 << 20, &scratch));
@@ -51,6 +60,7 @@ static void cuda_close(qv_backend *be)
     }
     if (cuda->stream != NULL)
         (void)cudaStreamDestroy(cuda->stream);
+    free(cuda->seen_place);
     pthread_cond_destroy(&cuda->lane_free);
     pthread_mutex_destroy(&cuda->lock);
     free(cuda);

@@ -57,6 +57,7 @@ typedef struct {
     cudaEvent_t batch_sent; /* the host side may be written again */
     qv_cuda_mirror sample;  /* parameters of rows */
     qv_cuda_mirror result;
+    int32_t *seen_place; /* host [limits.n_vocab], all -1 between ops */
 
     cublasLtHandle_t blas;
     void *blas_workspace;

@@ -1,0 +1,60 @@
+/* Launcher of sampling: qv_op_sample for rows of logits on the device.
+ */
+#ifndef QV_KERNELS_KERNELS_SAMPLE_H
+#define QV_KERNELS_KERNELS_SAMPLE_H
+
+#include "common/status.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QV_K_MAX_TOP 32
+
+/* One token of a row's prompt or answer, for penalties. Each token once a row. */
+typedef struct {
+    int32_t token, count; /* how often it was generated */
+    float raw;            /* out: its logit before */
+} qv_k_sample_seen;
+
+typedef struct {
+    int32_t target; /* >= 0: score it and do nothing else */
+    int32_t top_k, n_top;
+    float temperature, top_p, min_p;
+    float presence_penalty, frequency_penalty, repetition_penalty;
+    int32_t seen, n_seen;     /* its part of args.seen */
+    int32_t banned, n_banned; /* its part of args.banned */
+    double u;                 /* the draw, in [0, 1) */
+} qv_k_sample_row;
+
+#define QV_K_SAMPLE_NOT_FINITE (-1) /* in token: why there is none */
+#define QV_K_SAMPLE_ALL_BANNED (-2)
+
+typedef struct {
+    int32_t token;
+    float logprob;
+    int32_t n_top;
+    int32_t top_token[QV_K_MAX_TOP];
+    float top_logprob[QV_K_MAX_TOP];
+} qv_k_sample_result;
+
+typedef struct {
+    float *logits; /* [n_rows, n_vocab], rows `stride` apart; changed */
+    int64_t stride;
+    int32_t n_rows, n_vocab, n_valid;
+    const qv_k_sample_row *rows; /* [n_rows] */
+    qv_k_sample_seen *seen;
+    const int32_t *banned;
+    qv_k_sample_result *results; /* [n_rows] */
+    void *scratch;               /* of qv_k_sample_scratch bytes */
+} qv_k_sample_args;
+
+size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab);
+qv_status qv_k_sample(const qv_k_sample_args *args, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,519 @@
+/* Sampling. Two launches: a scan of all rows by many blocks (maximum, sum of exponentials, whether
+ * all is finite), which reads 4 n_vocab bytes a row once, and a block a row that does the rest. A
+ * greedy row without penalties needs nothing but the scan; a drawn one reads its row from the L2
+ * cache another few times.
+ *
+ * Probabilities are summed as whole numbers of 2^-40 of the likeliest one: such sums are exact, so
+ * neither the order of atomics nor the number of threads changes a choice. Prefixes of the order by
+ * logit (top-k, top-p, the alternatives) are found by histograms: first over the distance from the
+ * maximum, which spreads logits evenly, then over the bits of the logits in the bin where the
+ * prefix ends. Ties end by id: each warp owns a stretch of ids, so the rank of a tied logit is what
+ * the warps before it counted plus what it has counted itself.
+ */
+#include "kernels/device.cuh"
+#include "kernels/kernels_sample.h"
+
+#include <float.h>
+
+namespace
+{
+
+typedef unsigned long long mass; /* in units of 2^-40 */
+
+constexpr int SCAN_THREADS = 256;
+constexpr int CHUNK_LOGITS = 8192; /* of one block of the scan */
+constexpr int THREADS = 1024, WARPS = THREADS / 32;
+constexpr int BINS = 2048;
+constexpr int AHEAD = 8; /* loads of a lane in flight */
+
+struct chunk_stats {
+    float max, sum;       /* sum of exp(logit - max), all columns */
+    float best;           /* over ids that may be chosen */
+    int32_t best_id, bad; /* bad: something is not finite */
+};
+
+/* --- Scan --------------------------------------------------------------------------------- */
+
+/* The greater, and the lower id among equals. */
+__device__ __forceinline__ void keep_best(float &best, int &id, float other, int other_id)
+{
+    if (other > best || (other == best && other_id < id)) {
+        best = other;
+        id = other_id;
+    }
+}
+
+__device__ __forceinline__ void warp_best(float &best, int &id)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1)
+        keep_best(best, id, __shfl_xor_sync(0xffffffffu, best, i),
+                  __shfl_xor_sync(0xffffffffu, id, i));
+}
+
+__global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(qv_k_sample_args c, chunk_stats *stats)
+{
+    __shared__ float maxima[8], sums[8], bests[8];
+    __shared__ int ids[8];
+    const float *row = c.logits + blockIdx.y * c.stride;
+    int first = blockIdx.x * CHUNK_LOGITS, end = first + CHUNK_LOGITS;
+    end = end < c.n_vocab ? end : c.n_vocab;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+
+    float v[CHUNK_LOGITS / SCAN_THREADS], max = -INFINITY, best = -INFINITY;
+    int best_id = INT32_MAX, bad = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNK_LOGITS / SCAN_THREADS; i++) {
+        int at = first + i * SCAN_THREADS + threadIdx.x;
+        v[i] = at < end ? row[at] : -INFINITY;
+    }
+#pragma unroll
+    for (int i = 0; i < CHUNK_LOGITS / SCAN_THREADS; i++) {
+        int at = first + i * SCAN_THREADS + threadIdx.x;
+        bad |= at < end && !isfinite(v[i]);
+        max = fmaxf(max, v[i]);
+        if (at < c.n_valid && v[i] > best) {
+            best = v[i];
+            best_id = at;
+        }
+    }
+    max = warp_max(max);
+    warp_best(best, best_id);
+    if (lane == 0) {
+        maxima[warp] = max;
+        bests[warp] = best;
+        ids[warp] = best_id;
+    }
+    bad = __syncthreads_or(bad);
+    for (int i = 0; i < 8; i++) {
+        max = fmaxf(max, maxima[i]);
+        keep_best(best, best_id, bests[i], ids[i]);
+    }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < CHUNK_LOGITS / SCAN_THREADS; i++)
+        sum += expf(v[i] - max);
+    sum = block_sum(sum, sums);
+    if (threadIdx.x == 0)
+        stats[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = {max, sum, best, best_id, bad};
+}
+
+/* --- Prefixes of the order by logit --------------------------------------------------------- */
+
+/* A logit as an unsigned number of the same order; -0 and 0 are equal. */
+__device__ __forceinline__ uint32_t order_key(float x)
+{
+    uint32_t bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/* What is kept of a row: logits above a key, and the first `quota` that equal it, by id. */
+struct cut {
+    uint32_t key, quota;
+};
+
+struct row_state {
+    const float *logit;
+    int n; /* ids that may be chosen */
+    float max, temperature;
+    int begin, end; /* this warp's ids */
+};
+
+/* All of a block's shared memory. */
+struct workspace {
+    mass bin[BINS];
+    mass of_warp[WARPS];
+    uint32_t ties[WARPS]; /* logits equal to the cut's key with ids of warps before */
+    float best[WARPS];
+    int best_id[WARPS];
+    mass rest;
+    uint32_t found;
+    int chosen, n_top;
+    float top[QV_K_MAX_TOP];
+    int top_id[QV_K_MAX_TOP];
+};
+
+__device__ __forceinline__ float probability(const row_state &r, float x)
+{
+    float z = x - r.max;
+    return expf(r.temperature == 1.0f ? z : z / r.temperature);
+}
+
+__device__ __forceinline__ mass mass_of(const row_state &r, float x)
+{
+    return __float2ull_rn(probability(r, x) * 1099511627776.0f);
+}
+
+/* Call f(id, logit) for all that the cut keeps, each warp for its ids in their order, 32 at a time;
+ * `all` is called for every group of 32 with whether the lane's is kept, so that f may use
+ * shuffles. */
+template <typename F>
+__device__ __forceinline__ void for_each(const row_state &r, const workspace &ws, cut k, F all)
+{
+    int lane = threadIdx.x & 31;
+    uint32_t ties = ws.ties[threadIdx.x >> 5];
+    for (int first = r.begin; first < r.end; first += 32 * AHEAD) {
+        float v[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int id = first + i * 32 + lane;
+            v[i] = id < r.end ? r.logit[id] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            int id = first + i * 32 + lane;
+            if (first + i * 32 >= r.end)
+                break;
+            uint32_t key = order_key(v[i]);
+            bool tied = id < r.end && key == k.key;
+            unsigned tied_lanes = __ballot_sync(0xffffffffu, tied);
+            uint32_t rank = ties + __popc(tied_lanes & ((1u << lane) - 1));
+            bool kept = id < r.end && (key > k.key || (tied && rank < k.quota));
+            all(id, v[i], key, kept);
+            ties += __popc(tied_lanes);
+        }
+    }
+}
+
+/* Where the running sum of the bins, in `step` direction from `from`, reaches ws.rest: ws.found,
+ * and ws.rest becomes what that bin has to give. The last bin that holds anything if it is never
+ * reached. One thread; 2048 additions are 10 us only in the worst case, so whole warps skip what is
+ * empty. */
+__device__ void find_bin(workspace &ws, bool from_top)
+{
+    int lane = threadIdx.x & 31;
+    if (threadIdx.x < 32) {
+        mass rest = ws.rest, done = 0;
+        int found = -1, last = -1;
+        mass last_rest = 0;
+        for (int group = 0; group < BINS / 32 && found < 0; group++) {
+            int place = group * 32 + lane, bin = from_top ? BINS - 1 - place : place;
+            mass own = ws.bin[bin], upto = own;
+#pragma unroll
+            for (int i = 1; i < 32; i *= 2) {
+                mass v = __shfl_up_sync(0xffffffffu, upto, i);
+                upto += lane >= i ? v : 0;
+            }
+            unsigned filled = __ballot_sync(0xffffffffu, own > 0);
+            unsigned there = __ballot_sync(0xffffffffu, own > 0 && done + upto >= rest);
+            unsigned pick = there ? there & (0u - there) : 0;
+            int from = pick ? __ffs(pick) - 1 : filled ? 31 - __clz(filled) : 0;
+            mass before = done + __shfl_sync(0xffffffffu, upto - own, from);
+            mass in_bin = __shfl_sync(0xffffffffu, own, from);
+            int bin_from = __shfl_sync(0xffffffffu, bin, from);
+            if (pick) {
+                found = bin_from;
+                rest = rest > before ? rest - before : 0;
+            } else if (filled) {
+                last = bin_from;
+                last_rest = in_bin;
+            }
+            done += __shfl_sync(0xffffffffu, upto, 31);
+        }
+        if (lane == 0) {
+            ws.found = (uint32_t)(found >= 0 ? found : last >= 0 ? last : 0);
+            ws.rest = found >= 0 ? rest : last_rest;
+        }
+    }
+    __syncthreads();
+}
+
+__device__ __forceinline__ void clear_bins(workspace &ws)
+{
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += THREADS)
+        ws.bin[i] = 0;
+    __syncthreads();
+}
+
+/* How far a logit is below the maximum, as a bin: 64 a unit of temperature, all beyond 32 in one.
+ */
+__device__ __forceinline__ uint32_t depth_bin(const row_state &r, float x)
+{
+    float at = (r.max - x) / r.temperature * 64.0f;
+    return at < (float)(BINS - 1) ? (uint32_t)at : BINS - 1;
+}
+
+/* The shortest prefix of what `k` keeps whose weights sum to at least `limit`; weights are masses
+ * or ones. ws.ties fits the new cut afterwards. All threads. */
+__device__ cut shorten(const row_state &r, workspace &ws, cut k, bool by_mass, mass limit)
+{
+    auto weight = [&](float x) { return by_mass ? mass_of(r, x) : (mass)1; };
+    if (threadIdx.x == 0)
+        ws.rest = limit;
+    clear_bins(ws);
+    for_each(r, ws, k, [&](int, float x, uint32_t, bool kept) {
+        mass w = kept ? weight(x) : 0;
+        if (w > 0)
+            atomicAdd(&ws.bin[depth_bin(r, x)], w);
+    });
+    __syncthreads();
+    find_bin(ws, false);
+    uint32_t depth = ws.found, key = 0, mask = 0;
+    for (int shift = 21; shift >= -1; shift -= 11) { /* 11, 11 and 10 bits */
+        int by = shift < 0 ? 0 : shift;
+        uint32_t digits = shift < 0 ? 1023 : BINS - 1;
+        clear_bins(ws);
+        for_each(r, ws, k, [&](int, float x, uint32_t own, bool kept) {
+            if (kept && depth_bin(r, x) == depth && (own & mask) == key) {
+                mass w = weight(x);
+                if (w > 0)
+                    atomicAdd(&ws.bin[own >> by & digits], w);
+            }
+        });
+        __syncthreads();
+        find_bin(ws, true);
+        key |= ws.found << by;
+        mask |= digits << by;
+    }
+    /* How many of the equal ones are needed; each has the same weight. */
+    float x = __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+    mass each = weight(x), needed = each > 0 ? (ws.rest + each - 1) / each : 1;
+    uint32_t quota = needed < 1 ? 1 : needed < UINT32_MAX ? (uint32_t)needed : UINT32_MAX;
+    if (key == k.key && quota > k.quota)
+        quota = k.quota;
+
+    uint32_t own = 0;
+    for (int id = r.begin + (threadIdx.x & 31); id < r.end; id += 32)
+        own += order_key(r.logit[id]) == key;
+    own = __reduce_add_sync(0xffffffffu, own);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        ws.ties[threadIdx.x >> 5] = own;
+    __syncthreads();
+    uint32_t before = 0;
+    for (int i = 0; i < (int)(threadIdx.x >> 5); i++)
+        before += ws.ties[i];
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        ws.ties[threadIdx.x >> 5] = before;
+    __syncthreads();
+    return {key, quota};
+}
+
+__device__ __forceinline__ cut keep_all(workspace &ws)
+{
+    __syncthreads();
+    if (threadIdx.x < WARPS)
+        ws.ties[threadIdx.x] = 0;
+    __syncthreads();
+    return {0, UINT32_MAX};
+}
+
+/* The mass of what is kept and has at least `min_p` of the likeliest; of_warp has each warp's. */
+__device__ mass kept_mass(const row_state &r, workspace &ws, cut k, float min_p)
+{
+    mass own = 0;
+    for_each(r, ws, k, [&](int, float x, uint32_t, bool kept) {
+        if (kept && probability(r, x) >= min_p)
+            own += mass_of(r, x);
+    });
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1)
+        own += __shfl_xor_sync(0xffffffffu, own, i);
+    __syncthreads();
+    if ((threadIdx.x & 31) == 0)
+        ws.of_warp[threadIdx.x >> 5] = own;
+    __syncthreads();
+    mass total = 0;
+    for (int i = 0; i < WARPS; i++)
+        total += ws.of_warp[i];
+    return total;
+}
+
+/* --- A row -------------------------------------------------------------------------------- */
+
+/* The first id, in their order, at which the running sum exceeds u times the whole. */
+__device__ int draw(const row_state &r, workspace &ws, const qv_k_sample_row &p)
+{
+    cut k = keep_all(ws);
+    bool cut_k = p.top_k > 0 && p.top_k < r.n, cut_p = p.top_p < 1.0f;
+    if (cut_k)
+        k = shorten(r, ws, k, false, (mass)p.top_k);
+    if (cut_p)
+        k = shorten(r, ws, k, true, (mass)((double)p.top_p * (double)kept_mass(r, ws, k, 0.0f)));
+    float min_p = p.min_p < 1.0f ? p.min_p : 1.0f;
+    mass total = kept_mass(r, ws, k, min_p), target = (mass)(p.u * (double)total);
+    mass before = 0;
+    for (int i = 0; i < (int)(threadIdx.x >> 5); i++)
+        before += ws.of_warp[i];
+    if (threadIdx.x == 0)
+        ws.chosen = 0;
+    __syncthreads();
+    bool mine = before <= target && target < before + ws.of_warp[threadIdx.x >> 5];
+    if (mine) { /* this warp alone; the others have nothing to do */
+        int lane = threadIdx.x & 31;
+        bool done = false;
+        for_each(r, ws, k, [&](int id, float x, uint32_t, bool kept) {
+            mass upto = kept && probability(r, x) >= min_p ? mass_of(r, x) : 0;
+#pragma unroll
+            for (int i = 1; i < 32; i *= 2) {
+                mass v = __shfl_up_sync(0xffffffffu, upto, i);
+                upto += lane >= i ? v : 0;
+            }
+            unsigned past = __ballot_sync(0xffffffffu, before + upto > target);
+            if (past && !done) {
+                if (lane == __ffs(past) - 1)
+                    ws.chosen = id;
+                done = true;
+            }
+            before += __shfl_sync(0xffffffffu, upto, 31);
+        });
+    }
+    __syncthreads();
+    return ws.chosen;
+}
+
+/* The n highest logits, highest first, lowest id first among equals, into the result. */
+__device__ void find_top(const row_state &r, workspace &ws, int n, double log_sum,
+                         qv_k_sample_result *out)
+{
+    n = n < r.n ? n : r.n;
+    cut k = shorten(r, ws, keep_all(ws), false, (mass)n);
+    if (threadIdx.x == 0)
+        ws.n_top = 0;
+    __syncthreads();
+    for_each(r, ws, k, [&](int id, float x, uint32_t, bool kept) {
+        if (kept) {
+            int at = atomicAdd(&ws.n_top, 1); /* in any order: sorted below */
+            if (at < QV_K_MAX_TOP) {
+                ws.top[at] = x;
+                ws.top_id[at] = id;
+            }
+        }
+    });
+    __syncthreads();
+    if (threadIdx.x < (unsigned)n) {
+        float x = ws.top[threadIdx.x];
+        int id = ws.top_id[threadIdx.x], rank = 0;
+        for (int i = 0; i < n; i++)
+            rank += ws.top[i] > x || (ws.top[i] == x && ws.top_id[i] < id);
+        out->top_token[rank] = id;
+        out->top_logprob[rank] = (float)((double)x - log_sum);
+    }
+    if (threadIdx.x == 0)
+        out->n_top = n;
+}
+
+__device__ __forceinline__ float penalise(float x, const qv_k_sample_row &p, int count)
+{
+    x = x > 0 ? x / p.repetition_penalty : x * p.repetition_penalty;
+    x -= p.frequency_penalty * (float)count;
+    x -= count > 0 ? p.presence_penalty : 0.0f;
+    return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    choose_kernel(qv_k_sample_args c, const chunk_stats *stats, int n_chunks)
+{
+    __shared__ workspace ws;
+    const qv_k_sample_row p = c.rows[blockIdx.x];
+    float *logit = c.logits + blockIdx.x * c.stride;
+    qv_k_sample_result *out = &c.results[blockIdx.x];
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+
+    /* Join the chunks, every thread for itself: they are few, and in the cache. */
+    stats += (int64_t)blockIdx.x * n_chunks;
+    float max = -INFINITY, best = -INFINITY;
+    int best_id = INT32_MAX, bad = 0;
+    for (int i = 0; i < n_chunks; i++) {
+        max = fmaxf(max, stats[i].max);
+        bad |= stats[i].bad;
+        keep_best(best, best_id, stats[i].best, stats[i].best_id);
+    }
+    if (bad) {
+        if (threadIdx.x == 0) {
+            out->token = QV_K_SAMPLE_NOT_FINITE;
+            out->n_top = 0;
+        }
+        return;
+    }
+    double sum = 0;
+    for (int i = 0; i < n_chunks; i++)
+        sum += (double)stats[i].sum * exp((double)stats[i].max - (double)max);
+    double log_sum = (double)max + log(sum);
+
+    int per_warp = (c.n_valid + WARPS - 1) / WARPS;
+    per_warp = (per_warp + 31) / 32 * 32;
+    row_state r = {logit, c.n_valid, best, 1.0f, 0, 0};
+    r.begin = warp * per_warp < c.n_valid ? warp * per_warp : c.n_valid;
+    r.end = r.begin + per_warp < c.n_valid ? r.begin + per_warp : c.n_valid;
+    if (p.n_top > 0)
+        find_top(r, ws, p.n_top, log_sum, out);
+    else if (threadIdx.x == 0)
+        out->n_top = 0;
+    if (p.target >= 0) {
+        if (threadIdx.x == 0) {
+            out->token = p.target;
+            out->logprob = (float)((double)logit[p.target] - log_sum);
+        }
+        return;
+    }
+
+    /* Penalties and banned ids change the row, and with it the maximum. */
+    __syncthreads();
+    qv_k_sample_seen *seen = c.seen + p.seen;
+    for (int i = threadIdx.x; i < p.n_seen; i += THREADS) {
+        float x = logit[seen[i].token];
+        seen[i].raw = x;
+        logit[seen[i].token] = penalise(x, p, seen[i].count);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.n_banned; i += THREADS)
+        logit[c.banned[p.banned + i]] = -INFINITY;
+    __syncthreads();
+    if (p.n_seen > 0 || p.n_banned > 0) {
+        best = -INFINITY;
+        best_id = INT32_MAX;
+        for (int i = r.begin + lane; i < r.end; i += 32)
+            keep_best(best, best_id, logit[i], i);
+        warp_best(best, best_id);
+        if (lane == 0) {
+            ws.best[warp] = best;
+            ws.best_id[warp] = best_id;
+        }
+        __syncthreads();
+        for (int i = 0; i < WARPS; i++)
+            keep_best(best, best_id, ws.best[i], ws.best_id[i]);
+    }
+
+    int token = best_id;
+    if (best == -INFINITY) {
+        token = QV_K_SAMPLE_ALL_BANNED;
+    } else if (p.temperature > 0) {
+        r.max = best;
+        r.temperature = p.temperature;
+        token = draw(r, ws, p);
+    }
+    if (threadIdx.x == 0) {
+        out->token = token;
+        if (token >= 0)
+            out->logprob = (float)((double)logit[token] - log_sum);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.n_seen; i += THREADS)
+        if (seen[i].token == token)
+            out->logprob = (float)((double)seen[i].raw - log_sum);
+}
+
+int count_chunks(int32_t n_vocab)
+{
+    return (n_vocab + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
+}
+
+} // namespace
+
+size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab)
+{
+    return (size_t)n_rows * (size_t)count_chunks(n_vocab) * sizeof(chunk_stats);
+}
+
+qv_status qv_k_sample(const qv_k_sample_args *c, void *stream)
+{
+    cudaStream_t s = (cudaStream_t)stream;
+    int n_chunks = count_chunks(c->n_vocab);
+    chunk_stats *stats = (chunk_stats *)c->scratch;
+    scan_kernel<<<dim3((unsigned)n_chunks, (unsigned)c->n_rows), SCAN_THREADS, 0, s>>>(*c, stats);
+    choose_kernel<<<(unsigned)c->n_rows, THREADS, 0, s>>>(*c, stats, n_chunks);
+    return qv_k_check_launch("sample");
+}

@@ -1,0 +1,126 @@
+/* Sampling on the device: the CPU's choices, row by row. */
+#include "tests/ops/cuda_test.h"
+
+#define N_ROWS 40
+
+typedef struct {
+    const char *name;
+    int32_t n_vocab, n_valid;
+    float scale; /* of the logits: small ones make flat distributions */
+    bool ties;   /* logits of a few values only */
+} logits_case;
+
+static const logits_case cases[] = {
+    {"tiny", 17, 11, 4, false},           {"one block of the scan", 8192, 8192, 8, false},
+    {"odd", 8193, 8100, 8, false},        {"a real vocabulary", 248320, 248077, 10, false},
+    {"flat", 50000, 50000, 0.01f, false}, {"ties", 5000, 4990, 4, true},
+};
+
+static qv_sample_row random_row(qv_rng *rng, int i, const logits_case *c, const int32_t *tokens,
+                                const int32_t *banned)
+{
+    qv_sample_row row = {.target = -1,
+                         .temperature = i % 5 == 0 ? 0.0f : 0.3f + 0.2f * (float)(i % 7),
+                         .top_k = i % 3 == 1 ? 1 + i % 50 : 0,
+                         .top_p = i % 4 == 1   ? 0.9f
+                                  : i % 4 == 2 ? 0.5f
+                                               : 1.0f,
+                         .min_p = i % 6 == 3 ? 0.05f : 0.0f,
+                         .repetition_penalty = 1.0f,
+                         .seed = qv_rng_u64(rng),
+                         .stream = (uint32_t)i,
+                         .draw = (uint32_t)(3 * i),
+                         .n_top = i % 4 == 0   ? 0
+                                  : i % 8 == 2 ? 20
+                                               : -1};
+    if (i % 7 == 2)
+        row.target = c->n_valid / 2;
+    if (i % 4 == 3) {
+        row.presence_penalty = 0.5f;
+        row.frequency_penalty = 0.2f;
+        row.repetition_penalty = 1.3f;
+        row.tokens = tokens;
+        row.n_prompt = 5;
+        row.n_tokens = 30;
+    }
+    if (i % 9 == 4) {
+        row.banned = banned;
+        row.n_banned = 3;
+    }
+    return row;
+}
+
+static void check_row(const char *what, const qv_sample_result *got, const qv_sample_result *want)
+{
+    cr_assert_eq(got->token, want->token, "%s: token %d, wanted %d", what, got->token, want->token);
+    cr_assert(fabsf(got->logprob - want->logprob) <= 2e-5f * (1 + fabsf(want->logprob)),
+              "%s: logprob %.9g, wanted %.9g", what, (double)got->logprob, (double)want->logprob);
+    cr_assert_eq(got->n_top, want->n_top, "%s: %d alternatives, wanted %d", what, got->n_top,
+                 want->n_top);
+    for (int j = 0; j < want->n_top; j++) {
+        cr_assert_eq(got->top_token[j], want->top_token[j], "%s: alternative %d", what, j);
+        cr_assert(fabsf(got->top_logprob[j] - want->top_logprob[j]) <= 1e-4f, "%s: alternative %d",
+                  what, j);
+    }
+}
+
+static void check_case(duo *d, const logits_case *c)
+{
+    qv_backend_limits limits = {.max_logits = N_ROWS, .n_vocab = c->n_vocab};
+    PASS(qv_backend_reserve(d->cpu, &limits));
+    PASS(qv_backend_reserve(d->dev, &limits));
+    twin logits = NEW_TWIN(d, QV_F32, N_ROWS, c->n_vocab);
+    fill_twin(d, &logits, c->scale);
+    float *x = logits.cpu.data;
+    for (int64_t i = 0; c->ties && i < logits.n; i++)
+        x[i] = floorf(x[i]);
+    send_twin(d, &logits);
+    int32_t tokens[30], banned[3];
+    for (int i = 0; i < 30; i++)
+        tokens[i] = (int32_t)qv_rng_range(&d->rng, 0, c->n_valid > 20 ? 20 : c->n_valid);
+    for (int i = 0; i < 3; i++)
+        banned[i] = i * (c->n_valid / 4);
+    qv_sample_row rows[N_ROWS];
+    qv_sample_result want[N_ROWS], got[N_ROWS];
+    for (int i = 0; i < N_ROWS; i++)
+        rows[i] = random_row(&d->rng, i, c, tokens, banned);
+    PASS(qv_op_sample(d->dev, logits.dev, c->n_valid, rows, got));
+    PASS(qv_op_sample(d->cpu, logits.cpu, c->n_valid, rows, want));
+    for (int i = 0; i < N_ROWS; i++) {
+        char what[96];
+        snprintf(what, sizeof what, "%s, row %d", c->name, i);
+        check_row(what, &got[i], &want[i]);
+    }
+    free_twin(d, &logits);
+}
+
+Test(cuda_sample, chooses_what_the_cpu_chooses)
+{
+    duo d = open_duo(1);
+    for (size_t i = 0; i < QV_ROWS(cases); i++)
+        check_case(&d, &cases[i]);
+    close_duo(&d);
+}
+
+Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
+{
+    duo d = open_duo(2);
+    qv_backend_limits limits = {.max_logits = 3, .n_vocab = 300};
+    PASS(qv_backend_reserve(d.dev, &limits));
+    twin logits = NEW_TWIN(&d, QV_F32, 3, 300);
+    fill_twin(&d, &logits, 1);
+    ((float *)logits.cpu.data)[300 + 7] = NAN;
+    ((float *)logits.cpu.data)[600 + 42] = 9;
+    send_twin(&d, &logits);
+    qv_sample_row rows[3];
+    for (int i = 0; i < 3; i++)
+        rows[i] = (qv_sample_row){.target = -1, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
+    qv_sample_result results[3];
+    FAIL_WITH(QV_ERR_INTERNAL, "row 1", qv_op_sample(d.dev, logits.dev, 300, rows, results));
+    cr_assert_eq(results[2].token, 42);
+    FAIL_WITH(
+        QV_ERR_LIMIT, "reserved",
+        qv_op_sample(d.dev, qv_tensor_2d(logits.dev.data, QV_F32, 1, 301), 300, rows, results));
+    free_twin(&d, &logits);
+    close_duo(&d);
+}

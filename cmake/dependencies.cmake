@@ -17,3 +17,39 @@ endif()
 
 # msgpack-c names its pkg-config file differently from release to release.
 pkg_search_module(MSGPACK REQUIRED IMPORTED_TARGET msgpack msgpack-c msgpackc)
+
+# QV_PORTABLE: programs that run where little more than libc and a driver is installed. Replace each
+# imported target by static libraries and what those need in turn. cuBLASLt stays shared: it has no
+# static library everywhere, and comes with whatever CUDA the machine has.
+if(QV_PORTABLE)
+  add_library(qv_portable_stubs STATIC ${PROJECT_SOURCE_DIR}/cmake/portable_stubs.c)
+  function(qv_static target)
+    set(files)
+    foreach(name ${ARGN})
+      unset(file CACHE)
+      find_library(file lib${name}.a REQUIRED NO_CACHE)
+      list(APPEND files ${file})
+    endforeach()
+    set_target_properties(PkgConfig::${target} PROPERTIES INTERFACE_LINK_LIBRARIES "${files}"
+      INTERFACE_LINK_OPTIONS "")
+  endfunction()
+  qv_static(CZMQ czmq uuid)
+  qv_static(ZMQ zmq sodium pgm norm protokit)
+  qv_static(HIREDIS hiredis)
+  qv_static(JANSSON jansson)
+  qv_static(PCRE2 pcre2-8)
+  qv_static(UTF8PROC utf8proc)
+  qv_static(XXHASH xxhash)
+  qv_static(MICROHTTPD microhttpd)
+  qv_static(OPENBLAS openblas)
+  qv_static(MSGPACK msgpackc)
+  # libzmq is C++, OpenBLAS Fortran: their run-time libraries by name, in the static form.
+  set_property(TARGET PkgConfig::ZMQ APPEND PROPERTY
+    INTERFACE_LINK_LIBRARIES qv_portable_stubs -l:libstdc++.a)
+  set_property(TARGET PkgConfig::CZMQ APPEND PROPERTY INTERFACE_LINK_LIBRARIES PkgConfig::ZMQ)
+  set_property(TARGET PkgConfig::MICROHTTPD APPEND PROPERTY
+    INTERFACE_LINK_LIBRARIES qv_portable_stubs)
+  set_property(TARGET PkgConfig::OPENBLAS APPEND PROPERTY
+    INTERFACE_LINK_LIBRARIES -l:libgfortran.a -l:libquadmath.a)
+  add_link_options(-static-libgcc)
+endif()

@@ -81,6 +81,16 @@ QV_HD static inline float qv_f32_from_bits(uint32_t bits)
     return x;
 }
 
+/* A number in [-1, 1) that looks random, at place i of the stream `seed` (SplitMix64, 24 bits). */
+QV_HD static inline float qv_made_up(uint64_t seed, uint64_t i)
+{
+    uint64_t z = seed + (i + 1) * UINT64_C(0x9E3779B97F4A7C15);
+    z = (z ^ z >> 30) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ z >> 27) * UINT64_C(0x94D049BB133111EB);
+    z ^= z >> 31;
+    return (float)(z >> 40) * (1.0f / 8388608.0f) - 1.0f;
+}
+
 /* v / 2^shift to nearest, ties to even; 1 <= shift <= 31 and v < 2^31. */
 QV_HD static inline uint32_t qv_round_shift(uint32_t v, int shift)
 {

@@ -56,6 +56,10 @@ qv_status qv_k_embed(const void *table, bool f32, int64_t table_stride, int64_t 
                      int64_t first, const int32_t *ids, int64_t n, int64_t d, void *y,
                      int64_t y_stride, void *stream);
 
+/* dst[i] = mean + scale * qv_made_up(seed, i), BF16 or, with `f32`, float32. */
+qv_status qv_k_fill(void *dst, bool f32, int64_t n, float mean, float scale, uint64_t seed,
+                    void *stream);
+
 typedef struct {
     const int32_t *pos;        /* [n_tokens] */
     const int32_t *seq_start;  /* [n_seqs + 1]; tokens from its last entry on are left alone */

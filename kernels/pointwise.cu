@@ -2,6 +2,7 @@
  * All bound by bandwidth: each number is read once and written once, 16 bytes a thread where the
  * rows allow it.
  */
+#include "common/dtype.h"
 #include "kernels/device.cuh"
 #include "kernels/kernels_dense.h"
 
@@ -110,6 +111,20 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
+template <bool F32>
+__global__ void __launch_bounds__(THREADS)
+    fill_kernel(void *dst, int64_t n, float mean, float scale, uint64_t seed)
+{
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n;
+         i += (int64_t)gridDim.x * THREADS) {
+        float v = __fadd_rn(mean, __fmul_rn(scale, qv_made_up(seed, (uint64_t)i)));
+        if (F32)
+            ((float *)dst)[i] = v;
+        else
+            ((bf16 *)dst)[i] = __float2bfloat16(v);
+    }
+}
+
 /* --- RoPE --------------------------------------------------------------------------------- */
 
 constexpr int MAX_ROTARY = 1024;
@@ -214,6 +229,17 @@ qv_status qv_k_embed(const void *table, bool f32, int64_t table_stride, int64_t 
         EMBED(false, false);
 #undef EMBED
     return qv_k_check_launch("embed");
+}
+
+qv_status qv_k_fill(void *dst, bool f32, int64_t n, float mean, float scale, uint64_t seed,
+                    void *stream)
+{
+    cudaStream_t s = (cudaStream_t)stream;
+    if (f32)
+        fill_kernel<true><<<2048, THREADS, 0, s>>>(dst, n, mean, scale, seed);
+    else
+        fill_kernel<false><<<2048, THREADS, 0, s>>>(dst, n, mean, scale, seed);
+    return qv_k_check_launch("fill");
 }
 
 qv_status qv_k_rope_kv_write(const qv_k_rope_args *args, void *stream)

@@ -14,6 +14,8 @@
 #include <string.h>
 
 /* A rank's part of the model. */
+enum { MAX_RECORDED = 20 };
+
 typedef struct {
     qv_backend *be; /* borrowed */
     qv_layout layout;
@@ -21,7 +23,10 @@ typedef struct {
     qv_weights weights;
     qv_state state;
     qv_buffers buffers;
-    qv_lora_pool *lora; /* NULL: no adapters */
+    qv_lora_pool *lora;                      /* NULL: no adapters */
+    qv_recording *recorded[2][MAX_RECORDED]; /* [with adapters][size] decode steps; NULL: none */
+    int n_recorded;
+    qv_tensor recorded_logits; /* of the largest: where they all leave them */
 } model_rank;
 
 struct qv_model {
@@ -112,6 +117,88 @@ qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
     return plan_shard(config, &(qv_shard){.n_ranks = 1, .expert_groups = 1}, be, limits, out);
 }
 
+/* --- One pass --------------------------------------------------------------------------------- */
+
+/* `batch` is where the backend reads it; logits may be NULL. */
+static qv_status forward(qv_model *model, int32_t rank, const qv_batch *batch, qv_lora_pool *lora,
+                         qv_tensor *logits)
+{
+    model_rank *r = &model->ranks[rank];
+    qv_pass pass = {.be = r->be,
+                    .config = &r->config,
+                    .layout = &r->layout,
+                    .weights = &r->weights,
+                    .lora = lora,
+                    .state = &r->state,
+                    .buffers = &r->buffers,
+                    .list = &r->buffers.list,
+                    .batch = batch,
+                    .probe = rank == 0 ? model->probe : NULL,
+                    .probe_user = model->probe_user};
+    QV_TRY(model->config.arch->forward(&pass));
+    if (logits != NULL)
+        *logits = pass.logits;
+    return QV_OK;
+}
+
+/* --- Recorded decode steps -------------------------------------------------------------------- */
+
+/* Sizes that are recorded: what is shorter runs in the next one. */
+static const int32_t recorded_sizes[MAX_RECORDED] = {1,  2,  4,  8,  12,  16,  24,  32,  40,  48,
+                                                     56, 64, 80, 96, 112, 128, 160, 192, 224, 256};
+
+typedef struct {
+    qv_model *model;
+    int32_t rank;
+    bool with_adapters;
+} recording;
+
+static qv_status record_step(void *ctx, const qv_batch *batch)
+{
+    recording *rec = ctx;
+    model_rank *r = &rec->model->ranks[rec->rank];
+    return forward(rec->model, rec->rank, batch, rec->with_adapters ? r->lora : NULL,
+                   &r->recorded_logits);
+}
+
+/* Record the decode steps of one rank, without and with adapters. */
+static qv_status record_rank(int32_t rank, void *ctx)
+{
+    qv_model *model = ctx;
+    model_rank *r = &model->ranks[rank];
+    const qv_model_limits *limits = &model->limits;
+    int32_t most =
+        limits->max_recorded < limits->max_seqs ? limits->max_recorded : limits->max_seqs;
+    most = most < limits->max_logits ? most : limits->max_logits;
+    if (!qv_backend_can_record(r->be) || limits->max_seq_pages < 1 || model->n_ranks > 1)
+        return QV_OK;
+    for (int i = 0; i < MAX_RECORDED && recorded_sizes[i] <= most; i++) {
+        for (int with = 0; with <= (r->lora != NULL); with++) {
+            recording rec = {.model = model, .rank = rank, .with_adapters = with};
+            int32_t n = recorded_sizes[i], slots = limits->n_adapter_slots + 1;
+            qv_recording_shape shape = {.n_seqs = n,
+                                        .n_segs = with ? (n < slots ? n : slots) : 0,
+                                        .page_stride = limits->max_seq_pages};
+            QV_TRY(qv_backend_record(r->be, &shape, record_step, &rec, &r->recorded[with][i]));
+        }
+        r->n_recorded = i + 1;
+    }
+    return QV_OK;
+}
+
+/* The recording that can stand in for a step; NULL: run it op by op. */
+static qv_recording *find_recording(const qv_model *model, const model_rank *r, const qv_batch *b)
+{
+    if (r->n_recorded == 0 || model->probe != NULL || b->n_tokens != b->n_seqs ||
+        b->n_logits != b->n_seqs || b->page_stride > model->limits.max_seq_pages)
+        return NULL;
+    bool with = b->n_segs > 1 || (b->n_segs == 1 && b->seg_slot[0] >= 0);
+    for (int i = 0; i < r->n_recorded; i++)
+        if (recorded_sizes[i] >= b->n_seqs)
+            return r->recorded[with && r->lora != NULL][i];
+    return NULL;
+}
+
 /* --- Life ------------------------------------------------------------------------------------- */
 
 /* What the ranks share while a model opens. */
@@ -129,8 +216,11 @@ static qv_status open_rank(int32_t rank, void *ctx)
     opening *o = ctx;
     const qv_model_limits *limits = &o->model->limits;
     model_rank *r = &o->model->ranks[rank];
-    QV_TRY(qv_weights_load(&r->weights, r->be, &r->layout, o->st, rank == 0 ? o->progress : NULL,
-                           o->user));
+    if (limits->made_up_weights)
+        QV_TRY(qv_weights_make_up(&r->weights, r->be, &r->layout));
+    else
+        QV_TRY(qv_weights_load(&r->weights, r->be, &r->layout, o->st,
+                               rank == 0 ? o->progress : NULL, o->user));
     QV_TRY(qv_state_init(&r->state, r->be, &r->layout, limits));
     QV_TRY(qv_buffers_init(&r->buffers, r->be, &r->layout, limits));
     if (limits->n_adapter_slots > 0) {
@@ -173,11 +263,14 @@ static qv_status open_parts(qv_model *model, const qv_model_ranks *ranks, qv_pro
     QV_TRY(qv_model_config_load(model->dir, &model->config));
     QV_TRY(qv_layout_init(&model->layout, &model->config, 0, 1));
     QV_TRY(init_ranks(model, ranks));
-    qv_safetensors *st;
-    QV_TRY(qv_safetensors_open_dir(model->dir, &st));
+    qv_safetensors *st = NULL;
+    if (!model->limits.made_up_weights)
+        QV_TRY(qv_safetensors_open_dir(model->dir, &st));
     opening o = {.model = model, .st = st, .progress = progress, .user = user};
     qv_status status = qv_ranks_run(model->threads, open_rank, &o);
     qv_safetensors_close(st);
+    if (status == QV_OK)
+        status = qv_ranks_run(model->threads, record_rank, model);
     return status == QV_OK ? QV_OK : qv_fail_prefix(status, "%s", model->dir);
 }
 
@@ -218,6 +311,9 @@ void qv_model_close(qv_model *model)
     qv_ranks_free(model->threads);
     for (int32_t i = 0; i < model->n_ranks && model->ranks != NULL; i++) {
         model_rank *r = &model->ranks[i];
+        for (int j = 0; j < r->n_recorded; j++)
+            for (int with = 0; with < 2; with++)
+                qv_recording_free(r->be, r->recorded[with][j]);
         qv_lora_pool_free(r->lora);
         qv_buffers_deinit(&r->buffers);
         qv_state_deinit(&r->state);
@@ -271,7 +367,7 @@ static qv_status check_batch(const qv_model_limits *limits, const qv_batch *batc
 
 typedef struct {
     qv_model *model;
-    const qv_batch *batch;
+    const qv_batch *batch; /* host memory */
     qv_tensor *logits;
 } step;
 
@@ -280,43 +376,23 @@ static qv_status run_step(int32_t rank, void *ctx)
     step *s = ctx;
     qv_model *model = s->model;
     model_rank *r = &model->ranks[rank];
-    if (model->n_steps == model->break_step && rank == model->break_rank)
-        return qv_fail(QV_ERR_DEVICE, "told to fail at step %" PRId64, model->n_steps);
-    qv_pass pass = {.be = r->be,
-                    .config = &r->config,
-                    .layout = &r->layout,
-                    .weights = &r->weights,
-                    .lora = r->lora,
-                    .state = &r->state,
-                    .buffers = &r->buffers,
-                    .list = &r->buffers.list,
-                    .batch = s->batch,
-                    .probe = rank == 0 ? model->probe : NULL,
-                    .probe_user = model->probe_user};
-    QV_TRY(model->config.arch->forward(&pass));
-    if (rank == 0)
-        *s->logits = pass.logits;
-    return QV_OK;
+    qv_recording *recorded = find_recording(model, r, s->batch);
+    if (recorded != NULL) {
+        QV_TRY(qv_backend_replay(r->be, recorded, s->batch));
+        if (rank == 0)
+            *s->logits = qv_tensor_rows(r->recorded_logits, 0, s->batch->n_logits);
+        return QV_OK;
+    }
+    qv_batch batch;
+    QV_TRY(qv_backend_put_batch(r->be, s->batch, &batch));
+    return forward(model, rank, &batch, r->lora, rank == 0 ? s->logits : NULL);
 }
 
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits)
 {
     QV_TRY(check_batch(&model->limits, batch));
     step s = {.model = model, .batch = batch, .logits = logits};
-    model->n_steps++;
     return qv_ranks_run(model->threads, run_step, &s);
-}
-
-qv_status qv_model_break_rank(qv_model *model, int64_t rank, int64_t at_step)
-{
-    if (rank < 0 || rank >= model->n_ranks || at_step < 1)
-        return qv_fail(QV_ERR_ARG,
-                       "rank %" PRId64 " cannot fail at step %" PRId64 ": there are %d ranks, and "
-                       "steps count from 1",
-                       rank, at_step, model->n_ranks);
-    model->break_rank = rank;
-    model->break_step = model->n_steps + at_step;
-    return QV_OK;
 }
 
 /* --- Sequence state --------------------------------------------------------------------------- */

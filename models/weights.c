@@ -3,6 +3,7 @@
 #include "models/arch.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -541,6 +542,71 @@ qv_status qv_weights_load(qv_weights *weights, qv_backend *be, const qv_layout *
         status = run_plan(&pl, progress, user);
     free(pl.pieces);
     return status;
+}
+
+/* --- Made-up weights -------------------------------------------------------------------------- */
+
+/* Around what trained vectors hold: gains of norms at their rest (0 where 1 is added to them, else
+ * 1), decays and steps of recurrent layers of ordinary length. */
+static const struct {
+    float mean, scale;
+} made_up_vecs[QV_VEC_COUNT] = {
+    [QV_VEC_EMBED] = {0, 0.05f},     [QV_VEC_CONV] = {0, 0.5f},
+    [QV_VEC_A_LOG] = {0, 1},         [QV_VEC_DT_BIAS] = {-2, 1},
+    [QV_VEC_D_SKIP] = {1, 0.1f},     [QV_VEC_ROUTER_BIAS] = {0, 0.01f},
+    [QV_VEC_GATE_NORM] = {1, 0.1f},  [QV_VEC_FINAL_NORM] = {0, 0.1f},
+    [QV_VEC_MIXER_NORM] = {0, 0.1f}, [QV_VEC_MLP_NORM] = {0, 0.1f},
+    [QV_VEC_Q_NORM] = {0, 0.1f},     [QV_VEC_K_NORM] = {0, 0.1f},
+    [QV_VEC_CONV_BIAS] = {0, 0.1f},
+};
+
+static qv_status make_up_proj(qv_weights *weights, const qv_layout *layout, qv_proj proj,
+                              uint64_t seed, qv_weight **out)
+{
+    const qv_proj_shape *shape = &layout->proj[proj];
+    qv_dtype dtype = storage_dtype(layout->config->dtype);
+    if (shape->experts)
+        QV_TRY(qv_weight_new_experts(weights->be, layout->n_experts, shape->n_out, shape->n_in,
+                                     dtype, out));
+    else
+        QV_TRY(qv_weight_new(weights->be, shape->n_out, shape->n_in, dtype, out));
+    /* Outputs about as large as inputs: variance scale^2 / 3 = 1 / n_in. */
+    return qv_weight_fill(weights->be, *out, sqrtf(3.0f / (float)shape->n_in), seed);
+}
+
+static qv_status make_up_vec(qv_weights *weights, const qv_layout *layout, qv_vec vec,
+                             uint64_t seed, qv_tensor *out)
+{
+    const qv_vec_shape *shape = &layout->vec[vec];
+    qv_dtype dtype = shape->as_stored ? storage_dtype(layout->config->dtype) : QV_F32;
+    int64_t n = shape->n_rows * shape->row_elems;
+    void *data;
+    QV_TRY(qv_backend_alloc(weights->be, (size_t)n * qv_dtype_size(dtype), &data));
+    *out = shape->row_elems == 1 ? qv_tensor_1d(data, dtype, shape->n_rows)
+                                 : qv_tensor_2d(data, dtype, shape->n_rows, shape->row_elems);
+    return qv_backend_fill(weights->be, data, dtype, n, made_up_vecs[vec].mean,
+                           made_up_vecs[vec].scale, seed);
+}
+
+qv_status qv_weights_make_up(qv_weights *weights, qv_backend *be, const qv_layout *layout)
+{
+    *weights = (qv_weights){.be = be, .n_layers = layout->config->n_layers};
+    weights->layers = calloc((size_t)weights->n_layers, sizeof *weights->layers);
+    if (weights->layers == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for weights");
+    for (int64_t layer = QV_GLOBAL; layer < weights->n_layers; layer++) {
+        qv_layer_weights *out = layer < 0 ? &weights->global : &weights->layers[layer];
+        uint64_t seed = (uint64_t)(layer + 2) << 32;
+        for (int p = 0; p < QV_PROJ_COUNT; p++)
+            if (qv_layout_has(layout, layer, (qv_proj)p))
+                QV_TRY(
+                    make_up_proj(weights, layout, (qv_proj)p, seed + (uint64_t)p, &out->proj[p]));
+        for (int v = 0; v < QV_VEC_COUNT; v++)
+            if (has_vec(layout, layer, (qv_vec)v))
+                QV_TRY(make_up_vec(weights, layout, (qv_vec)v, seed + 1000 + (uint64_t)v,
+                                   &out->vec[v]));
+    }
+    return qv_backend_sync(be);
 }
 
 static void free_layer(qv_backend *be, qv_layer_weights *layer)

@@ -43,6 +43,9 @@ qv_status qv_weights_check(const qv_layout *layout, const qv_safetensors *st);
 qv_status qv_weights_load(qv_weights *weights, qv_backend *be, const qv_layout *layout,
                           const qv_safetensors *st, qv_progress_fn *progress, void *user);
 
+/* Make everything up instead, with the sizes of trained weights. Errors: NOMEM, DEVICE. */
+qv_status qv_weights_make_up(qv_weights *weights, qv_backend *be, const qv_layout *layout);
+
 /* Free everything; fine on a zeroed struct and after a failed load. */
 void qv_weights_deinit(qv_weights *weights);
 

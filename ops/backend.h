@@ -75,6 +75,15 @@ typedef struct {
     qv_status (*copy)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*sync)(qv_backend *be);
     qv_status (*put_batch)(qv_backend *be, const qv_batch *host, qv_batch *out);
+    /* NULL: made on the host and uploaded. */
+    qv_status (*fill)(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean, float scale,
+                      uint64_t seed);
+    qv_status (*weight_fill)(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
+    /* NULL: cannot record. */
+    qv_status (*record)(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
+                        void *ctx, qv_recording **out);
+    void (*recording_free)(qv_backend *be, qv_recording *recording);
+    qv_status (*replay)(qv_backend *be, qv_recording *recording, const qv_batch *host);
     /* Only called on a backend that has joined a group of more than one. */
     qv_status (*all_reduce)(qv_backend *be, qv_tensor x);
     qv_status (*gather_cols)(qv_backend *be, qv_tensor part, qv_tensor whole);

@@ -1,5 +1,6 @@
 #include "ops/ops.h"
 
+#include "common/dtype.h"
 #include "ops/backend.h"
 
 #include <math.h>
@@ -77,6 +78,11 @@ qv_status qv_backend_reserve(qv_backend *be, const qv_backend_limits *limits)
     return be->table->reserve(be, limits);
 }
 
+static bool is_weight_dtype(qv_dtype dtype)
+{
+    return dtype == QV_F32 || dtype == QV_BF16;
+}
+
 /* --- Memory ------------------------------------------------------------------------------- */
 
 qv_status qv_backend_alloc(qv_backend *be, size_t bytes, void **out)
@@ -113,6 +119,84 @@ qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t byt
 qv_status qv_backend_sync(qv_backend *be)
 {
     return be->table->sync(be);
+}
+
+bool qv_backend_can_record(const qv_backend *be)
+{
+    return be->table->record != NULL;
+}
+
+qv_status qv_backend_record(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
+                            void *ctx, qv_recording **out)
+{
+    if (be->table->record == NULL)
+        return qv_fail(QV_ERR_UNSUPPORTED, "%s: steps cannot be recorded", be->table->name);
+    if (shape->n_seqs < 1 || shape->n_segs < 0 || shape->page_stride < 1)
+        return qv_fail(QV_ERR_ARG, "record: %d sequences of %d pages, %d segments", shape->n_seqs,
+                       shape->page_stride, shape->n_segs);
+    return be->table->record(be, shape, fn, ctx, out);
+}
+
+void qv_recording_free(qv_backend *be, qv_recording *recording)
+{
+    if (recording != NULL)
+        be->table->recording_free(be, recording);
+}
+
+qv_status qv_backend_replay(qv_backend *be, qv_recording *recording, const qv_batch *host)
+{
+    return be->table->replay(be, recording, host);
+}
+
+/* The made-up number at place i of a stream. */
+static float made_up(uint64_t seed, int64_t i, float mean, float scale)
+{
+    return mean + scale * qv_made_up(seed, (uint64_t)i);
+}
+
+enum { FILL_CHUNK = 1 << 16 };
+
+qv_status qv_backend_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
+                          float scale, uint64_t seed)
+{
+    if (!is_weight_dtype(dtype))
+        return qv_fail(QV_ERR_UNSUPPORTED, "fill: F32 or BF16, not %s", qv_dtype_name(dtype));
+    if (be->table->fill != NULL)
+        return n > 0 ? be->table->fill(be, dst, dtype, n, mean, scale, seed) : QV_OK;
+    float *values = malloc(2 * FILL_CHUNK * sizeof *values);
+    if (values == NULL)
+        return qv_fail(QV_ERR_NOMEM, "fill: no memory");
+    void *stored = values + FILL_CHUNK;
+    qv_status status = QV_OK;
+    for (int64_t first = 0; first < n && status == QV_OK; first += FILL_CHUNK) {
+        int64_t now = n - first < FILL_CHUNK ? n - first : FILL_CHUNK;
+        for (int64_t i = 0; i < now; i++)
+            values[i] = made_up(seed, first + i, mean, scale);
+        status = qv_dtype_from_f32(dtype, values, stored, now);
+        if (status == QV_OK)
+            status = qv_backend_upload(be, (char *)dst + (size_t)first * qv_dtype_size(dtype),
+                                       stored, (size_t)now * qv_dtype_size(dtype));
+    }
+    free(values);
+    return status;
+}
+
+qv_status qv_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed)
+{
+    if (be->table->weight_fill != NULL)
+        return be->table->weight_fill(be, w, scale, seed);
+    float *row = malloc((size_t)w->n_in * sizeof *row);
+    if (row == NULL)
+        return qv_fail(QV_ERR_NOMEM, "fill: no memory");
+    qv_status status = QV_OK;
+    int64_t n_experts = w->n_experts > 0 ? w->n_experts : 1;
+    for (int64_t i = 0; i < n_experts * w->n_out && status == QV_OK; i++) {
+        for (int64_t j = 0; j < w->n_in; j++)
+            row[j] = made_up(seed, i * w->n_in + j, 0, scale);
+        status = be->table->weight_load(be, w, i / w->n_out, i % w->n_out, 1, row, QV_F32, w->n_in);
+    }
+    free(row);
+    return status;
 }
 
 qv_status qv_backend_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
@@ -180,11 +264,6 @@ static qv_status expect_contiguous(const char *op, const char *arg, const qv_ten
         EXPECT(op, t, dtype, __VA_ARGS__);                                                         \
         QV_TRY(expect_contiguous(op, #t, &(t)));                                                   \
     } while (0)
-
-static bool is_weight_dtype(qv_dtype dtype)
-{
-    return dtype == QV_F32 || dtype == QV_BF16;
-}
 
 /* [T, d] as [T, 1, d]. */
 static qv_tensor as_3d(qv_tensor t)

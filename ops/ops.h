@@ -29,6 +29,8 @@ typedef struct {
     const char *name;       /* "cpu" (or "cuda" when built in) */
     int n_threads;          /* CPU: threads including the caller's; 0 = all cores */
     int device;             /* CUDA: ordinal */
+    bool deterministic;     /* CUDA: what is computed for a token depends on nothing else in the
+                             * batch, at the price of slower kernels */
     const char *gemm;       /* CPU: "exact" (ours, default when NULL) or "openblas" (float32 GEMM by
                              * OpenBLAS: whether a row is computed alone or with others may change its
                              * last bits, so the exactness rule does not hold) */
@@ -70,6 +72,10 @@ qv_status qv_backend_zero(qv_backend *be, void *dst, size_t bytes);
 /* Backend to backend; the two do not overlap. In the order of ops: it sees what was enqueued before
  * and is seen by what comes after, without anybody waiting. Engine thread. */
 qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t bytes);
+/* Made-up numbers, uniform in [-scale, scale) around `mean`: a function of `seed` and the place
+ * alone, so that the same call gives the same numbers on any backend. F32 or BF16. */
+qv_status qv_backend_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
+                          float scale, uint64_t seed);
 /* Wait until everything enqueued so far has finished (CPU: nothing to wait for). */
 qv_status qv_backend_sync(qv_backend *be);
 
@@ -78,6 +84,31 @@ qv_status qv_backend_sync(qv_backend *be);
  * the order of the step's kernels; `host` may change once this returns. Also fills what ops choose
  * their variant by (max_seq_tokens, max_context). The backend's thread. Errors: NOMEM, DEVICE. */
 qv_status qv_backend_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out);
+
+/* --- Recorded steps: the backend's thread ----------------------------------------------------
+ *
+ * A decode step is hundreds of small kernels; recorded once and replayed, they cost one launch. A
+ * recording is of steps of up to n_seqs sequences with one token each, one row of logits each: what
+ * is shorter is padded (ops/batch.h). */
+typedef struct qv_recording qv_recording;
+
+typedef struct {
+    int32_t n_seqs;
+    int32_t n_segs;      /* adapter segments; 0: steps without adapters */
+    int32_t page_stride; /* pages of a sequence at most */
+} qv_recording_shape;
+
+bool qv_backend_can_record(const qv_backend *be); /* CPU: false */
+
+/* Enqueues a step's ops, reading `batch`; called twice: to warm up, and to be recorded. */
+typedef qv_status qv_record_fn(void *ctx, const qv_batch *batch);
+
+/* Errors: UNSUPPORTED, NOMEM, DEVICE, and what `fn` returns. */
+qv_status qv_backend_record(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
+                            void *ctx, qv_recording **out);
+void qv_recording_free(qv_backend *be, qv_recording *recording);
+/* Run it for a batch in host memory that fits its shape. Errors: SHAPE, DEVICE. */
+qv_status qv_backend_replay(qv_backend *be, qv_recording *recording, const qv_batch *host);
 
 /* --- Weights ------------------------------------------------------------------------------ */
 
@@ -102,6 +133,8 @@ qv_status qv_weight_new_experts(qv_backend *be, int64_t n_experts, int64_t n_out
 qv_status qv_weight_load_expert(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
                                 int64_t n_rows, const void *src, qv_dtype src_dtype,
                                 int64_t src_stride);
+/* Made-up numbers for the whole weight, as qv_backend_fill in the order [expert, row, column]. */
+qv_status qv_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
 int64_t qv_weight_n_experts(const qv_weight *w); /* 0: a plain matrix */
 int64_t qv_weight_n_out(const qv_weight *w);
 int64_t qv_weight_n_in(const qv_weight *w);

@@ -46,6 +46,8 @@ static void cuda_close(qv_backend *be)
         (void)cublasLtDestroy(cuda->blas);
     (void)cudaFree(cuda->blas_workspace);
     (void)cudaFree(cuda->scratch);
+    for (int i = 0; i < cuda->n_retired; i++)
+        (void)cudaFree(cuda->retired[i]);
     qv_cuda_mirror_deinit(&cuda->batch);
     qv_cuda_mirror_deinit(&cuda->sample);
     qv_cuda_mirror_deinit(&cuda->result);
@@ -121,6 +123,7 @@ static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
     cuda->base.table = &qv_cuda_backend_table;
     cuda->base.ops = &qv_cuda_ops;
     cuda->device = options->device;
+    cuda->deterministic = options->deterministic;
     pthread_mutex_init(&cuda->lock, NULL);
     pthread_cond_init(&cuda->lane_free, NULL);
     qv_status status = open_parts(cuda);
@@ -169,6 +172,11 @@ const qv_backend_table qv_cuda_backend_table = {
     .zero = qv_cuda_zero,
     .sync = qv_cuda_sync,
     .put_batch = qv_cuda_put_batch,
+    .fill = qv_cuda_fill,
+    .weight_fill = qv_cuda_weight_fill,
+    .record = qv_cuda_record,
+    .recording_free = qv_cuda_recording_free,
+    .replay = qv_cuda_replay,
     .all_reduce = cuda_all_reduce,
     .gather_cols = cuda_gather_cols,
     .weight_new = qv_cuda_weight_new,

@@ -23,6 +23,7 @@
 
 #define QV_CUDA_BLAS_WORKSPACE ((size_t)64 << 20)
 #define QV_CUDA_COUNTERS       ((size_t)1 << 16)
+#define QV_CUDA_RETIRED        16
 
 /* A way for uploads: the thread that holds it fills `host` and copies from there. */
 typedef struct {
@@ -53,6 +54,9 @@ typedef struct {
     uint32_t *counters;       /* [QV_CUDA_COUNTERS] 0 between ops: blocks that have arrived */
     void *scratch;            /* of ops, one at a time: what is in it is dead after the op */
     size_t scratch_bytes;
+    void *retired[QV_CUDA_RETIRED]; /* earlier scratch that recordings still use */
+    int n_retired, n_recordings;
+    bool recording_now;
     qv_cuda_mirror batch;   /* the arrays of the step */
     cudaEvent_t batch_sent; /* the host side may be written again */
     qv_cuda_mirror sample;  /* parameters of rows */
@@ -97,6 +101,8 @@ void qv_cuda_free(qv_backend *be, void *ptr);
 qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes);
+qv_status qv_cuda_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
+                       float scale, uint64_t seed);
 qv_status qv_cuda_sync(qv_backend *be);
 
 /* Room for `bytes` in both halves; what they held is lost when they grow. */
@@ -116,6 +122,15 @@ void qv_cuda_weight_free(qv_backend *be, qv_weight *w);
 qv_status qv_cuda_weight_load(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
                               int64_t n_rows, const void *src, qv_dtype src_dtype,
                               int64_t src_stride);
+
+qv_status qv_cuda_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
+
+/* --- recording.c -------------------------------------------------------------------------- */
+
+qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
+                         void *ctx, qv_recording **out);
+void qv_cuda_recording_free(qv_backend *be, qv_recording *recording);
+qv_status qv_cuda_replay(qv_backend *be, qv_recording *recording, const qv_batch *host);
 
 void qv_cuda_plans_free(qv_cuda_plans *plans);
 

@@ -1,6 +1,6 @@
-/* LoRA over segments and of the embedding: sites to raw pointers. Which slots are active is read on the
- * device (a slot without a pair has rank 0, or an entry of zeros), so that a recorded step serves
- * any adapters; slot_active is not looked at.
+/* LoRA over segments and of the embedding: sites to raw pointers. Which slots are active is read on
+ * the device (a slot without a pair has rank 0, or an entry of zeros), so that a recorded step
+ * serves any adapters; slot_active is not looked at.
  */
 #include "ops/cuda/launch_lora.h"
 

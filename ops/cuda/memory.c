@@ -126,6 +126,13 @@ qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
     return QV_OK;
 }
 
+qv_status qv_cuda_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
+                       float scale, uint64_t seed)
+{
+    QV_TRY(use_device(qv_cuda(be)));
+    return qv_k_fill(dst, dtype == QV_F32, n, mean, scale, seed, qv_cuda(be)->stream);
+}
+
 qv_status qv_cuda_sync(qv_backend *be)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
@@ -168,7 +175,20 @@ qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **ou
     if (bytes > cuda->scratch_bytes) {
         size_t room = grown(cuda->scratch_bytes, bytes);
         QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
-        QV_CUDA_TRY(cudaFree(cuda->scratch));
+        if (cuda->recording_now)
+            return qv_fail(QV_ERR_INTERNAL,
+                           "cuda: an op needs %zu bytes of scratch while it is "
+                           "recorded, and %zu when it warmed up",
+                           bytes, cuda->scratch_bytes);
+        if (cuda->n_recordings == 0)
+            QV_CUDA_TRY(cudaFree(cuda->scratch));
+        else if (cuda->n_retired < QV_CUDA_RETIRED) /* recorded kernels go on using it */
+            cuda->retired[cuda->n_retired++] = cuda->scratch;
+        else
+            return qv_fail(QV_ERR_LIMIT,
+                           "cuda: scratch has grown %d times since steps were "
+                           "recorded",
+                           QV_CUDA_RETIRED);
         cuda->scratch = NULL;
         cuda->scratch_bytes = 0;
         QV_CUDA_TRY(cudaMalloc(&cuda->scratch, room));

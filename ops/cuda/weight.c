@@ -36,6 +36,13 @@ qv_status qv_cuda_weight_new(qv_backend *be, int64_t n_experts, int64_t n_out, i
     return QV_OK;
 }
 
+qv_status qv_cuda_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed)
+{
+    int64_t n = (w->n_experts > 0 ? w->n_experts : 1) * w->n_out * w->n_in;
+    return qv_k_fill(qv_cuda_weight_of(w)->data, w->dtype == QV_F32, n, 0, scale, seed,
+                     qv_cuda(be)->stream);
+}
+
 /* Rows of another dtype or stride, through float32 where they must change. */
 static qv_status convert_rows(const qv_weight *w, int64_t n_rows, const void *src,
                               qv_dtype src_dtype, int64_t src_stride, void *dst)

@@ -337,6 +337,11 @@ const qv_model_limits *qv_model_get_limits(const qv_model *model)
     return &model->limits;
 }
 
+qv_backend *qv_model_get_backend(const qv_model *model)
+{
+    return model->ranks[0].be;
+}
+
 void qv_model_set_probe(qv_model *model, qv_probe_fn *probe, void *user)
 {
     model->probe = probe;

@@ -77,6 +77,8 @@ void qv_model_close(qv_model *model);
 
 const qv_model_config *qv_model_get_config(const qv_model *model);
 const qv_model_limits *qv_model_get_limits(const qv_model *model);
+/* Of rank 0, where the logits are. Borrowed. */
+qv_backend *qv_model_get_backend(const qv_model *model);
 
 /* Run one step. *logits becomes [batch->n_logits, vocab] F32 in memory of the model on the first
  * backend, valid until the next step. When a rank fails, all end, and the model is of no further

@@ -69,6 +69,7 @@ typedef struct {
     qv_status (*reserve)(qv_backend *be, const qv_backend_limits *limits);
     qv_status (*alloc)(qv_backend *be, size_t bytes, void **out);
     void (*free)(qv_backend *be, void *ptr);
+    uint64_t (*free_memory)(const qv_backend *be); /* NULL: the host's */
     qv_status (*upload)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*download)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*zero)(qv_backend *be, void *dst, size_t bytes);

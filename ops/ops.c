@@ -96,6 +96,11 @@ void qv_backend_free(qv_backend *be, void *ptr)
         be->table->free(be, ptr);
 }
 
+uint64_t qv_backend_free_memory(const qv_backend *be)
+{
+    return be->table->free_memory != NULL ? be->table->free_memory(be) : UINT64_MAX;
+}
+
 qv_status qv_backend_upload(qv_backend *be, void *dst, const void *src, size_t bytes)
 {
     return bytes ? be->table->upload(be, dst, src, bytes) : QV_OK;

@@ -65,6 +65,8 @@ qv_status qv_backend_reserve(qv_backend *be, const qv_backend_limits *limits);
 /* Zero-filled, 64-byte aligned memory of the backend. Errors: NOMEM (names the size). */
 qv_status qv_backend_alloc(qv_backend *be, size_t bytes, void **out);
 void qv_backend_free(qv_backend *be, void *ptr);
+/* Bytes that could be allocated now; UINT64_MAX: memory is the host's (CPU). */
+uint64_t qv_backend_free_memory(const qv_backend *be);
 /* Host to backend, backend to host, fill. Complete when they return. */
 qv_status qv_backend_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_backend_download(qv_backend *be, void *dst, const void *src, size_t bytes);

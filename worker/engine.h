@@ -22,23 +22,26 @@ typedef struct qv_engine qv_engine;
 /* Settings; the rows of worker/engine_options.h document and fill them for every program. */
 typedef struct {
     const char *model_dir;
-    const char *backend;    /* "cpu" */
-    const char *gemm;       /* CPU: "exact" or "openblas" */
-    const char *arithmetic; /* CPU: "f32" or "bf16" */
-    int64_t threads;        /* 0 = all cores */
-    int64_t tp;             /* ranks that share the model, a device each */
-    int64_t ep;             /* groups of ranks that experts are shared out to; divides tp */
-    const char *devices;    /* "0,1": of the ranks; empty = the first tp */
-    int64_t max_running;    /* sequences that hold pages and a state slot at once */
-    int64_t max_waiting;    /* sequences queued in the engine; beyond it submit says BUSY */
-    int64_t step_tokens;    /* token budget of a step (chunked prefill) */
-    int64_t prefill_chunk;  /* at most so many prompt tokens of one sequence a step; 0 = budget */
-    int64_t page_tokens;    /* tokens of a KV page */
-    int64_t kv_bytes;       /* memory for KV pages; 0 = planned from max_running and what is free */
-    int64_t max_context;    /* longest prompt + answer; 0 = the model's own */
-    int64_t adapter_slots;  /* adapters on the device at once; 0 = base model only */
-    int64_t max_lora_rank;  /* rank that a slot has room for */
-    int64_t adapter_memory; /* on demand, for experts and embedding; 0 = planned */
+    const char *load_format; /* "safetensors", or "dummy": weights made up from config.json alone */
+    const char *backend;     /* "cpu" or "cuda" */
+    const char *gemm;        /* CPU: "exact" or "openblas" */
+    const char *arithmetic;  /* CPU: "f32" or "bf16" */
+    int64_t threads;         /* 0 = all cores */
+    int64_t tp;              /* ranks that share the model, a device each */
+    int64_t ep;              /* groups of ranks that experts are shared out to; divides tp */
+    int64_t recorded;      /* CUDA: decode steps of up to so many sequences are recorded at start */
+    bool deterministic;    /* CUDA: the same bits whatever else is in the batch */
+    const char *devices;   /* "0,1": of the ranks; empty = the first tp */
+    int64_t max_running;   /* sequences that hold pages and a state slot at once */
+    int64_t max_waiting;   /* sequences queued in the engine; beyond it submit says BUSY */
+    int64_t step_tokens;   /* token budget of a step (chunked prefill) */
+    int64_t prefill_chunk; /* at most so many prompt tokens of one sequence a step; 0 = budget */
+    int64_t page_tokens;   /* tokens of a KV page */
+    int64_t kv_bytes;      /* memory for KV pages; 0 = planned from max_running and what is free */
+    int64_t max_context;   /* longest prompt + answer; 0 = the model's own */
+    int64_t adapter_slots; /* adapters on the device at once; 0 = base model only */
+    int64_t max_lora_rank; /* rank that a slot has room for */
+    int64_t adapter_memory;      /* on demand, for experts and embedding; 0 = planned */
     int64_t max_adapter_bytes;   /* largest adapter file */
     int64_t adapter_cache_bytes; /* host copies of adapters; beyond it they are read again */
     int64_t swap_bytes; /* host memory for states of preempted sequences; beyond it recompute */

@@ -145,15 +145,37 @@ static void log_progress(uint64_t done, uint64_t total, void *user)
     qv_info("loading weights: %" PRIu64 " of %" PRIu64 " MiB", done >> 20, total >> 20);
 }
 
+/* What the ranks may take: of their devices where they have memory of their own, a twentieth of it
+ * left for what libraries and recorded steps need; else of the host. */
+static uint64_t available_to(const qv_model_ranks *ranks)
+{
+    uint64_t of_devices = 0;
+    for (int32_t i = 0; i < ranks->n_ranks; i++) {
+        uint64_t bytes = qv_backend_free_memory(ranks->backends[i]);
+        if (bytes == UINT64_MAX)
+            return qv_available_memory();
+        of_devices += bytes - bytes / 20;
+    }
+    return of_devices;
+}
+
+static qv_status check_load_format(const char *name)
+{
+    if (name == NULL || strcmp(name, "safetensors") == 0 || strcmp(name, "dummy") == 0)
+        return QV_OK;
+    return qv_fail(QV_ERR_ARG, "load-format '%s' is neither 'safetensors' nor 'dummy'", name);
+}
+
 static qv_status open_model(qv_engine *engine)
 {
     qv_engine_options *o = &engine->options;
+    QV_TRY(check_load_format(o->load_format));
     QV_TRY(qv_engine_ranks_open(o, &engine->ranks));
     const qv_model_ranks *ranks = &engine->ranks.ranks;
     engine->backend = ranks->backends[0];
     qv_model_config config;
     QV_TRY(qv_model_config_load(o->model_dir, &config));
-    QV_TRY(qv_engine_sizes_plan(o, &config, ranks, qv_available_memory(), &engine->sizes));
+    QV_TRY(qv_engine_sizes_plan(o, &config, ranks, available_to(ranks), &engine->sizes));
     qv_engine_sizes_log(&engine->sizes);
     o->max_context = engine->sizes.max_context;
     o->kv_bytes = (int64_t)engine->sizes.plan.kv;
@@ -258,7 +280,7 @@ static qv_status open_caches(qv_engine *engine)
 static qv_status keep_strings(qv_engine_options *o)
 {
     const char **strings[] = {&o->model_dir, &o->backend,    &o->gemm, &o->arithmetic,
-                              &o->devices,   &o->break_rank, &o->dump};
+                              &o->devices,   &o->break_rank, &o->dump, &o->load_format};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         if (*strings[i] != NULL)
@@ -336,5 +358,6 @@ void qv_engine_close(qv_engine *engine)
     free((char *)engine->options.devices);
     free((char *)engine->options.break_rank);
     free((char *)engine->options.dump);
+    free((char *)engine->options.load_format);
     free(engine);
 }

@@ -23,7 +23,19 @@
                   "Longest prompt and answer together, in tokens. 0: as long as the model was "    \
                   "made for, or as the KV pages last.",                                            \
                   .min = 0, .max = 16777216, .section = "Model"),                                  \
-        QV_OPTION(st, m.backend, STRING, "backend", "NAME", "cpu", "What computes: cpu.",          \
+        QV_OPTION(st, m.load_format, STRING, "load-format", "NAME", "safetensors",                 \
+                  "Where weights come from. safetensors: the model's files. dummy: made up for "   \
+                  "the sizes in config.json, to measure what is not at hand.",                     \
+                  .section = "Model"),                                                             \
+        QV_OPTION(st, m.backend, STRING, "backend", "NAME", "cpu",                                 \
+                  "What computes: cpu, or cuda where it is built in.", .section = "Device"),       \
+        QV_OPTION(st, m.recorded, INT, "recorded-steps", "N", "256",                               \
+                  "CUDA: decode steps of up to so many answers are recorded as graphs at start, "  \
+                  "which saves their launches. 0: none.",                                          \
+                  .min = 0, .max = 4096, .section = "Device"),                                     \
+        QV_OPTION(st, m.deterministic, FLAG, "deterministic", NULL, NULL,                          \
+                  "CUDA: decode gives the same bits whatever else is in the batch, with kernels "  \
+                  "that are slower for many answers at once.",                                     \
                   .section = "Device"),                                                            \
         QV_OPTION(st, m.gemm, STRING, "gemm", "NAME", "exact",                                     \
                   "Matrix products of the CPU backend. exact: the same bits whatever else is in "  \

@@ -60,6 +60,7 @@ qv_status qv_engine_ranks_open(const qv_engine_options *o, qv_engine_ranks *out)
         qv_backend_options backend = {.name = o->backend,
                                       .n_threads = threads_of_rank(o->threads, n),
                                       .device = devices[i],
+                                      .deterministic = o->deterministic,
                                       .gemm = o->gemm,
                                       .arithmetic = o->arithmetic};
         QV_TRY(qv_backend_open(&backend, &out->backends[i]));

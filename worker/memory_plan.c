@@ -154,6 +154,8 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
         .n_adapter_slots = (int32_t)o->adapter_slots,
         .max_lora_rank = (int32_t)o->max_lora_rank,
         .max_adapter_bytes = (uint64_t)o->max_adapter_bytes,
+        .made_up_weights = o->load_format != NULL && strcmp(o->load_format, "dummy") == 0,
+        .max_recorded = (int32_t)o->recorded,
     };
     qv_memory_plan *plan = &out->plan;
     QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
@@ -181,6 +183,7 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
                        " tokens: raise kv-bytes or lower max-context",
                        o->max_context, out->limits.n_pages, o->page_tokens);
     out->max_context = (int32_t)min_i64(min_i64(context, reach), INT32_MAX / 2);
+    out->limits.max_seq_pages = (int32_t)((out->max_context + o->page_tokens - 1) / o->page_tokens);
     return QV_OK;
 }
 

@@ -167,6 +167,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .reserve = cuda_reserve,
     .alloc = qv_cuda_alloc,
     .free = qv_cuda_free,
+    .free_memory = qv_cuda_free_memory,
     .upload = qv_cuda_upload,
     .download = qv_cuda_download,
     .zero = qv_cuda_zero,

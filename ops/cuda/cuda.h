@@ -98,6 +98,7 @@ qv_status qv_cuda_fail(cudaError_t error, const char *what);
 
 qv_status qv_cuda_alloc(qv_backend *be, size_t bytes, void **out);
 void qv_cuda_free(qv_backend *be, void *ptr);
+uint64_t qv_cuda_free_memory(const qv_backend *be);
 qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes);

@@ -55,6 +55,13 @@ void qv_cuda_free(qv_backend *be, void *ptr)
         (void)cudaFree(ptr);
 }
 
+uint64_t qv_cuda_free_memory(const qv_backend *be)
+{
+    size_t free_bytes = 0, total = 0;
+    (void)cudaSetDevice(((const qv_cuda_backend *)be)->device);
+    return cudaMemGetInfo(&free_bytes, &total) == cudaSuccess ? free_bytes : 0;
+}
+
 /* --- Copies ------------------------------------------------------------------------------- */
 
 static qv_cuda_lane *take_lane(qv_cuda_backend *cuda)

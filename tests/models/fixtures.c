@@ -473,8 +473,9 @@ float *fx_step(qv_model *model, const fx_seq *seqs, int n_seqs)
     int64_t vocab = qv_model_get_config(model)->vocab;
     float *out = malloc((size_t)(b->n_logits * vocab + 1) * sizeof *out);
     for (int32_t i = 0; i < b->n_logits; i++)
-        memcpy(out + s->out_row[i] * vocab, (float *)logits.data + i * logits.stride[0],
-               (size_t)vocab * sizeof *out);
+        MUST(qv_backend_download(qv_model_get_backend(model), out + s->out_row[i] * vocab,
+                                 (float *)logits.data + i * logits.stride[0],
+                                 (size_t)vocab * sizeof *out));
     free(s);
     return out;
 }
@@ -595,12 +596,19 @@ bool fx_golden_open(fx_golden *g, const char *name, const qv_backend_options *op
     if (g->dir == NULL)
         return false;
     g->cases = fx_cases(g->dir, &g->n);
-    MUST(qv_backend_open(options, &g->be));
+    if (strcmp(options->name, "cuda") == 0 && qv_backend_open(options, &g->be) != QV_OK) {
+        fx_cases_free(g->cases, g->n);
+        return false;
+    }
+    if (g->be == NULL)
+        MUST(qv_backend_open(options, &g->be));
     qv_model_limits limits = fx_limits();
     limits.max_tokens = limits.max_logits = 8192;
     limits.max_seqs = limits.n_state_slots = g->n;
     limits.n_pages = 40 + g->n * 40;
     limits.n_adapter_slots = FX_MAX_ADAPTERS;
+    limits.max_seq_pages = 64;
+    limits.max_recorded = 16;
     g->model = fx_open(g->be, g->dir, &limits);
     g->vocab = qv_model_get_config(g->model)->vocab;
     install_adapters(g);

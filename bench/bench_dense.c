@@ -1,0 +1,416 @@
+/* bench_dense: the dense ops of the CUDA backend at shapes of released models, each with the bytes
+ * and FLOP that it cannot do without, the time these take at the rates of a large copy and a large
+ * matrix product measured in the same run, the time measured, and the ratio of the two.
+ *
+ *   bench_dense [TABLE...]    linear norm rope attention sample; all without arguments
+ *
+ * Times are medians over replays of a graph of many calls, so that neither launches nor the host
+ * are in them; calls go round over copies of what a step would have to read from memory.
+ */
+#include "ops/cuda/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { ROUNDS = 32, REPLAYS = 9, MAX_COPIES = 64 };
+#define ROTATE_BYTES 256e6 /* several times the L2 cache */
+
+static qv_backend *be;
+static double copy_rate = 3e12, gemm_rate = 800e12;
+
+static void pass(qv_status status)
+{
+    if (status == QV_OK)
+        return;
+    fprintf(stderr, "bench_dense: %s\n", qv_error());
+    exit(1);
+}
+
+static void check(cudaError_t error)
+{
+    pass(error == cudaSuccess ? QV_OK : qv_cuda_fail(error, "bench"));
+}
+
+static void *made_up(qv_dtype dtype, int64_t n, float scale)
+{
+    static uint64_t seed;
+    void *p;
+    pass(qv_backend_alloc(be, (size_t)n * qv_dtype_size(dtype), &p));
+    pass(qv_backend_fill(be, p, dtype, n, 0, scale, ++seed));
+    return p;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+typedef void call_fn(void *ctx, int round);
+
+/* Median seconds of one call. */
+static double measure(call_fn *call, void *ctx)
+{
+    cudaStream_t stream = qv_cuda(be)->stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t start, stop;
+    double times[REPLAYS];
+    call(ctx, 0);
+    check(cudaStreamSynchronize(stream));
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < ROUNDS; i++)
+        call(ctx, i);
+    check(cudaStreamEndCapture(stream, &graph));
+    check(cudaGraphInstantiate(&exec, graph, 0));
+    check(cudaEventCreate(&start));
+    check(cudaEventCreate(&stop));
+    for (int i = -2; i < REPLAYS; i++) {
+        check(cudaEventRecord(start, stream));
+        check(cudaGraphLaunch(exec, stream));
+        check(cudaEventRecord(stop, stream));
+        check(cudaStreamSynchronize(stream));
+        float ms;
+        check(cudaEventElapsedTime(&ms, start, stop));
+        if (i >= 0)
+            times[i] = ms * 1e-3 / ROUNDS;
+    }
+    check(cudaGraphExecDestroy(exec));
+    check(cudaGraphDestroy(graph));
+    check(cudaEventDestroy(start));
+    check(cudaEventDestroy(stop));
+    qsort(times, REPLAYS, sizeof *times, by_value);
+    return times[REPLAYS / 2];
+}
+
+static void report(const char *name, double bytes, double flop, double t)
+{
+    double by_bytes = bytes / copy_rate, by_flop = flop / gemm_rate;
+    double floor = by_bytes > by_flop ? by_bytes : by_flop;
+    printf("%-44s %9.2f MB %9.2f GFLOP  floor %8.2f us  time %8.2f us  ratio %5.2f\n", name,
+           bytes * 1e-6, flop * 1e-9, floor * 1e6, t * 1e6, t / floor);
+    fflush(stdout);
+}
+
+/* How many copies of `bytes` to go round over. */
+static int n_copies(double bytes)
+{
+    int n = (int)(ROTATE_BYTES / bytes) + 1;
+    return n > MAX_COPIES ? MAX_COPIES : n < 2 ? 2 : n;
+}
+
+/* --- Linear ------------------------------------------------------------------------------- */
+
+typedef struct {
+    qv_weight *w[MAX_COPIES];
+    int n;
+    qv_tensor x, y;
+    bool ours;
+} linear_ctx;
+
+static void call_linear(void *ctx, int round)
+{
+    linear_ctx *c = ctx;
+    const qv_weight *w = c->w[round % c->n];
+    if (!c->ours) {
+        pass(c->y.dtype == QV_F32 ? qv_op_linear_f32(be, w, c->x, c->y)
+                                  : qv_op_linear(be, w, c->x, c->y));
+        return;
+    }
+    const qv_k_linear_args args = {.w = qv_cuda_weight_of(w)->data,
+                                   .x = c->x.data,
+                                   .y = c->y.data,
+                                   .n_tokens = c->x.shape[0],
+                                   .n_out = w->n_out,
+                                   .n_in = w->n_in,
+                                   .x_stride = c->x.stride[0],
+                                   .y_stride = c->y.stride[0],
+                                   .y_f32 = c->y.dtype == QV_F32};
+    pass(qv_k_skinny_linear(&args, qv_cuda(be)->stream));
+}
+
+static void bench_linear(void)
+{
+    static const struct {
+        const char *name;
+        int64_t n_out, n_in;
+        bool f32;
+    } shapes[] = {{"4B in_proj", 12352, 2560, false},  {"4B qkv", 10240, 2560, false},
+                  {"4B out", 2560, 4096, false},       {"4B gate_up", 18432, 2560, false},
+                  {"4B down", 2560, 9216, false},      {"4B head", 248320, 2560, true},
+                  {"35B in_proj", 12352, 2048, false}, {"35B router", 256, 2048, true}};
+    static const int64_t counts[] = {1, 8, 16, 32, 64, 128, 256, 8192};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
+        for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
+            int64_t n = counts[j], n_out = shapes[i].n_out, n_in = shapes[i].n_in;
+            if (shapes[i].f32 && n > 256)
+                continue;
+            qv_dtype y_dtype = shapes[i].f32 ? QV_F32 : QV_BF16;
+            double w_bytes = 2.0 * (double)(n_out * n_in);
+            linear_ctx c = {.n = n > 256 ? 1 : n_copies(w_bytes)};
+            for (int k = 0; k < c.n; k++) {
+                pass(qv_weight_new(be, n_out, n_in, QV_BF16, &c.w[k]));
+                pass(qv_weight_fill(be, c.w[k], 0.02f, (uint64_t)k));
+            }
+            c.x = qv_tensor_2d(made_up(QV_BF16, n * n_in, 1), QV_BF16, n, n_in);
+            c.y = qv_tensor_2d(made_up(y_dtype, n * n_out, 1), y_dtype, n, n_out);
+            double bytes = w_bytes + 2.0 * (double)(n * n_in) +
+                           (double)(n * n_out) * (double)qv_dtype_size(y_dtype);
+            double flop = 2.0 * (double)(n * n_out) * (double)n_in;
+            for (int ours = 0; ours <= (n <= QV_K_SKINNY_TOKENS); ours++) {
+                char name[96];
+                c.ours = ours;
+                snprintf(name, sizeof name, "linear %s, %lld tokens%s", shapes[i].name,
+                         (long long)n, ours ? ", skinny" : "");
+                report(name, bytes, flop, measure(call_linear, &c));
+            }
+            for (int k = 0; k < c.n; k++)
+                qv_weight_free(be, c.w[k]);
+            qv_backend_free(be, c.x.data);
+            qv_backend_free(be, c.y.data);
+        }
+}
+
+/* --- Norms, gates, RoPE ------------------------------------------------------------------- */
+
+typedef struct {
+    qv_tensor x[MAX_COPIES], y[MAX_COPIES], w;
+    int n, what;
+} norm_ctx;
+
+static void call_norm(void *ctx, int round)
+{
+    norm_ctx *c = ctx;
+    qv_tensor x = c->x[round % c->n], y = c->y[round % c->n];
+    switch (c->what) {
+    case 0:
+        pass(qv_op_rms_norm(be, x, c->w, 1e-6f, true, y));
+        break;
+    case 1:
+        pass(qv_op_add_rms_norm(be, x, y, c->w, 1e-6f, true, y));
+        break;
+    default:
+        pass(qv_op_swiglu(be, x, y, y));
+        break;
+    }
+}
+
+static void bench_norm(void)
+{
+    static const char *const names[] = {"rms_norm", "add_rms_norm", "swiglu"};
+    static const double streams[] = {2, 4, 3};
+    static const int64_t counts[] = {1, 64, 256, 8192};
+    static const int64_t widths[] = {2560, 2560, 9216};
+    for (int what = 0; what < 3; what++)
+        for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
+            int64_t n = counts[j], d = widths[what];
+            norm_ctx c = {.what = what, .n = n > 1024 ? 4 : 8};
+            c.w = qv_tensor_1d(made_up(QV_F32, d, 1), QV_F32, d);
+            for (int k = 0; k < c.n; k++) {
+                c.x[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
+                c.y[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
+            }
+            char name[96];
+            snprintf(name, sizeof name, "%s [%lld, %lld]", names[what], (long long)n, (long long)d);
+            report(name, streams[what] * 2 * (double)(n * d), 0, measure(call_norm, &c));
+            for (int k = 0; k < c.n; k++) {
+                qv_backend_free(be, c.x[k].data);
+                qv_backend_free(be, c.y[k].data);
+            }
+            qv_backend_free(be, c.w.data);
+        }
+}
+
+/* --- Attention ---------------------------------------------------------------------------- */
+
+typedef struct {
+    qv_batch batch;
+    qv_kv_layer kv[MAX_COPIES];
+    int n;
+    qv_tensor q, o, k, v;
+    bool rope;
+} attention_ctx;
+
+static void call_attention(void *ctx, int round)
+{
+    attention_ctx *c = ctx;
+    const qv_kv_layer *kv = &c->kv[round % c->n];
+    if (c->rope)
+        pass(qv_op_rope_kv_write(be, &c->batch, 64, 1e7, c->q, c->k, c->v, kv));
+    else
+        pass(qv_op_attention(be, &c->batch, kv, 0.0625f, c->q, c->o));
+}
+
+static void bench_attention(bool rope)
+{
+    static const struct {
+        const char *name;
+        int64_t heads, kv, d;
+    } models[] = {{"4B", 16, 4, 256}, {"35B", 16, 2, 256}, {"Nano", 32, 2, 128}};
+    static const struct {
+        int32_t n_seqs, before, now;
+    } steps[] = {{1, 2047, 1},  {16, 2047, 1}, {64, 2047, 1}, {256, 2047, 1},
+                 {1, 65535, 1}, {1, 0, 8192},  {8, 0, 1024},  {1, 8192, 2048}};
+    for (size_t m = 0; m < sizeof models / sizeof *models; m++)
+        for (size_t s = 0; s < sizeof steps / sizeof *steps; s++) {
+            int32_t n_seqs = steps[s].n_seqs, now = steps[s].now, n = n_seqs * now;
+            int32_t context = steps[s].before + now, pages = (context + 15) / 16;
+            int64_t heads = models[m].heads, kv = models[m].kv, d = models[m].d;
+            int32_t *host = calloc((size_t)(n + n_seqs + 1 + n_seqs * pages), sizeof *host);
+            int32_t *pos = host, *start = host + n, *table = start + n_seqs + 1;
+            for (int32_t i = 0; i < n; i++)
+                pos[i] = steps[s].before + i % now;
+            for (int32_t i = 0; i <= n_seqs; i++)
+                start[i] = i * now;
+            for (int32_t i = 0; i < n_seqs * pages; i++)
+                table[i] = (int32_t)((int64_t)i * 7919 % (n_seqs * pages));
+            qv_batch batch = {.n_tokens = n,
+                              .n_seqs = n_seqs,
+                              .pos = pos,
+                              .seq_start = start,
+                              .page_table = table,
+                              .page_stride = pages};
+            attention_ctx c = {.rope = rope};
+            pass(qv_backend_put_batch(be, &batch, &c.batch));
+            int64_t pool = (int64_t)n_seqs * pages * 16 * kv * d;
+            double kv_bytes = 4.0 * (double)pool;
+            c.n = n_copies(kv_bytes) > 8 ? 8 : n_copies(kv_bytes);
+            for (int k = 0; k < c.n; k++)
+                c.kv[k] = (qv_kv_layer){
+                    qv_tensor_4d(made_up(QV_BF16, pool, 1), QV_BF16, n_seqs * pages, 16, kv, d),
+                    qv_tensor_4d(made_up(QV_BF16, pool, 1), QV_BF16, n_seqs * pages, 16, kv, d),
+                    16};
+            c.q = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
+            c.o = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
+            c.k = qv_tensor_3d(made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
+            c.v = qv_tensor_3d(made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
+            char name[96];
+            snprintf(name, sizeof name, "%s %s, %d x %d tokens after %d",
+                     rope ? "rope" : "attention", models[m].name, n_seqs, now, steps[s].before);
+            double io = 4.0 * (double)n * (double)(heads * d);
+            double seen = ((double)steps[s].before + 0.5 * (now + 1)) * n; /* (query, key) pairs */
+            if (rope)
+                report(name, io * 64 / (double)d + 8.0 * (double)n * (double)(kv * d), 0,
+                       measure(call_attention, &c));
+            else
+                report(name, io + kv_bytes, 4 * seen * (double)(heads * d),
+                       measure(call_attention, &c));
+            for (int k = 0; k < c.n; k++) {
+                qv_backend_free(be, c.kv[k].k.data);
+                qv_backend_free(be, c.kv[k].v.data);
+            }
+            qv_backend_free(be, c.q.data);
+            qv_backend_free(be, c.o.data);
+            qv_backend_free(be, c.k.data);
+            qv_backend_free(be, c.v.data);
+            free(host);
+        }
+}
+
+/* --- Sampling ----------------------------------------------------------------------------- */
+
+/* Timed with its copies and the host's part, since that is how a step has it. */
+static void bench_sample(void)
+{
+    static const int64_t counts[] = {1, 16, 64, 256};
+    enum { VOCAB = 248320, REPS = 15 };
+    pass(qv_backend_reserve(be, &(qv_backend_limits){.max_logits = 256, .n_vocab = VOCAB}));
+    for (int kind = 0; kind < 3; kind++)
+        for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
+            static const char *const names[] = {"greedy", "temperature", "top-k 50, top-p 0.9"};
+            int64_t n = counts[j];
+            qv_tensor logits = qv_tensor_2d(made_up(QV_F32, n * VOCAB, 10), QV_F32, n, VOCAB);
+            qv_sample_row *rows = calloc((size_t)n, sizeof *rows);
+            qv_sample_result *results = calloc((size_t)n, sizeof *results);
+            for (int64_t i = 0; i < n; i++)
+                rows[i] = (qv_sample_row){.target = -1,
+                                          .temperature = kind > 0,
+                                          .top_k = kind > 1 ? 50 : 0,
+                                          .top_p = kind > 1 ? 0.9f : 1.0f,
+                                          .repetition_penalty = 1,
+                                          .seed = (uint64_t)i,
+                                          .n_top = -1};
+            double times[REPS];
+            for (int i = -2; i < REPS; i++) {
+                struct timespec a, b;
+                clock_gettime(CLOCK_MONOTONIC, &a);
+                pass(qv_op_sample(be, logits, VOCAB, rows, results));
+                clock_gettime(CLOCK_MONOTONIC, &b);
+                if (i >= 0)
+                    times[i] =
+                        (double)(b.tv_sec - a.tv_sec) + (double)(b.tv_nsec - a.tv_nsec) * 1e-9;
+            }
+            qsort(times, REPS, sizeof *times, by_value);
+            char name[96];
+            snprintf(name, sizeof name, "sample %s, %lld rows", names[kind], (long long)n);
+            report(name, 4.0 * (double)n * VOCAB, 0, times[REPS / 2]);
+            free(rows);
+            free(results);
+            qv_backend_free(be, logits.data);
+        }
+}
+
+/* --- Main --------------------------------------------------------------------------------- */
+
+typedef struct {
+    void *x, *y;
+    size_t bytes;
+} copy_ctx;
+
+static void call_copy(void *ctx, int round)
+{
+    copy_ctx *c = ctx;
+    (void)round;
+    check(cudaMemcpyAsync(c->y, c->x, c->bytes, cudaMemcpyDeviceToDevice, qv_cuda(be)->stream));
+}
+
+static void measure_ceilings(void)
+{
+    copy_ctx copy = {.bytes = (size_t)1 << 30};
+    copy.x = made_up(QV_BF16, 1 << 29, 1);
+    copy.y = made_up(QV_BF16, 1 << 29, 1);
+    copy_rate = 2.0 * (double)copy.bytes / measure(call_copy, &copy);
+    qv_backend_free(be, copy.x);
+    qv_backend_free(be, copy.y);
+    int64_t n = 8192;
+    linear_ctx c = {.n = 1};
+    pass(qv_weight_new(be, n, n, QV_BF16, &c.w[0]));
+    pass(qv_weight_fill(be, c.w[0], 0.02f, 1));
+    c.x = qv_tensor_2d(made_up(QV_BF16, n * n, 1), QV_BF16, n, n);
+    c.y = qv_tensor_2d(made_up(QV_BF16, n * n, 1), QV_BF16, n, n);
+    gemm_rate = 2.0 * (double)(n * n) * (double)n / measure(call_linear, &c);
+    qv_weight_free(be, c.w[0]);
+    qv_backend_free(be, c.x.data);
+    qv_backend_free(be, c.y.data);
+    printf("%s: copy %.2f TB/s, GEMM %.0f TFLOP/s\n", qv_backend_describe(be), copy_rate * 1e-12,
+           gemm_rate * 1e-12);
+}
+
+static bool wanted(int argc, char **argv, const char *table)
+{
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], table) == 0)
+            return true;
+    return argc == 1;
+}
+
+int main(int argc, char **argv)
+{
+    qv_backend_options options = {.name = "cuda"};
+    pass(qv_backend_open(&options, &be));
+    measure_ceilings();
+    if (wanted(argc, argv, "linear"))
+        bench_linear();
+    if (wanted(argc, argv, "norm"))
+        bench_norm();
+    if (wanted(argc, argv, "rope"))
+        bench_attention(true);
+    if (wanted(argc, argv, "attention"))
+        bench_attention(false);
+    if (wanted(argc, argv, "sample"))
+        bench_sample();
+    qv_backend_close(be);
+    return 0;
+}

@@ -1,0 +1,402 @@
+/* bench_model: steps of a whole model on one device, each beside its floor: decode at several
+ * numbers of sequences and the prefill of a long prompt. Weights are made up unless the folder has
+ * them, so a config.json alone is enough (bench/configs/ has those of released sizes).
+ *
+ *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
+ *               [--rank R] [--eager]
+ *
+ * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
+ * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
+ * measured in the same run on the same device. Times are medians over steps, from the host's clock
+ * around step and sampling; the gap is what a step takes beyond the device's own time.
+ */
+#include "common/clock.h"
+#include "models/model.h"
+#include "models/proj.h"
+#include "ops/ops.h"
+
+#include <getopt.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { MAX_SIZES = 16, PAGE_TOKENS = 16 };
+
+static struct {
+    const char *dir, *backend;
+    int32_t context, prompt, sizes[MAX_SIZES], n_sizes, max_size, adapters, rank;
+    bool eager;
+} args = {.backend = "cuda", .context = 2048, .prompt = 8192, .rank = 16};
+
+static void check(qv_status status, const char *what)
+{
+    if (status == QV_OK)
+        return;
+    fprintf(stderr, "bench_model: %s: %s\n", what, qv_error());
+    exit(1);
+}
+
+static double now(void)
+{
+    return (double)qv_now_ns() * 1e-9;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+static double median(double *values, int n)
+{
+    qsort(values, (size_t)n, sizeof *values, by_value);
+    return values[n / 2];
+}
+
+/* --- Ceilings ----------------------------------------------------------------------------- */
+
+static double copy_rate, gemm_rate; /* bytes/s, read and written; FLOP/s */
+
+/* A copy as the add of two large tensors would do it has three streams; y = gather of rows has two.
+ */
+static void measure_copy(qv_backend *be)
+{
+    int64_t rows = 1 << 17, cols = 8192; /* 2 GiB each way */
+    if (strcmp(args.backend, "cpu") == 0)
+        rows = 1 << 11;
+    qv_dtype act = qv_backend_activation_dtype(be);
+    size_t bytes = (size_t)(rows * cols) * qv_dtype_size(act);
+    void *x, *y, *ids;
+    check(qv_backend_alloc(be, bytes, &x), "copy");
+    check(qv_backend_alloc(be, bytes, &y), "copy");
+    check(qv_backend_alloc(be, (size_t)rows * 4, &ids), "copy");
+    int32_t *host = malloc((size_t)rows * sizeof *host);
+    for (int64_t i = 0; i < rows; i++)
+        host[i] = (int32_t)i;
+    check(qv_backend_upload(be, ids, host, (size_t)rows * 4), "copy");
+    check(qv_backend_fill(be, x, act, rows * cols, 0, 1, 1), "copy");
+    double times[7];
+    for (int i = -1; i < 7; i++) {
+        check(qv_backend_sync(be), "copy");
+        double start = now();
+        check(qv_op_gather_rows(be, qv_tensor_2d(x, act, rows, cols), ids,
+                                qv_tensor_2d(y, act, rows, cols)),
+              "copy");
+        check(qv_backend_sync(be), "copy");
+        if (i >= 0)
+            times[i] = now() - start;
+    }
+    copy_rate = 2 * (double)bytes / median(times, 7);
+    qv_backend_free(be, x);
+    qv_backend_free(be, y);
+    qv_backend_free(be, ids);
+    free(host);
+}
+
+static void measure_gemm(qv_backend *be)
+{
+    int64_t n = strcmp(args.backend, "cpu") == 0 ? 512 : 8192;
+    qv_dtype act = qv_backend_activation_dtype(be);
+    qv_weight *w;
+    void *x, *y;
+    check(qv_weight_new(be, n, n, QV_BF16, &w), "gemm");
+    check(qv_weight_fill(be, w, 0.02f, 1), "gemm");
+    check(qv_backend_alloc(be, (size_t)(n * n) * qv_dtype_size(act), &x), "gemm");
+    check(qv_backend_alloc(be, (size_t)(n * n) * qv_dtype_size(act), &y), "gemm");
+    check(qv_backend_fill(be, x, act, n * n, 0, 1, 2), "gemm");
+    double times[7];
+    for (int i = -2; i < 7; i++) {
+        check(qv_backend_sync(be), "gemm");
+        double start = now();
+        for (int j = 0; j < 4; j++)
+            check(qv_op_linear(be, w, qv_tensor_2d(x, act, n, n), qv_tensor_2d(y, act, n, n)),
+                  "gemm");
+        check(qv_backend_sync(be), "gemm");
+        if (i >= 0)
+            times[i] = (now() - start) / 4;
+    }
+    gemm_rate = 2.0 * (double)n * (double)n * (double)n / median(times, 7);
+    qv_weight_free(be, w);
+    qv_backend_free(be, x);
+    qv_backend_free(be, y);
+}
+
+/* --- Steps -------------------------------------------------------------------------------- */
+
+typedef struct {
+    qv_backend *be;
+    qv_model *model;
+    qv_memory_plan plan;
+    int64_t vocab, embed_bytes;
+    int32_t pages_each;
+    int32_t *ints; /* all arrays of a batch, one after the other */
+} bench;
+
+/* n sequences, each with `now_tokens` tokens after `before`; sequence i uses adapter i % adapters.
+ */
+static qv_batch make_batch(const bench *b, int32_t n, int32_t before, int32_t now_tokens)
+{
+    int32_t n_tokens = n * now_tokens, *next = b->ints;
+#define TAKE(count) (next += (count), next - (count))
+    int32_t *token = TAKE(n_tokens), *pos = TAKE(n_tokens), *seq_start = TAKE(n + 1);
+    int32_t *slot = TAKE(n), *seg_start = TAKE(n + 1), *seg_slot = TAKE(n), *row = TAKE(n);
+    int32_t *logit_start = TAKE(n + 1), *logit_slot = TAKE(n), *table = TAKE(n * b->pages_each);
+#undef TAKE
+    for (int32_t i = 0; i < n; i++) {
+        for (int32_t j = 0; j < now_tokens; j++) {
+            token[i * now_tokens + j] = (int32_t)((i * 7919 + j * 104729 + 17) % b->vocab);
+            pos[i * now_tokens + j] = before + j;
+        }
+        seq_start[i] = i * now_tokens;
+        slot[i] = i;
+        row[i] = (i + 1) * now_tokens - 1;
+        for (int32_t j = 0; j < b->pages_each; j++)
+            table[i * b->pages_each + j] = i * b->pages_each + j;
+    }
+    seq_start[n] = n_tokens;
+    int32_t segs = args.adapters == 0 ? 1 : args.adapters < n ? args.adapters : n;
+    for (int32_t i = 0; i <= segs; i++) {
+        int32_t first = (int32_t)((int64_t)n * i / segs);
+        seg_start[i] = first * now_tokens;
+        logit_start[i] = first;
+        if (i < segs)
+            seg_slot[i] = logit_slot[i] = args.adapters == 0 ? -1 : i;
+    }
+    return (qv_batch){.n_tokens = n_tokens,
+                      .n_seqs = n,
+                      .token = token,
+                      .pos = pos,
+                      .seq_start = seq_start,
+                      .page_table = table,
+                      .page_stride = b->pages_each,
+                      .state_slot = slot,
+                      .n_segs = segs,
+                      .seg_start = seg_start,
+                      .seg_slot = seg_slot,
+                      .n_logits = n,
+                      .logit_row = row,
+                      .n_logit_segs = segs,
+                      .logit_seg_start = logit_start,
+                      .logit_seg_slot = logit_slot};
+}
+
+/* Median seconds of a step with greedy sampling, and in *device of the step alone, by steps that
+ * are enqueued without waiting in between. */
+static double time_step(const bench *b, const qv_batch *batch, int reps, double *device)
+{
+    int32_t n = batch->n_logits;
+    qv_sample_row *rows = calloc((size_t)n, sizeof *rows);
+    qv_sample_result *results = calloc((size_t)n, sizeof *results);
+    for (int32_t i = 0; i < n; i++)
+        rows[i] = (qv_sample_row){.target = -1, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
+    double times[64], start;
+    qv_tensor logits;
+    for (int i = -2; i < reps; i++) {
+        start = now();
+        check(qv_model_forward(b->model, batch, &logits), "step");
+        check(qv_op_sample(b->be, logits, (int32_t)b->vocab, rows, results), "sample");
+        if (i >= 0)
+            times[i] = now() - start;
+    }
+    check(qv_backend_sync(b->be), "sync");
+    start = now();
+    for (int i = 0; i < reps; i++)
+        check(qv_model_forward(b->model, batch, &logits), "step");
+    check(qv_backend_sync(b->be), "sync");
+    *device = (now() - start) / reps;
+    free(rows);
+    free(results);
+    return median(times, reps);
+}
+
+/* Bytes of all matrices but the embedding's table, of which a step reads some rows; experts as
+ * many as uniform routing hits. */
+static double weight_bytes(const bench *b, int32_t n_tokens)
+{
+    const qv_model_config *c = qv_model_get_config(b->model);
+    double all = (double)b->plan.weights - (double)b->embed_bytes, experts = 0;
+    if (c->n_experts > 0) {
+        qv_layout layout;
+        check(qv_layout_init(&layout, c, 0, 1), "layout");
+        const qv_proj_shape *in = &layout.proj[QV_PROJ_EXPERT_IN];
+        const qv_proj_shape *out = &layout.proj[QV_PROJ_EXPERT_OUT];
+        double each = 2.0 * (double)(in->n_in * in->n_out + out->n_in * out->n_out);
+        double layers = (double)qv_model_config_count(c, QV_PART_MOE), n = (double)c->n_experts;
+        experts = layers * n * each;
+        all -= experts;
+        experts *= 1 - pow(1 - (double)c->moe_top_k / n, n_tokens);
+    }
+    return all + experts;
+}
+
+static double step_bytes(const bench *b, int32_t n, int32_t context)
+{
+    double kv = (double)b->plan.kv_page / PAGE_TOKENS;
+    return weight_bytes(b, n) + (double)n * (context * kv + 2.0 * (double)b->plan.state_slot);
+}
+
+static void decode_table(bench *b)
+{
+    printf("\ndecode, context %d%s\n", args.context, args.eager ? ", op by op" : "");
+    printf("%6s %10s %10s %10s %10s %8s %10s\n", "seqs", "GB", "floor ms", "step ms", "device ms",
+           "ratio", "tokens/s");
+    for (int i = 0; i < args.n_sizes; i++) {
+        int32_t n = args.sizes[i];
+        qv_batch batch = make_batch(b, n, args.context - 1, 1);
+        double device, bytes = step_bytes(b, n, args.context), floor = bytes / copy_rate;
+        double t = time_step(b, &batch, 20, &device);
+        printf("%6d %10.2f %10.3f %10.3f %10.3f %8.2f %10.0f\n", n, bytes * 1e-9, floor * 1e3,
+               t * 1e3, device * 1e3, t / floor, n / t);
+        fflush(stdout);
+    }
+}
+
+/* 2 FLOP a weight and token, and half of the square of attention; the head sees one row. */
+static double prefill_flop(const bench *b, double n)
+{
+    const qv_model_config *c = qv_model_get_config(b->model);
+    double matrices = weight_bytes(b, 1) / 2 - (double)(c->vocab * c->hidden);
+    double layers = (double)qv_model_config_count(c, QV_PART_ATTENTION);
+    return 2 * n * matrices + layers * 4 * n * n / 2 * (double)(c->n_heads * c->head_dim);
+}
+
+static void prefill_table(bench *b)
+{
+    qv_batch batch = make_batch(b, 1, 0, args.prompt);
+    double device, t = time_step(b, &batch, 5, &device);
+    double flop = prefill_flop(b, args.prompt) / gemm_rate;
+    double bytes = weight_bytes(b, args.prompt) / copy_rate, floor = flop > bytes ? flop : bytes;
+    printf("\nprefill of %d tokens: floor %.1f ms (FLOP %.1f, weights %.1f), step %.1f ms, device "
+           "%.1f "
+           "ms, ratio %.2f, %.0f tokens/s\n",
+           args.prompt, floor * 1e3, flop * 1e3, bytes * 1e3, t * 1e3, device * 1e3, t / floor,
+           args.prompt / t);
+}
+
+/* --- Main --------------------------------------------------------------------------------- */
+
+static int32_t number(const char *text)
+{
+    char *end;
+    long n = strtol(text, &end, 10);
+    if (*end != '\0' || n < 0 || n > 1 << 24) {
+        fprintf(stderr, "bench_model: '%s' is not a number of something\n", text);
+        exit(2);
+    }
+    return (int32_t)n;
+}
+
+static void parse_sizes(char *text)
+{
+    args.n_sizes = 0;
+    for (char *part = strtok(text, ","); part != NULL && args.n_sizes < MAX_SIZES;
+         part = strtok(NULL, ","))
+        args.sizes[args.n_sizes++] = number(part);
+}
+
+static void parse(int argc, char **argv)
+{
+    static const struct option table[] = {
+        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},          {0},
+    };
+    char sizes[] = "1,16,64";
+    parse_sizes(sizes);
+    for (int c; (c = getopt_long(argc, argv, "", table, NULL)) != -1;) {
+        switch (c) {
+        case 'b':
+            args.backend = optarg;
+            break;
+        case 'c':
+            args.context = number(optarg);
+            break;
+        case 'p':
+            args.prompt = number(optarg);
+            break;
+        case 's':
+            parse_sizes(optarg);
+            break;
+        case 'a':
+            args.adapters = number(optarg);
+            break;
+        case 'r':
+            args.rank = number(optarg);
+            break;
+        case 'e':
+            args.eager = true;
+            break;
+        default:
+            exit(2);
+        }
+    }
+    if (optind + 1 != argc || args.n_sizes == 0) {
+        fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
+                        "[--sizes N,N,...] [--adapters N] [--rank R] [--eager]\n");
+        exit(2);
+    }
+    args.dir = argv[optind];
+    for (int i = 0; i < args.n_sizes; i++)
+        args.max_size = args.sizes[i] > args.max_size ? args.sizes[i] : args.max_size;
+}
+
+static void open_model(bench *b)
+{
+    char weights[4096];
+    snprintf(weights, sizeof weights, "%s/model.safetensors", args.dir);
+    int32_t longest = args.context > args.prompt ? args.context : args.prompt;
+    b->pages_each = (longest + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    int32_t per_seq = (args.context + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    int32_t pages = args.max_size * per_seq;
+    qv_model_limits limits = {
+        .max_tokens = args.prompt > args.max_size ? args.prompt : args.max_size,
+        .max_seqs = args.max_size,
+        .max_logits = args.max_size,
+        .page_tokens = PAGE_TOKENS,
+        .n_pages = pages > b->pages_each ? pages : b->pages_each,
+        .n_state_slots = args.max_size,
+        .n_adapter_slots = args.adapters,
+        .max_lora_rank = args.adapters > 0 ? args.rank : 0,
+        .made_up_weights = access(weights, R_OK) != 0,
+        .max_seq_pages = b->pages_each,
+        .max_recorded = args.eager ? 0 : args.max_size,
+    };
+    double start = now();
+    check(qv_model_open(args.dir, b->be, &limits, NULL, NULL, &b->model), "open");
+    const qv_model_config *c = qv_model_get_config(b->model);
+    check(qv_model_plan(c, b->be, &limits, &b->plan), "plan");
+    b->vocab = c->vocab;
+    b->embed_bytes = c->vocab * c->hidden * 2;
+    b->ints = calloc((size_t)limits.max_tokens * 2 + (size_t)args.max_size * 16 +
+                         (size_t)args.max_size * (size_t)b->pages_each + 64,
+                     sizeof *b->ints);
+    printf("opened in %.2f s: weights %.2f GB%s, KV %.2f, state %.2f, adapters %.2f, activations "
+           "%.2f\n",
+           now() - start, (double)b->plan.weights * 1e-9,
+           limits.made_up_weights ? " (made up)" : "", (double)b->plan.kv * 1e-9,
+           (double)b->plan.state * 1e-9, (double)b->plan.adapters * 1e-9,
+           (double)b->plan.activations * 1e-9);
+}
+
+int main(int argc, char **argv)
+{
+    parse(argc, argv);
+    bench b = {.model = NULL};
+    qv_backend_options options = {.name = args.backend};
+    check(qv_backend_open(&options, &b.be), "backend");
+    measure_copy(b.be);
+    measure_gemm(b.be);
+    printf("%s on %s: copy %.2f TB/s, GEMM %.0f TFLOP/s\n", args.dir, qv_backend_describe(b.be),
+           copy_rate * 1e-12, gemm_rate * 1e-12);
+    open_model(&b);
+    decode_table(&b);
+    if (args.prompt > 0)
+        prefill_table(&b);
+    qv_model_close(b.model);
+    qv_backend_close(b.be);
+    free(b.ints);
+    return 0;
+}

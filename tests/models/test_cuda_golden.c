@@ -1,0 +1,199 @@
+/* The golden cases through the CUDA backend, whose arithmetic is BF16: close to the reference on
+ * the whole, adapters where they belong, greedy answers where the reference is sure.
+ *
+ * KL stands for mean(0.5 (logprob - reference)^2), as the models' own regression tests use it. */
+#include "tests/models/fixtures.h"
+
+#include <criterion/criterion.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The reference of a mean is the regression tests' limit of the family, and twice what the
+ * reference itself loses in BF16. */
+static const struct {
+    const char *name;
+    double limit;
+} models[] = {{"tiny-qwen3.5", 4e-3},
+              {"tiny-qwen3.5-moe", 1e-3},
+              {"tiny-nemotron3-nano", 2.5e-3},
+              {"tiny-nemotron3-super", 2.5e-3}};
+enum { N_MODELS = 4 };
+
+/* A choice of the reference may lose to another by so much before it counts as wrong. */
+#define MARGIN 0.3f
+
+static const qv_backend_options cuda = {.name = "cuda"};
+
+#define EACH_MODEL(g)                                                                              \
+    for (int m = 0, found = 0; m <= N_MODELS; m++)                                                 \
+        if (m == N_MODELS) {                                                                       \
+            if (found == 0)                                                                        \
+                cr_skip_test("no CUDA device, or no golden models: %s", qv_error());               \
+        } else if (fx_golden_open(&(g), models[m].name, &cuda) && ++found)
+
+static double kl(const float *x, const float *y, int32_t n)
+{
+    double sum = 0;
+    for (int32_t i = 0; i < n; i++)
+        sum += 0.5 * ((double)x[i] - y[i]) * ((double)x[i] - y[i]);
+    return sum;
+}
+
+/* Mean over all tokens of an adapter's cases, run in chunks; *noise of those that the reference has
+ * in BF16. */
+static double mean_kl(fx_golden *g, const char *adapter, const char *cases_of, int32_t chunk,
+                      double *noise)
+{
+    double sum = 0, ours = 0, theirs = 0;
+    int32_t n = 0;
+    for (int i = 0; i < g->n; i++) {
+        const fx_case *c = &g->cases[i];
+        if (strcmp(c->adapter, cases_of) != 0)
+            continue;
+        float *logprobs = fx_golden_logprobs(g, c, fx_golden_slot(g, adapter), chunk);
+        double one = kl(logprobs, c->logprobs, c->n - 1);
+        sum += one;
+        n += c->n - 1;
+        if (c->bf16 != NULL) {
+            ours += one;
+            theirs += kl(c->bf16, c->logprobs, c->n - 1);
+        }
+        free(logprobs);
+    }
+    *noise = theirs > 0 ? ours / theirs : 0;
+    return n > 0 ? sum / n : 0;
+}
+
+Test(cuda_golden, every_case_is_as_near_as_bf16_comes)
+{
+    fx_golden g;
+    EACH_MODEL(g)
+    {
+        double noise;
+        for (int chunk = 0; chunk <= 7; chunk += 7) {
+            double base = mean_kl(&g, "", "", chunk, &noise);
+            fprintf(stderr, "%s, chunks of %d: KL base %.2e (%.2f times the reference's own BF16)",
+                    models[m].name, chunk, base, noise);
+            cr_expect_leq(base, models[m].limit, "%s: KL %g", models[m].name, base);
+            cr_expect_leq(noise, 2.0, "%s: %g times the BF16 noise of the reference",
+                          models[m].name, noise);
+            for (int a = 0; a < g.n_adapters; a++) {
+                bool other = strcmp(g.adapters[a], "french-per-expert") == 0;
+                const char *cases_of = other ? "french" : g.adapters[a];
+                double ours = mean_kl(&g, g.adapters[a], cases_of, chunk, &noise);
+                double without = mean_kl(&g, "", cases_of, chunk, &noise);
+                fprintf(stderr, ", %s %.2e (base %.1e)", g.adapters[a], ours, without);
+                cr_expect_leq(ours, models[m].limit, "%s, %s: KL %g", models[m].name, g.adapters[a],
+                              ours);
+                cr_expect_gt(without, 2 * ours, "%s: %s makes no difference", models[m].name,
+                             g.adapters[a]);
+            }
+            fprintf(stderr, "\n");
+        }
+        fx_golden_close(&g);
+    }
+}
+
+static int32_t argmax(const float *row, int64_t n)
+{
+    int32_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        best = row[i] > row[best] ? (int32_t)i : best;
+    return best;
+}
+
+/* Along the reference's own greedy answer, token by token after the prompt, so that decode steps
+ * (and recorded ones) run. */
+static void check_greedy(fx_golden *g, const fx_case *c)
+{
+    int32_t n = c->n_prompt + c->n_greedy - 1, slot = fx_golden_slot(g, c->adapter);
+    int32_t *tokens = malloc((size_t)(n + 1) * sizeof *tokens), pages[64];
+    memcpy(tokens, c->tokens, (size_t)c->n_prompt * sizeof *tokens);
+    memcpy(tokens + c->n_prompt, c->greedy, (size_t)c->n_greedy * sizeof *tokens);
+    for (int i = 0; i < 64; i++)
+        pages[i] = i;
+    for (int32_t i = 0; i < c->n_greedy; i++) {
+        int32_t start = i == 0 ? 0 : c->n_prompt + i - 1, now = i == 0 ? c->n_prompt : 1;
+        fx_seq seq = {.tokens = tokens,
+                      .start = start,
+                      .n = now,
+                      .pages = pages,
+                      .adapter = slot,
+                      .logits = 1};
+        float *row = fx_step(g->model, &seq, 1);
+        int32_t best = argmax(row, g->vocab);
+        float loss = row[best] - row[c->greedy[i]];
+        cr_expect(loss <= MARGIN, "%s, %s: token %d of the answer is %d, not %d, by %g", g->dir,
+                  c->name, i, best, c->greedy[i], (double)loss);
+        free(row);
+    }
+    free(tokens);
+}
+
+Test(cuda_golden, greedy_answers_agree_where_the_reference_is_sure)
+{
+    fx_golden g;
+    EACH_MODEL(g)
+    {
+        for (int i = 0; i < g.n; i++)
+            if (g.cases[i].greedy != NULL)
+                check_greedy(&g, &g.cases[i]);
+        fx_golden_close(&g);
+    }
+}
+
+/* One decode step of several sequences, base and adapters mixed: recorded, padded and sorted. */
+Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
+{
+    fx_golden g;
+    EACH_MODEL(g)
+    {
+        enum { N = 7 };
+        float *alone[N];
+        fx_seq seqs[N];
+        int32_t pages[N][64];
+        for (int i = 0; i < N; i++) {
+            const fx_case *c = &g.cases[i % g.n];
+            for (int j = 0; j < 64; j++)
+                pages[i][j] = i * 40 + j % 40;
+            seqs[i] = (fx_seq){.tokens = c->tokens,
+                               .n = c->n - 1,
+                               .pages = pages[i],
+                               .state_slot = i % g.n,
+                               .adapter = i % 3 - 1 < g.n_adapters ? i % 3 - 1 : -1,
+                               .logits = 1};
+        }
+        int n = N < g.n ? N : g.n;
+        for (int pass = 0; pass < 2; pass++) {
+            for (int i = 0; i < n; i++) {
+                seqs[i].start = 0;
+                seqs[i].n = g.cases[i].n - 1;
+                free(fx_step(g.model, &seqs[i], 1));
+                seqs[i].start = seqs[i].n;
+                seqs[i].n = 1;
+            }
+            if (pass == 0) {
+                for (int i = 0; i < n; i++)
+                    alone[i] = fx_step(g.model, &seqs[i], 1);
+                continue;
+            }
+            float *all = fx_step(g.model, seqs, n);
+            for (int i = 0; i < n; i++) {
+                double error = 0, norm = 0;
+                for (int64_t v = 0; v < g.vocab; v++) {
+                    double d = (double)all[i * g.vocab + v] - alone[i][v];
+                    error += d * d;
+                    norm += (double)alone[i][v] * alone[i][v];
+                }
+                cr_expect_lt(sqrt(error / norm), 2e-2, "%s, sequence %d: %g", g.dir, i,
+                             sqrt(error / norm));
+            }
+            free(all);
+        }
+        for (int i = 0; i < n; i++)
+            free(alone[i]);
+        fx_golden_close(&g);
+    }
+}

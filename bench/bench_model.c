@@ -130,7 +130,7 @@ typedef struct {
     qv_model *model;
     qv_memory_plan plan;
     int64_t vocab, embed_bytes;
-    int32_t pages_each;
+    int32_t pages_each, pages_of_context, n_pages;
     int32_t *ints; /* all arrays of a batch, one after the other */
 } bench;
 
@@ -153,7 +153,7 @@ static qv_batch make_batch(const bench *b, int32_t n, int32_t before, int32_t no
         slot[i] = i;
         row[i] = (i + 1) * now_tokens - 1;
         for (int32_t j = 0; j < b->pages_each; j++)
-            table[i * b->pages_each + j] = i * b->pages_each + j;
+            table[i * b->pages_each + j] = (i * b->pages_of_context + j) % b->n_pages;
     }
     seq_start[n] = n_tokens;
     int32_t segs = args.adapters == 0 ? 1 : args.adapters < n ? args.adapters : n;
@@ -364,6 +364,8 @@ static void open_model(bench *b)
         .max_seq_pages = b->pages_each,
         .max_recorded = args.eager ? 0 : args.max_size,
     };
+    b->pages_of_context = per_seq;
+    b->n_pages = limits.n_pages;
     double start = now();
     check(qv_model_open(args.dir, b->be, &limits, NULL, NULL, &b->model), "open");
     const qv_model_config *c = qv_model_get_config(b->model);

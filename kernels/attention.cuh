@@ -17,20 +17,28 @@ __device__ __forceinline__ int64_t key_at(const qv_k_attention_args &c, const in
     return (row * c.n_kv_heads + kv_head) * c.head_dim;
 }
 
-/* Rows [first, first + ROWS) of keys or values into a tile, by all THREADS threads; rows at and
- * after `end` become zero (their page may not exist). */
+/* Where the rows of a tile are: finding one takes a division and a look into the page table, so
+ * each is found once, by one thread, and read by the many that copy its pieces. */
+template <int ROWS>
+__device__ __forceinline__ void find_rows(int64_t *at, const qv_k_attention_args &c,
+                                          const int32_t *pages, int kv_head, int first, int end)
+{
+    int row = threadIdx.x;
+    if (row < ROWS)
+        at[row] = first + row < end ? key_at(c, pages, first + row, kv_head) : -1;
+}
+
+/* Rows of keys or values into a tile, by all THREADS threads; rows that are nowhere become zero. */
 template <int D, int ROWS, int THREADS>
-__device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *pool,
-                                          const qv_k_attention_args &c, const int32_t *pages,
-                                          int kv_head, int first, int end)
+__device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *pool, const int64_t *at)
 {
     constexpr int PIECES = D / 8; /* of a row, 16 bytes each */
 #pragma unroll
     for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
-        int at = i * THREADS + threadIdx.x, row = at / PIECES, piece = at % PIECES;
-        bool in = first + row < end;
-        const bf16 *src = in ? pool + key_at(c, pages, first + row, kv_head) + piece * 8 : pool;
-        copy16(tile + tile_at<D>(row, piece * 8), src, in);
+        int place = i * THREADS + threadIdx.x, row = place / PIECES, piece = place % PIECES;
+        int64_t from = at[row];
+        copy16(tile + tile_at<D>(row, piece * 8), pool + (from < 0 ? 0 : from) + piece * 8,
+               from >= 0);
     }
 }
 

@@ -12,7 +12,8 @@
 namespace
 {
 
-constexpr int GROUP = 16;      /* rows of a fragment: query heads of a KV head */
+constexpr int GROUP = 16; /* rows of a fragment: query heads of a KV head */
+constexpr int MAX_PIECES = 64;
 constexpr int MIN_PIECE = 128; /* keys; less is not worth a block */
 
 template <int D, int WARPS, int STAGES> struct decode_shape {
@@ -33,6 +34,52 @@ __device__ __forceinline__ float *piece_sums(const qv_k_attention_args &c, int s
     return (float *)c.scratch + at * group * (c.head_dim + 2);
 }
 
+/* Add up the pieces of one KV head: out[row, col] = sum of piece * factor. `shared` has room for
+ * MAX_PIECES * GROUP factors. Columns four at a time, the pieces' loads independent of each other.
+ */
+template <int D, int THREADS>
+__device__ __forceinline__ void join_pieces(const qv_k_attention_args &c, const float *all,
+                                            int n_pieces, int group, float *shared, bf16 *out)
+{
+    int64_t step = (int64_t)group * (D + 2);
+    float *factor = shared, *total = shared + MAX_PIECES * GROUP;
+    for (int i = threadIdx.x; i < n_pieces * group; i += THREADS) {
+        int piece = i / group, row = i % group;
+        factor[piece * GROUP + row] = __ldcg(all + piece * step + group * D + 2 * row);
+    }
+    __syncthreads();
+    for (int row = threadIdx.x; row < group; row += THREADS) {
+        float whole = -INFINITY, sum = 0;
+        for (int p = 0; p < n_pieces; p++)
+            whole = fmaxf(whole, factor[p * GROUP + row]);
+#pragma unroll 8
+        for (int p = 0; p < n_pieces; p++) {
+            float f = exp2f(factor[p * GROUP + row] - whole);
+            factor[p * GROUP + row] = f;
+            sum += __ldcg(all + p * step + group * D + 2 * row + 1) * f;
+        }
+        total[row] = 1.0f / sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < group * D / 4; i += THREADS) {
+        int row = i * 4 / D, col = i * 4 % D;
+        float4 v = {0, 0, 0, 0};
+#pragma unroll 8
+        for (int p = 0; p < n_pieces; p++) {
+            float2 a = __ldcg((const float2 *)(all + p * step) + 2 * i);
+            float2 b = __ldcg((const float2 *)(all + p * step) + 2 * i + 1);
+            float f = factor[p * GROUP + row];
+            v.x = fmaf(a.x, f, v.x);
+            v.y = fmaf(a.y, f, v.y);
+            v.z = fmaf(b.x, f, v.z);
+            v.w = fmaf(b.y, f, v.w);
+        }
+        float scale = total[row];
+        uint2 packed = {pack_bf16(v.x * scale, v.y * scale), pack_bf16(v.z * scale, v.w * scale)};
+        *(uint2 *)(out + row * c.o.head + col) = packed;
+    }
+}
+
 template <int D, int WARPS, int STAGES>
 __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args c)
 {
@@ -40,6 +87,7 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args 
     constexpr int THREADS = 32 * WARPS, TILE = shape::TILE;
     extern __shared__ __align__(16) bf16 memory[];
     __shared__ float row_max[WARPS][GROUP], row_sum[WARPS][GROUP];
+    __shared__ int64_t row_at[2][TILE];
     __shared__ bool is_last;
 
     int seq = blockIdx.z, kv_head = blockIdx.y, piece = blockIdx.x;
@@ -66,14 +114,17 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args 
         copy16(q_tile + tile_at<D>(row, col), q, row < group);
     }
     int n_tiles = (end - begin + TILE - 1) / TILE;
+    /* Rows of tile i are found one tile ahead of its copies. */
+    find_rows<TILE>(row_at[0], c, pages, kv_head, begin, end);
     auto load = [&](int tile) {
+        __syncthreads();
         if (tile < n_tiles) {
             bf16 *stage = memory + tile % STAGES * shape::STAGE;
-            int first = begin + tile * TILE;
-            load_rows<D, TILE, THREADS>(stage, (const bf16 *)c.k_pages, c, pages, kv_head, first,
-                                        end);
-            load_rows<D, TILE, THREADS>(stage + TILE * D, (const bf16 *)c.v_pages, c, pages,
-                                        kv_head, first, end);
+            load_rows<D, TILE, THREADS>(stage, (const bf16 *)c.k_pages, row_at[tile & 1]);
+            load_rows<D, TILE, THREADS>(stage + TILE * D, (const bf16 *)c.v_pages,
+                                        row_at[tile & 1]);
+            find_rows<TILE>(row_at[(tile + 1) & 1], c, pages, kv_head, begin + (tile + 1) * TILE,
+                            end);
         }
         copies_commit();
     };
@@ -85,7 +136,7 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args 
     float o[D / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {}, keep[2];
     float scale = c.scale * LOG2_E;
     for (int tile = 0; tile < n_tiles; tile++) {
-        load(tile + STAGES - 1); /* into the stage that all have left, see the barrier below */
+        load(tile + STAGES - 1); /* its barrier: all have left the stage that it writes */
         copies_wait<STAGES - 1>();
         __syncthreads();
         const bf16 *stage = memory + tile % STAGES * shape::STAGE;
@@ -107,7 +158,6 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args 
             for (int j = 0; j < 4; j++)
                 o[i][j] *= keep[j >> 1];
         add_values<D, 2>(o, s, stage + TILE * D, warp * 16);
-        __syncthreads(); /* the next load writes where this tile was read */
     }
 
     /* Join the warps. */
@@ -173,22 +223,8 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args 
     if (!is_last)
         return;
     __threadfence();
-    const float *all = piece_sums(c, seq, kv_head, 0);
-    int64_t step = (int64_t)group * (D + 2);
-    for (int i = threadIdx.x; i < group * D; i += THREADS) {
-        int row = i / D, col = i % D;
-        float whole = -INFINITY, total = 0, v = 0;
-        for (int p = 0; p < n_pieces; p++)
-            whole = fmaxf(whole, __ldcg(all + p * step + group * D + 2 * row));
-        for (int p = 0; p < n_pieces; p++) {
-            const float *from = all + p * step;
-            float factor = exp2f(__ldcg(from + group * D + 2 * row) - whole);
-            total += __ldcg(from + group * D + 2 * row + 1) * factor;
-            v += __ldcg(from + i) * factor;
-        }
-        ((bf16 *)c.o.data)[token * c.o.token + (kv_head * group + row) * c.o.head + col] =
-            __float2bfloat16(v / total);
-    }
+    join_pieces<D, THREADS>(c, piece_sums(c, seq, kv_head, 0), n_pieces, group, (float *)memory,
+                            (bf16 *)c.o.data + token * c.o.token + kv_head * group * c.o.head);
 }
 
 template <int D, int WARPS, int STAGES>
@@ -211,7 +247,7 @@ int32_t qv_k_attention_splits(int32_t n_seqs, int32_t n_kv_heads, int32_t n_sms)
 {
     int64_t pairs = (int64_t)n_seqs * n_kv_heads;
     int64_t n = pairs > 0 ? (4 * (int64_t)n_sms + pairs - 1) / pairs : 1;
-    return n < 8 ? 8 : n > 64 ? 64 : (int32_t)n;
+    return n < 8 ? 8 : n > MAX_PIECES ? MAX_PIECES : (int32_t)n;
 }
 
 size_t qv_k_attention_scratch(int32_t n_seqs, int32_t n_heads, int32_t head_dim, int32_t n_splits)
@@ -233,7 +269,7 @@ extern "C" qv_status qv_k_attention_decode(const qv_k_attention_args *c, bool la
         error = launch<128, 4, 3>(*c, s);
         break;
     default:
-        error = large ? launch<256, 4, 2>(*c, s) : launch<256, 2, 2>(*c, s);
+        error = large ? launch<256, 4, 3>(*c, s) : launch<256, 2, 2>(*c, s);
         break;
     }
     if (error != cudaSuccess)

@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args
     using shape = prefill_shape<D, WARPS, KEYS>;
     constexpr int THREADS = 32 * WARPS, QUERIES = shape::QUERIES, N = KEYS / 8;
     extern __shared__ __align__(16) bf16 memory[];
+    __shared__ int64_t row_at[2][KEYS];
     bf16 *q_tile = memory + 2 * shape::STAGE;
     int head = blockIdx.x, kv_head = head / (c.n_heads / c.n_kv_heads), in_seq;
     int seq = find_tile<QUERIES>(c, gridDim.y - 1 - blockIdx.y, &in_seq);
@@ -71,13 +72,15 @@ __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args
         copy16(q_tile + tile_at<D>(row, col), q, row < n_rows);
     }
     int n_tiles = (end + KEYS - 1) / KEYS;
+    find_rows<KEYS>(row_at[0], c, pages, kv_head, 0, end);
     auto load = [&](int tile) {
+        __syncthreads();
         if (tile < n_tiles) {
             bf16 *stage = memory + tile % 2 * shape::STAGE;
-            load_rows<D, KEYS, THREADS>(stage, (const bf16 *)c.k_pages, c, pages, kv_head,
-                                        tile * KEYS, end);
-            load_rows<D, KEYS, THREADS>(stage + KEYS * D, (const bf16 *)c.v_pages, c, pages,
-                                        kv_head, tile * KEYS, end);
+            load_rows<D, KEYS, THREADS>(stage, (const bf16 *)c.k_pages, row_at[tile & 1]);
+            load_rows<D, KEYS, THREADS>(stage + KEYS * D, (const bf16 *)c.v_pages,
+                                        row_at[tile & 1]);
+            find_rows<KEYS>(row_at[(tile + 1) & 1], c, pages, kv_head, (tile + 1) * KEYS, end);
         }
         copies_commit();
     };
@@ -88,7 +91,7 @@ __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args
     float scale = c.scale * LOG2_E;
     int first_row = pos + warp * 16 + g; /* the position of row g; row g + 8 is 8 later */
     for (int tile = 0; tile < n_tiles; tile++) {
-        load(tile + 1);
+        load(tile + 1); /* its barrier: all have left the stage that it writes */
         copies_wait<1>();
         __syncthreads();
         const bf16 *stage = memory + tile % 2 * shape::STAGE;
@@ -112,7 +115,6 @@ __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args
                     o[i][j] *= keep[j >> 1];
             add_values<D, N>(o, s, stage + KEYS * D, 0);
         }
-        __syncthreads(); /* the next load writes where this tile was read */
     }
     copies_wait<0>();
 

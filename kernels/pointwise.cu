@@ -128,10 +128,11 @@ __global__ void __launch_bounds__(THREADS)
 /* --- RoPE --------------------------------------------------------------------------------- */
 
 constexpr int MAX_ROTARY = 1024;
-constexpr int KNOWN = 64; /* frequencies that travel with the launch */
+constexpr double TURN = 0.15915494309189535; /* 1 / (2 pi) */
+constexpr int KNOWN = 64;                    /* frequencies that travel with the launch */
 
 struct frequencies {
-    double f[KNOWN]; /* theta^(-2i / rotary_dim) */
+    double f[KNOWN]; /* theta^(-2i / rotary_dim), in turns: over 2 pi */
 };
 
 /* A block a token: the angles once into shared memory, then all heads. A thread turns both numbers
@@ -145,11 +146,10 @@ __global__ void __launch_bounds__(THREADS)
         return;
     int pos = c.pos[t];
     for (int i = threadIdx.x; i < half; i += THREADS) {
-        double f = i < KNOWN ? known.f[i] : pow(c.theta, -2.0 * i / c.rotary_dim);
-        double s, co;
-        sincos(pos * f, &s, &co);
-        cosine[i] = (float)co;
-        sine[i] = (float)s;
+        double f = i < KNOWN ? known.f[i] : pow(c.theta, -2.0 * i / c.rotary_dim) * TURN;
+        /* Whole turns off in double; what is left is small enough for float32. */
+        double turns = pos * f;
+        sincospif((float)(2.0 * (turns - rint(turns))), &sine[i], &cosine[i]);
     }
     int seq = range_of(c.seq_start, c.n_seqs, t);
     int64_t page = c.page_table[(int64_t)seq * c.page_stride + pos / c.page_tokens];
@@ -249,7 +249,8 @@ qv_status qv_k_rope_kv_write(const qv_k_rope_args *args, void *stream)
                        args->rotary_dim, MAX_ROTARY);
     frequencies known;
     for (int i = 0; i < KNOWN; i++)
-        known.f[i] = i < args->rotary_dim / 2 ? pow(args->theta, -2.0 * i / args->rotary_dim) : 0;
+        known.f[i] =
+            i < args->rotary_dim / 2 ? pow(args->theta, -2.0 * i / args->rotary_dim) * TURN : 0;
     rope_kernel<<<(unsigned)args->n_tokens, THREADS, 0, (cudaStream_t)stream>>>(*args, known);
     return qv_k_check_launch("rope_kv_write");
 }

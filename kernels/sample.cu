@@ -24,7 +24,8 @@ constexpr int SCAN_THREADS = 256;
 constexpr int CHUNK_LOGITS = 8192; /* of one block of the scan */
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int BINS = 2048;
-constexpr int AHEAD = 8; /* loads of a lane in flight */
+constexpr int AHEAD = 16;  /* loads of a lane in flight */
+constexpr int LIST = 2816; /* candidates that fit in shared memory */
 
 struct chunk_stats {
     float max, sum;       /* sum of exp(logit - max), all columns */
@@ -129,6 +130,8 @@ struct workspace {
     mass rest;
     uint32_t found;
     int chosen, n_top;
+    float list[LIST]; /* logits of candidates, in the order of ids */
+    int list_id[LIST];
     float top[QV_K_MAX_TOP];
     int top_id[QV_K_MAX_TOP];
 };
@@ -323,15 +326,100 @@ __device__ mass kept_mass(const row_state &r, workspace &ws, cut k, float min_p)
 
 /* --- A row -------------------------------------------------------------------------------- */
 
+/* Candidates for what top-k or top-p will keep: those within e^-8 of the most likely one nearly
+ * always do, else those within e^-20. True when they do and fit in shared memory; r is then the
+ * list. *whole is the mass of the row. */
+__device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, mass *whole)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    uint32_t n8 = 0, n20 = 0;
+    mass m8 = 0, m20 = 0, all = 0;
+    for_each(r, ws, {0, UINT32_MAX}, [&](int, float x, uint32_t, bool kept) {
+        float depth = (r.max - x) / r.temperature;
+        mass m = kept ? mass_of(r, x) : 0;
+        all += m;
+        if (kept && depth <= 20.0f) {
+            n20++;
+            m20 += m;
+        }
+        if (kept && depth <= 8.0f) {
+            n8++;
+            m8 += m;
+        }
+    });
+    uint32_t own8 = __reduce_add_sync(0xffffffffu, n8), own20 = __reduce_add_sync(0xffffffffu, n20);
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1) {
+        m8 += __shfl_xor_sync(0xffffffffu, m8, i);
+        m20 += __shfl_xor_sync(0xffffffffu, m20, i);
+        all += __shfl_xor_sync(0xffffffffu, all, i);
+    }
+    /* The bins are free: four numbers of each warp. */
+    __syncthreads();
+    if (lane == 0) {
+        ws.bin[warp] = all;
+        ws.bin[WARPS + warp] = m8;
+        ws.bin[2 * WARPS + warp] = m20;
+        ws.bin[3 * WARPS + warp] = own8;
+        ws.bin[4 * WARPS + warp] = own20;
+    }
+    __syncthreads();
+    mass sums[5] = {};
+    for (int i = 0; i < WARPS; i++)
+        for (int j = 0; j < 5; j++)
+            sums[j] += ws.bin[j * WARPS + i];
+    *whole = sums[0];
+    double limit = (double)p.top_p * (double)sums[0];
+    bool by_k = p.top_k > 0;
+    float depth;
+    mass count;
+    if (by_k ? sums[3] >= (mass)p.top_k : (double)sums[1] >= limit) {
+        depth = 8.0f;
+        count = sums[3];
+    } else if (by_k ? sums[4] >= (mass)p.top_k : (double)sums[2] >= limit) {
+        depth = 20.0f;
+        count = sums[4];
+    } else {
+        return false;
+    }
+    if (count > LIST)
+        return false;
+    uint32_t at = 0;
+    for (int i = 0; i < warp; i++)
+        at += (uint32_t)ws.bin[(depth == 8.0f ? 3 : 4) * WARPS + i];
+    for_each(r, ws, {0, UINT32_MAX}, [&](int id, float x, uint32_t, bool kept) {
+        bool in = kept && (r.max - x) / r.temperature <= depth;
+        unsigned lanes = __ballot_sync(0xffffffffu, in);
+        if (in) {
+            uint32_t place = at + __popc(lanes & ((1u << lane) - 1));
+            ws.list[place] = x;
+            ws.list_id[place] = id;
+        }
+        at += __popc(lanes);
+    });
+    __syncthreads();
+    int n = (int)count, per_warp = ((n + WARPS - 1) / WARPS + 31) / 32 * 32;
+    r.logit = ws.list;
+    r.n = n;
+    r.begin = warp * per_warp < n ? warp * per_warp : n;
+    r.end = r.begin + per_warp < n ? r.begin + per_warp : n;
+    return true;
+}
+
 /* The first id, in their order, at which the running sum exceeds u times the whole. */
-__device__ int draw(const row_state &r, workspace &ws, const qv_k_sample_row &p)
+__device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p)
 {
     cut k = keep_all(ws);
-    bool cut_k = p.top_k > 0 && p.top_k < r.n, cut_p = p.top_p < 1.0f;
+    bool cut_k = p.top_k > 0 && p.top_k < r.n, cut_p = p.top_p < 1.0f, listed = false;
+    mass whole = 0;
+    if (cut_k || cut_p)
+        listed = gather(r, ws, p, &whole);
     if (cut_k)
         k = shorten(r, ws, k, false, (mass)p.top_k);
-    if (cut_p)
-        k = shorten(r, ws, k, true, (mass)((double)p.top_p * (double)kept_mass(r, ws, k, 0.0f)));
+    if (cut_p) {
+        mass left = cut_k ? kept_mass(r, ws, k, 0.0f) : whole;
+        k = shorten(r, ws, k, true, (mass)((double)p.top_p * (double)left));
+    }
     float min_p = p.min_p < 1.0f ? p.min_p : 1.0f;
     mass total = kept_mass(r, ws, k, min_p), target = (mass)(p.u * (double)total);
     mass before = 0;
@@ -354,7 +442,7 @@ __device__ int draw(const row_state &r, workspace &ws, const qv_k_sample_row &p)
             unsigned past = __ballot_sync(0xffffffffu, before + upto > target);
             if (past && !done) {
                 if (lane == __ffs(past) - 1)
-                    ws.chosen = id;
+                    ws.chosen = listed ? ws.list_id[id] : id;
                 done = true;
             }
             before += __shfl_sync(0xffffffffu, upto, 31);

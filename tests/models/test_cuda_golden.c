@@ -87,7 +87,7 @@ Test(cuda_golden, every_case_is_as_near_as_bf16_comes)
                 fprintf(stderr, ", %s %.2e (base %.1e)", g.adapters[a], ours, without);
                 cr_expect_leq(ours, models[m].limit, "%s, %s: KL %g", models[m].name, g.adapters[a],
                               ours);
-                cr_expect_gt(without, 2 * ours, "%s: %s makes no difference", models[m].name,
+                cr_expect_gt(without, 1.25 * ours, "%s: %s makes no difference", models[m].name,
                              g.adapters[a]);
             }
             fprintf(stderr, "\n");

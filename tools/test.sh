@@ -35,7 +35,7 @@ run_ctest() {
 }
 
 say "packages"
-tools/install_deps.sh --tests
+tools/install_deps.sh --tests --cuda
 
 say "build in $build/"
 cmake -G Ninja -S . -B "$build" -DQV_WERROR=ON -DQV_TESTS=ON -DQV_BENCH=ON >/dev/null
@@ -48,12 +48,12 @@ if [ $quick = 0 ]; then
     # System tests run real processes many times over: once, without sanitizers, is enough for them. Warnings
     # are errors in the first build only: gcc finds some under sanitizers that are none.
     say "tests under the address and undefined sanitizers"
-    cmake -G Ninja -S . -B "$build-asan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_SANITIZE=address,undefined >/dev/null
+    cmake -G Ninja -S . -B "$build-asan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_CUDA=OFF -DQV_SANITIZE=address,undefined >/dev/null
     cmake --build "$build-asan"
     run_ctest "$build-asan" -LE system --timeout 1200
 
     say "tests with threads under the thread sanitizer"
-    cmake -G Ninja -S . -B "$build-tsan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_SANITIZE=thread >/dev/null
+    cmake -G Ninja -S . -B "$build-tsan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_CUDA=OFF -DQV_SANITIZE=thread >/dev/null
     cmake --build "$build-tsan"
     run_ctest "$build-tsan" -L threads --timeout 1200
 fi

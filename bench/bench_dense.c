@@ -311,6 +311,25 @@ static void bench_attention(bool rope)
 
 /* --- Sampling ----------------------------------------------------------------------------- */
 
+/* A row like a model's: bell-shaped, with a few favourites. */
+static void upload_logits(qv_tensor t)
+{
+    int64_t n = t.shape[1];
+    float *row = malloc((size_t)n * sizeof *row);
+    for (int64_t i = 0; i < t.shape[0]; i++) {
+        for (int64_t j = 0; j < n && i == 0; j++) {
+            float sum = 0;
+            for (uint64_t k = 0; k < 6; k++)
+                sum += qv_made_up(7, (uint64_t)j * 6 + k);
+            row[j] = 1.8f * sum;
+        }
+        for (int64_t j = 0; j < 40; j++)
+            row[(i * 977 + j * 6007) % n] = 10 + 0.2f * (float)j;
+        pass(qv_backend_upload(be, (float *)t.data + i * n, row, (size_t)n * sizeof *row));
+    }
+    free(row);
+}
+
 /* Timed with its copies and the host's part, since that is how a step has it. */
 static void bench_sample(void)
 {
@@ -322,6 +341,7 @@ static void bench_sample(void)
             static const char *const names[] = {"greedy", "temperature", "top-k 50, top-p 0.9"};
             int64_t n = counts[j];
             qv_tensor logits = qv_tensor_2d(made_up(QV_F32, n * VOCAB, 10), QV_F32, n, VOCAB);
+            upload_logits(logits);
             qv_sample_row *rows = calloc((size_t)n, sizeof *rows);
             qv_sample_result *results = calloc((size_t)n, sizeof *results);
             for (int64_t i = 0; i < n; i++)

@@ -13,6 +13,23 @@
 /* QV_OK, or what the launch of `name` failed with. */
 extern "C" qv_status qv_k_check_launch(const char *name);
 
+/* Dependent launches (9.0 and later): a kernel that lets its successor start early, and a successor
+ * that waits before it reads or writes what others may be working on. A successor that was launched
+ * the ordinary way waits by itself. */
+__device__ __forceinline__ void let_next_start()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 /* Eight BF16 numbers as one 16-byte access. */
 struct __align__(16) bf16x8
 {

@@ -26,7 +26,9 @@ typedef struct {
     float presence_penalty, frequency_penalty, repetition_penalty;
     int32_t seen, n_seen;     /* its part of args.seen */
     int32_t banned, n_banned; /* its part of args.banned */
-    double u;                 /* the draw, in [0, 1) */
+    int32_t
+        list; /* which list of candidates is its; -1: none, top-k and top-p go over all logits */
+    double u; /* the draw, in [0, 1) */
 } qv_k_sample_row;
 
 #define QV_K_SAMPLE_NOT_FINITE (-1) /* in token: why there is none */
@@ -48,10 +50,12 @@ typedef struct {
     qv_k_sample_seen *seen;
     const int32_t *banned;
     qv_k_sample_result *results; /* [n_rows] */
-    void *scratch;               /* of qv_k_sample_scratch bytes */
+    int32_t n_lists;
+    void *scratch; /* of qv_k_sample_scratch bytes */
 } qv_k_sample_args;
 
-size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab);
+/* With room for the lists of n_lists rows, at most n_rows. */
+size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab, int32_t n_lists);
 qv_status qv_k_sample(const qv_k_sample_args *args, void *stream);
 
 #ifdef __cplusplus

@@ -14,7 +14,7 @@
 namespace
 {
 
-constexpr int WARPS = 8;
+constexpr int ANY_WARPS = 8;
 constexpr int STEP = 128; /* of k, by one warp at a time: 8 loads of W a thread in flight */
 
 __device__ __forceinline__ uint4 load_stream(const bf16 *p)
@@ -34,8 +34,26 @@ __device__ __forceinline__ void store(void *y, bool f32, int64_t at, float v)
         ((bf16 *)y)[at] = __float2bfloat16(v);
 }
 
-/* NT tiles of 8 tokens. */
-template <int NT> __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
+/* What one warp takes of W at a time: 16 rows, STEP of k. */
+struct piece {
+    uint4 a0[4], a1[4];
+};
+
+__device__ __forceinline__ void load_piece(piece &p, const bf16 *w0, const bf16 *w1, int64_t k,
+                                           int64_t n_in)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        bool in = k + j * 32 < n_in; /* n_in is a multiple of 32 */
+        p.a0[j] = in ? load_stream(w0 + k + j * 32) : uint4{};
+        p.a1[j] = in ? load_stream(w1 + k + j * 32) : uint4{};
+    }
+}
+
+/* NT tiles of 8 tokens. The first piece is on its way before the kernel waits for the one before
+ * it, whose results x are; each next one before the one at hand is used. */
+template <int NT, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
 {
     __shared__ float sums[WARPS][NT][4][32];
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
@@ -52,27 +70,25 @@ template <int NT> __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv
         x[i] = (const bf16 *)c.x + token * c.x_stride + t * 8;
     }
     float acc[NT][4] = {};
-    for (int64_t k0 = (int64_t)warp * STEP; k0 < c.n_in; k0 += WARPS * STEP) {
-        uint4 a0[4], a1[4];
+    piece now, next;
+    load_piece(now, w0, w1, (int64_t)warp * STEP, c.n_in);
+    wait_for_previous();
+    for (int64_t k = (int64_t)warp * STEP; k < c.n_in; k += WARPS * STEP) {
+        load_piece(next, w0, w1, k + WARPS * STEP, c.n_in);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            bool in = k0 + j * 32 < c.n_in; /* n_in is a multiple of 32 */
-            a0[j] = in ? load_stream(w0 + k0 + j * 32) : uint4{};
-            a1[j] = in ? load_stream(w1 + k0 + j * 32) : uint4{};
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (k0 + j * 32 >= c.n_in)
+            if (k + j * 32 >= c.n_in)
                 break;
-            const uint32_t first[4] = {a0[j].x, a1[j].x, a0[j].y, a1[j].y};
-            const uint32_t second[4] = {a0[j].z, a1[j].z, a0[j].w, a1[j].w};
+            const uint32_t first[4] = {now.a0[j].x, now.a1[j].x, now.a0[j].y, now.a1[j].y};
+            const uint32_t second[4] = {now.a0[j].z, now.a1[j].z, now.a0[j].w, now.a1[j].w};
 #pragma unroll
             for (int i = 0; i < NT; i++) {
-                uint4 b = *(const uint4 *)(x[i] + k0 + j * 32);
+                uint4 b = *(const uint4 *)(x[i] + k + j * 32);
                 mma(acc[i], first, b.x, b.y);
                 mma(acc[i], second, b.z, b.w);
             }
         }
+        now = next;
     }
 #pragma unroll
     for (int i = 0; i < NT; i++)
@@ -95,15 +111,33 @@ template <int NT> __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv
     }
 }
 
+/* Few rows leave few blocks, which must then have more in flight each. The choice depends on W
+ * alone, so that a row's sums do not depend on how many tokens there are. */
+template <int NT> cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStream_t stream)
+{
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    bool few = c.n_out <= 1024;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)((c.n_out + 15) / 16));
+    config.blockDim = dim3(few ? 512 : 256);
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    return few ? cudaLaunchKernelEx(&config, skinny_kernel<NT, 16>, c)
+               : cudaLaunchKernelEx(&config, skinny_kernel<NT, 8>, c);
+}
+
 /* --- Any shape ---------------------------------------------------------------------------- */
 
 constexpr int ANY_TOKENS = 8;
 
 /* A warp a row of W and ANY_TOKENS tokens. */
-__global__ void __launch_bounds__(32 * WARPS) any_kernel(qv_k_linear_args c)
+__global__ void __launch_bounds__(32 * ANY_WARPS) any_kernel(qv_k_linear_args c)
 {
     int lane = threadIdx.x & 31;
-    int64_t row = (int64_t)blockIdx.x * WARPS + (threadIdx.x >> 5);
+    int64_t row = (int64_t)blockIdx.x * ANY_WARPS + (threadIdx.x >> 5);
     int64_t first = (int64_t)blockIdx.y * ANY_TOKENS;
     if (row >= c.n_out)
         return;
@@ -135,23 +169,20 @@ bool qv_k_skinny_linear_can(const qv_k_linear_args *c)
 
 qv_status qv_k_skinny_linear(const qv_k_linear_args *c, void *stream)
 {
-    unsigned blocks = (unsigned)((c->n_out + 15) / 16);
     cudaStream_t s = (cudaStream_t)stream;
-    if (c->n_tokens <= 8)
-        skinny_kernel<1><<<blocks, 32 * WARPS, 0, s>>>(*c);
-    else if (c->n_tokens <= 16)
-        skinny_kernel<2><<<blocks, 32 * WARPS, 0, s>>>(*c);
-    else if (c->n_tokens <= 32)
-        skinny_kernel<4><<<blocks, 32 * WARPS, 0, s>>>(*c);
-    else
-        skinny_kernel<8><<<blocks, 32 * WARPS, 0, s>>>(*c);
+    cudaError_t error = c->n_tokens <= 8    ? launch_skinny<1>(*c, s)
+                        : c->n_tokens <= 16 ? launch_skinny<2>(*c, s)
+                        : c->n_tokens <= 32 ? launch_skinny<4>(*c, s)
+                                            : launch_skinny<8>(*c, s);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: skinny_linear: %s", cudaGetErrorString(error));
     return qv_k_check_launch("skinny_linear");
 }
 
 qv_status qv_k_any_linear(const qv_k_linear_args *c, void *stream)
 {
-    dim3 grid((unsigned)((c->n_out + WARPS - 1) / WARPS),
+    dim3 grid((unsigned)((c->n_out + ANY_WARPS - 1) / ANY_WARPS),
               (unsigned)((c->n_tokens + ANY_TOKENS - 1) / ANY_TOKENS));
-    any_kernel<<<grid, 32 * WARPS, 0, (cudaStream_t)stream>>>(*c);
+    any_kernel<<<grid, 32 * ANY_WARPS, 0, (cudaStream_t)stream>>>(*c);
     return qv_k_check_launch("any_linear");
 }

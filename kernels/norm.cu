@@ -56,6 +56,7 @@ template <qv_k_norm_kind KIND, int NV, int ROWS>
 __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
 {
     constexpr int WIDTH = 256 / ROWS;
+    let_next_start();
     __shared__ float shared[8];
     int lane = threadIdx.x % WIDTH;
     int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / WIDTH;

@@ -37,6 +37,7 @@ template <qv_k_pointwise_kind KIND, int STEP>
 __global__ void __launch_bounds__(THREADS)
     pointwise_kernel(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, int64_t total)
 {
+    let_next_start();
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= total)
         return;

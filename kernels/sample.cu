@@ -24,8 +24,8 @@ constexpr int SCAN_THREADS = 256;
 constexpr int CHUNK_LOGITS = 8192; /* of one block of the scan */
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int BINS = 2048;
-constexpr int AHEAD = 16;  /* loads of a lane in flight */
-constexpr int LIST = 2816; /* candidates that fit in shared memory */
+constexpr int AHEAD = 16;   /* loads of a lane in flight */
+constexpr int LIST = 16384; /* candidates of a row that are worth a list */
 
 struct chunk_stats {
     float max, sum;       /* sum of exp(logit - max), all columns */
@@ -130,8 +130,6 @@ struct workspace {
     mass rest;
     uint32_t found;
     int chosen, n_top;
-    float list[LIST]; /* logits of candidates, in the order of ids */
-    int list_id[LIST];
     float top[QV_K_MAX_TOP];
     int top_id[QV_K_MAX_TOP];
 };
@@ -142,9 +140,14 @@ __device__ __forceinline__ float probability(const row_state &r, float x)
     return expf(r.temperature == 1.0f ? z : z / r.temperature);
 }
 
+__device__ __forceinline__ mass as_mass(float probability)
+{
+    return __float2ull_rn(probability * 1099511627776.0f);
+}
+
 __device__ __forceinline__ mass mass_of(const row_state &r, float x)
 {
-    return __float2ull_rn(probability(r, x) * 1099511627776.0f);
+    return as_mass(probability(r, x));
 }
 
 /* Call f(id, logit) for all that the cut keeps, each warp for its ids in their order, 32 at a time;
@@ -178,45 +181,36 @@ __device__ __forceinline__ void for_each(const row_state &r, const workspace &ws
     }
 }
 
-/* Where the running sum of the bins, in `step` direction from `from`, reaches ws.rest: ws.found,
+/* Where the running sum of the bins, from the first or from the last on, reaches ws.rest: ws.found,
  * and ws.rest becomes what that bin has to give. The last bin that holds anything if it is never
- * reached. One thread; 2048 additions are 10 us only in the worst case, so whole warps skip what is
- * empty. */
+ * reached. All threads, two bins each. */
 __device__ void find_bin(workspace &ws, bool from_top)
 {
-    int lane = threadIdx.x & 31;
-    if (threadIdx.x < 32) {
-        mass rest = ws.rest, done = 0;
-        int found = -1, last = -1;
-        mass last_rest = 0;
-        for (int group = 0; group < BINS / 32 && found < 0; group++) {
-            int place = group * 32 + lane, bin = from_top ? BINS - 1 - place : place;
-            mass own = ws.bin[bin], upto = own;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, place = 2 * (int)threadIdx.x;
+    int first = from_top ? BINS - 1 - place : place, second = from_top ? first - 1 : first + 1;
+    mass a = ws.bin[first], own = a + ws.bin[second], upto = own, rest = ws.rest;
 #pragma unroll
-            for (int i = 1; i < 32; i *= 2) {
-                mass v = __shfl_up_sync(0xffffffffu, upto, i);
-                upto += lane >= i ? v : 0;
-            }
-            unsigned filled = __ballot_sync(0xffffffffu, own > 0);
-            unsigned there = __ballot_sync(0xffffffffu, own > 0 && done + upto >= rest);
-            unsigned pick = there ? there & (0u - there) : 0;
-            int from = pick ? __ffs(pick) - 1 : filled ? 31 - __clz(filled) : 0;
-            mass before = done + __shfl_sync(0xffffffffu, upto - own, from);
-            mass in_bin = __shfl_sync(0xffffffffu, own, from);
-            int bin_from = __shfl_sync(0xffffffffu, bin, from);
-            if (pick) {
-                found = bin_from;
-                rest = rest > before ? rest - before : 0;
-            } else if (filled) {
-                last = bin_from;
-                last_rest = in_bin;
-            }
-            done += __shfl_sync(0xffffffffu, upto, 31);
-        }
-        if (lane == 0) {
-            ws.found = (uint32_t)(found >= 0 ? found : last >= 0 ? last : 0);
-            ws.rest = found >= 0 ? rest : last_rest;
-        }
+    for (int i = 1; i < 32; i *= 2) {
+        mass v = __shfl_up_sync(0xffffffffu, upto, i);
+        upto += lane >= i ? v : 0;
+    }
+    if (lane == 31)
+        ws.of_warp[warp] = upto;
+    __syncthreads();
+    mass before = upto - own, total = 0;
+    for (int i = 0; i < WARPS; i++) {
+        before += i < warp ? ws.of_warp[i] : 0;
+        total += ws.of_warp[i];
+    }
+    rest = rest < 1 ? 1 : rest > total ? total : rest;
+    if (before < rest && rest <= before + own) { /* one thread, if there is anything at all */
+        bool in_first = rest <= before + a;
+        ws.found = (uint32_t)(in_first ? first : second);
+        ws.rest = rest - before - (in_first ? 0 : a);
+    }
+    if (total == 0 && threadIdx.x == 0) {
+        ws.found = 0;
+        ws.rest = 0;
     }
     __syncthreads();
 }
@@ -308,8 +302,8 @@ __device__ mass kept_mass(const row_state &r, workspace &ws, cut k, float min_p)
 {
     mass own = 0;
     for_each(r, ws, k, [&](int, float x, uint32_t, bool kept) {
-        if (kept && probability(r, x) >= min_p)
-            own += mass_of(r, x);
+        float p = kept ? probability(r, x) : -1.0f;
+        own += p >= min_p ? as_mass(p) : 0;
     });
 #pragma unroll
     for (int i = 16; i > 0; i >>= 1)
@@ -326,17 +320,25 @@ __device__ mass kept_mass(const row_state &r, workspace &ws, cut k, float min_p)
 
 /* --- A row -------------------------------------------------------------------------------- */
 
+/* In the order of ids. */
+struct candidates {
+    float logit[LIST];
+    int id[LIST];
+};
+
 /* Candidates for what top-k or top-p will keep: those within e^-8 of the most likely one nearly
- * always do, else those within e^-20. True when they do and fit in shared memory; r is then the
- * list. *whole is the mass of the row. */
-__device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, mass *whole)
+ * always do, else those within e^-20. True when they do and fit in `list`; r is then the list.
+ * *whole is the mass of the row. */
+__device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, candidates *list,
+                       mass *whole)
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    bool by_k = p.top_k > 0 && p.top_k < r.n, by_mass = p.top_p < 1.0f && !by_k;
     uint32_t n8 = 0, n20 = 0;
     mass m8 = 0, m20 = 0, all = 0;
     for_each(r, ws, {0, UINT32_MAX}, [&](int, float x, uint32_t, bool kept) {
         float depth = (r.max - x) / r.temperature;
-        mass m = kept ? mass_of(r, x) : 0;
+        mass m = kept && by_mass ? mass_of(r, x) : 0;
         all += m;
         if (kept && depth <= 20.0f) {
             n20++;
@@ -370,7 +372,6 @@ __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, ma
             sums[j] += ws.bin[j * WARPS + i];
     *whole = sums[0];
     double limit = (double)p.top_p * (double)sums[0];
-    bool by_k = p.top_k > 0;
     float depth;
     mass count;
     if (by_k ? sums[3] >= (mass)p.top_k : (double)sums[1] >= limit) {
@@ -382,7 +383,7 @@ __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, ma
     } else {
         return false;
     }
-    if (count > LIST)
+    if (count > LIST || list == nullptr)
         return false;
     uint32_t at = 0;
     for (int i = 0; i < warp; i++)
@@ -392,14 +393,14 @@ __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, ma
         unsigned lanes = __ballot_sync(0xffffffffu, in);
         if (in) {
             uint32_t place = at + __popc(lanes & ((1u << lane) - 1));
-            ws.list[place] = x;
-            ws.list_id[place] = id;
+            list->logit[place] = x;
+            list->id[place] = id;
         }
         at += __popc(lanes);
     });
     __syncthreads();
     int n = (int)count, per_warp = ((n + WARPS - 1) / WARPS + 31) / 32 * 32;
-    r.logit = ws.list;
+    r.logit = list->logit;
     r.n = n;
     r.begin = warp * per_warp < n ? warp * per_warp : n;
     r.end = r.begin + per_warp < n ? r.begin + per_warp : n;
@@ -407,13 +408,13 @@ __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, ma
 }
 
 /* The first id, in their order, at which the running sum exceeds u times the whole. */
-__device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p)
+__device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p, candidates *list)
 {
     cut k = keep_all(ws);
     bool cut_k = p.top_k > 0 && p.top_k < r.n, cut_p = p.top_p < 1.0f, listed = false;
     mass whole = 0;
     if (cut_k || cut_p)
-        listed = gather(r, ws, p, &whole);
+        listed = gather(r, ws, p, list, &whole);
     if (cut_k)
         k = shorten(r, ws, k, false, (mass)p.top_k);
     if (cut_p) {
@@ -433,7 +434,8 @@ __device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p)
         int lane = threadIdx.x & 31;
         bool done = false;
         for_each(r, ws, k, [&](int id, float x, uint32_t, bool kept) {
-            mass upto = kept && probability(r, x) >= min_p ? mass_of(r, x) : 0;
+            float probable = kept ? probability(r, x) : -1.0f;
+            mass upto = probable >= min_p ? as_mass(probable) : 0;
 #pragma unroll
             for (int i = 1; i < 32; i *= 2) {
                 mass v = __shfl_up_sync(0xffffffffu, upto, i);
@@ -442,7 +444,7 @@ __device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p)
             unsigned past = __ballot_sync(0xffffffffu, before + upto > target);
             if (past && !done) {
                 if (lane == __ffs(past) - 1)
-                    ws.chosen = listed ? ws.list_id[id] : id;
+                    ws.chosen = listed ? list->id[id] : id;
                 done = true;
             }
             before += __shfl_sync(0xffffffffu, upto, 31);
@@ -492,7 +494,7 @@ __device__ __forceinline__ float penalise(float x, const qv_k_sample_row &p, int
 }
 
 __global__ void __launch_bounds__(THREADS)
-    choose_kernel(qv_k_sample_args c, const chunk_stats *stats, int n_chunks)
+    choose_kernel(qv_k_sample_args c, const chunk_stats *stats, candidates *lists, int n_chunks)
 {
     __shared__ workspace ws;
     const qv_k_sample_row p = c.rows[blockIdx.x];
@@ -571,7 +573,7 @@ __global__ void __launch_bounds__(THREADS)
     } else if (p.temperature > 0) {
         r.max = best;
         r.temperature = p.temperature;
-        token = draw(r, ws, p);
+        token = draw(r, ws, p, p.list < 0 ? nullptr : lists + p.list);
     }
     if (threadIdx.x == 0) {
         out->token = token;
@@ -591,17 +593,19 @@ int count_chunks(int32_t n_vocab)
 
 } // namespace
 
-size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab)
+size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab, int32_t n_lists)
 {
-    return (size_t)n_rows * (size_t)count_chunks(n_vocab) * sizeof(chunk_stats);
+    return (size_t)n_lists * sizeof(candidates) +
+           (size_t)n_rows * (size_t)count_chunks(n_vocab) * sizeof(chunk_stats);
 }
 
 qv_status qv_k_sample(const qv_k_sample_args *c, void *stream)
 {
     cudaStream_t s = (cudaStream_t)stream;
     int n_chunks = count_chunks(c->n_vocab);
-    chunk_stats *stats = (chunk_stats *)c->scratch;
+    candidates *lists = (candidates *)c->scratch;
+    chunk_stats *stats = (chunk_stats *)(lists + c->n_lists);
     scan_kernel<<<dim3((unsigned)n_chunks, (unsigned)c->n_rows), SCAN_THREADS, 0, s>>>(*c, stats);
-    choose_kernel<<<(unsigned)c->n_rows, THREADS, 0, s>>>(*c, stats, n_chunks);
+    choose_kernel<<<(unsigned)c->n_rows, THREADS, 0, s>>>(*c, stats, lists, n_chunks);
     return qv_k_check_launch("sample");
 }

@@ -140,7 +140,7 @@ static qv_status run_plan(qv_cuda_backend *cuda, const plan *p, const qv_k_linea
 
 /* Up to this many tokens our own kernel streams the weights faster; docs/performance.md has the
  * measurement. */
-#define SKINNY_TOKENS 16
+#define SKINNY_TOKENS 8
 
 static bool blas_can(const qv_k_linear_args *c)
 {

@@ -49,12 +49,16 @@ static int32_t list_seen(const qv_sample_row *row, int32_t *place, qv_k_sample_s
     return n;
 }
 
-static void fill_rows(const qv_sample_row *rows, int64_t n_rows, int32_t *place, const layout *l,
-                      char *block)
+/* Most rows of a step that get a list of candidates; 128 KiB each. */
+#define MAX_LISTS 512
+
+/* Returns how many lists the rows share out. */
+static int32_t fill_rows(const qv_sample_row *rows, int64_t n_rows, int32_t *place, const layout *l,
+                         char *block)
 {
     qv_k_sample_row *out = (qv_k_sample_row *)(void *)block;
     qv_k_sample_seen *seen = (qv_k_sample_seen *)(void *)(block + l->seen);
-    int32_t *banned = (int32_t *)(void *)(block + l->banned), n_seen = 0, n_banned = 0;
+    int32_t *banned = (int32_t *)(void *)(block + l->banned), n_seen = 0, n_banned = 0, n_lists = 0;
     for (int64_t i = 0; i < n_rows; i++) {
         const qv_sample_row *r = &rows[i];
         out[i] = (qv_k_sample_row){.target = r->target,
@@ -66,16 +70,20 @@ static void fill_rows(const qv_sample_row *rows, int64_t n_rows, int32_t *place,
                                    .presence_penalty = r->presence_penalty,
                                    .frequency_penalty = r->frequency_penalty,
                                    .repetition_penalty = r->repetition_penalty,
+                                   .list = -1,
                                    .seen = n_seen,
                                    .banned = n_banned};
         if (r->target >= 0)
             continue;
+        if (r->temperature > 0 && (r->top_k > 0 || r->top_p < 1.0f) && n_lists < MAX_LISTS)
+            out[i].list = n_lists++;
         out[i].u = qv_philox_uniform(r->seed, r->stream, r->draw);
         if (has_penalties(r))
             n_seen += out[i].n_seen = list_seen(r, place, seen + n_seen);
         memcpy(banned + n_banned, r->banned, (size_t)r->n_banned * sizeof *banned);
         n_banned += out[i].n_banned = r->n_banned;
     }
+    return n_lists;
 }
 
 static void take_results(const qv_k_sample_result *from, int64_t n_rows, qv_sample_result *results)
@@ -114,7 +122,7 @@ qv_status qv_cuda_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,
     size_t result_bytes = (size_t)n_rows * sizeof(qv_k_sample_result);
     QV_TRY(qv_cuda_mirror_require(cuda, &cuda->sample, l.total));
     QV_TRY(qv_cuda_mirror_require(cuda, &cuda->result, result_bytes));
-    fill_rows(rows, n_rows, cuda->seen_place, &l, cuda->sample.host);
+    int32_t n_lists = fill_rows(rows, n_rows, cuda->seen_place, &l, cuda->sample.host);
     char *params = cuda->sample.device;
     qv_k_sample_args args = {.logits = logits.data,
                              .stride = logits.stride[0],
@@ -124,8 +132,9 @@ qv_status qv_cuda_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,
                              .rows = (const qv_k_sample_row *)(void *)params,
                              .seen = (qv_k_sample_seen *)(void *)(params + l.seen),
                              .banned = (const int32_t *)(void *)(params + l.banned),
+                             .n_lists = n_lists,
                              .results = cuda->result.device};
-    QV_TRY(qv_cuda_scratch_require(cuda, qv_k_sample_scratch(args.n_rows, args.n_vocab),
+    QV_TRY(qv_cuda_scratch_require(cuda, qv_k_sample_scratch(args.n_rows, args.n_vocab, n_lists),
                                    &args.scratch));
     QV_CUDA_TRY(
         cudaMemcpyAsync(params, cuda->sample.host, l.total, cudaMemcpyHostToDevice, cuda->stream));

@@ -320,74 +320,79 @@ __device__ mass kept_mass(const row_state &r, workspace &ws, cut k, float min_p)
 
 /* --- A row -------------------------------------------------------------------------------- */
 
+__device__ __forceinline__ mass warp_mass(mass x)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1)
+        x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
 /* In the order of ids. */
 struct candidates {
     float logit[LIST];
     int id[LIST];
 };
 
-/* Candidates for what top-k or top-p will keep: those within e^-8 of the most likely one nearly
- * always do, else those within e^-20. True when they do and fit in `list`; r is then the list.
- * *whole is the mass of the row. */
+/* How far below the maximum candidates are looked for, in units of temperature: the first of these
+ * with enough of them wins. */
+constexpr int N_DEPTHS = 4;
+__constant__ float depths[N_DEPTHS] = {8, 11, 14, 20};
+
+/* Candidates for what top-k or top-p will keep: the nearest few of the most likely one nearly
+ * always do. True when they do and fit in `list`; r is then the list. *whole is the mass of the
+ * row, if top-p alone asks for it. */
 __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, candidates *list,
                        mass *whole)
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    bool by_k = p.top_k > 0 && p.top_k < r.n, by_mass = p.top_p < 1.0f && !by_k;
-    uint32_t n8 = 0, n20 = 0;
-    mass m8 = 0, m20 = 0, all = 0;
+    bool by_k = p.top_k > 0 && p.top_k < r.n;
+    uint32_t count[N_DEPTHS] = {};
+    mass upto[N_DEPTHS] = {}, all = 0;
     for_each(r, ws, {0, UINT32_MAX}, [&](int, float x, uint32_t, bool kept) {
-        float depth = (r.max - x) / r.temperature;
-        mass m = kept && by_mass ? mass_of(r, x) : 0;
+        float depth = kept ? (r.max - x) / r.temperature : INFINITY;
+        mass m = kept && !by_k ? mass_of(r, x) : 0;
         all += m;
-        if (kept && depth <= 20.0f) {
-            n20++;
-            m20 += m;
-        }
-        if (kept && depth <= 8.0f) {
-            n8++;
-            m8 += m;
+#pragma unroll
+        for (int j = 0; j < N_DEPTHS; j++) {
+            count[j] += depth <= depths[j];
+            upto[j] += depth <= depths[j] ? m : 0;
         }
     });
-    uint32_t own8 = __reduce_add_sync(0xffffffffu, n8), own20 = __reduce_add_sync(0xffffffffu, n20);
+    /* The bins are free: numbers of each warp. */
+    __syncthreads();
 #pragma unroll
-    for (int i = 16; i > 0; i >>= 1) {
-        m8 += __shfl_xor_sync(0xffffffffu, m8, i);
-        m20 += __shfl_xor_sync(0xffffffffu, m20, i);
-        all += __shfl_xor_sync(0xffffffffu, all, i);
+    for (int j = 0; j < N_DEPTHS; j++) {
+        count[j] = __reduce_add_sync(0xffffffffu, count[j]);
+        mass m = warp_mass(upto[j]);
+        if (lane == 0) {
+            ws.bin[j * WARPS + warp] = count[j];
+            ws.bin[(N_DEPTHS + j) * WARPS + warp] = m;
+        }
     }
-    /* The bins are free: four numbers of each warp. */
+    all = warp_mass(all);
+    if (lane == 0)
+        ws.bin[2 * N_DEPTHS * WARPS + warp] = all;
     __syncthreads();
-    if (lane == 0) {
-        ws.bin[warp] = all;
-        ws.bin[WARPS + warp] = m8;
-        ws.bin[2 * WARPS + warp] = m20;
-        ws.bin[3 * WARPS + warp] = own8;
-        ws.bin[4 * WARPS + warp] = own20;
-    }
-    __syncthreads();
-    mass sums[5] = {};
-    for (int i = 0; i < WARPS; i++)
-        for (int j = 0; j < 5; j++)
-            sums[j] += ws.bin[j * WARPS + i];
-    *whole = sums[0];
-    double limit = (double)p.top_p * (double)sums[0];
-    float depth;
-    mass count;
-    if (by_k ? sums[3] >= (mass)p.top_k : (double)sums[1] >= limit) {
-        depth = 8.0f;
-        count = sums[3];
-    } else if (by_k ? sums[4] >= (mass)p.top_k : (double)sums[2] >= limit) {
-        depth = 20.0f;
-        count = sums[4];
-    } else {
+    auto sum = [&](int row) {
+        mass total = 0;
+        for (int i = 0; i < WARPS; i++)
+            total += ws.bin[row * WARPS + i];
+        return total;
+    };
+    *whole = sum(2 * N_DEPTHS);
+    double limit = (double)p.top_p * (double)*whole;
+    int chosen = 0;
+    while (chosen < N_DEPTHS &&
+           (by_k ? sum(chosen) < (mass)p.top_k : (double)sum(N_DEPTHS + chosen) < limit))
+        chosen++;
+    if (chosen == N_DEPTHS || list == nullptr || sum(chosen) > LIST)
         return false;
-    }
-    if (count > LIST || list == nullptr)
-        return false;
+    float depth = depths[chosen];
+    mass n_candidates = sum(chosen);
     uint32_t at = 0;
     for (int i = 0; i < warp; i++)
-        at += (uint32_t)ws.bin[(depth == 8.0f ? 3 : 4) * WARPS + i];
+        at += (uint32_t)ws.bin[chosen * WARPS + i];
     for_each(r, ws, {0, UINT32_MAX}, [&](int id, float x, uint32_t, bool kept) {
         bool in = kept && (r.max - x) / r.temperature <= depth;
         unsigned lanes = __ballot_sync(0xffffffffu, in);
@@ -399,7 +404,7 @@ __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, ca
         at += __popc(lanes);
     });
     __syncthreads();
-    int n = (int)count, per_warp = ((n + WARPS - 1) / WARPS + 31) / 32 * 32;
+    int n = (int)n_candidates, per_warp = ((n + WARPS - 1) / WARPS + 31) / 32 * 32;
     r.logit = list->logit;
     r.n = n;
     r.begin = warp * per_warp < n ? warp * per_warp : n;

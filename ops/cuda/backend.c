@@ -171,6 +171,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .upload = qv_cuda_upload,
     .download = qv_cuda_download,
     .zero = qv_cuda_zero,
+    .copy = qv_cuda_copy,
     .sync = qv_cuda_sync,
     .put_batch = qv_cuda_put_batch,
     .fill = qv_cuda_fill,

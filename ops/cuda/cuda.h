@@ -102,6 +102,7 @@ uint64_t qv_cuda_free_memory(const qv_backend *be);
 qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes);
+qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
                        float scale, uint64_t seed);
 qv_status qv_cuda_sync(qv_backend *be);

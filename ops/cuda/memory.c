@@ -133,6 +133,14 @@ qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
     return QV_OK;
 }
 
+qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    QV_TRY(use_device(cuda));
+    QV_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, cuda->stream));
+    return QV_OK;
+}
+
 qv_status qv_cuda_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
                        float scale, uint64_t seed)
 {

@@ -15,18 +15,27 @@ struct tokens_of_place {
 /* Every warp looks at all segments at once: a search would wait for memory at every step. */
 __device__ __forceinline__ tokens_of_place find_tokens(const qv_k_segments &s, int place, int tile)
 {
-    int lane = threadIdx.x & 31, n_before = 0;
+    int lane = threadIdx.x & 31;
+    tokens_of_place out = {0, -1, 0, 0};
     for (int i = 0; i < s.n_segs; i += 32) {
-        int seg = i + lane;
-        bool before = seg < s.n_segs && s.seg_start[seg] / tile + seg <= place;
-        n_before += __popc(__ballot_sync(0xffffffffu, before));
+        int seg = i + lane, start = 0, end = 0, slot = -1;
+        if (seg < s.n_segs) {
+            start = s.seg_start[seg];
+            end = s.seg_start[seg + 1];
+            slot = s.seg_slot[seg];
+        }
+        unsigned before =
+            __ballot_sync(0xffffffffu, seg < s.n_segs && start / tile + seg <= place);
+        if (before == 0)
+            break;
+        int last = 31 - __clz(before);
+        start = __shfl_sync(0xffffffffu, start, last);
+        end = __shfl_sync(0xffffffffu, end, last);
+        out.seg = i + last;
+        out.slot = __shfl_sync(0xffffffffu, slot, last);
+        out.first = start + (place - (start / tile + out.seg)) * tile;
+        out.n = min(tile, end - out.first);
     }
-    tokens_of_place out;
-    out.seg = n_before - 1;
-    int start = s.seg_start[out.seg], end = s.seg_start[out.seg + 1];
-    out.slot = s.seg_slot[out.seg];
-    out.first = start + (place - (start / tile + out.seg)) * tile;
-    out.n = min(tile, end - out.first);
     return out;
 }
 
@@ -44,6 +53,7 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
                   float *scratch)
 {
     __shared__ shrink_shared m;
+    let_next_start();
     tokens_of_place p = find_tokens(s, blockIdx.y, SHRINK_ROWS);
     if (p.n <= 0 || p.slot < 0)
         return;
@@ -69,6 +79,7 @@ __global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
 {
     extern __shared__ __align__(128) char many_memory[];
     many_shared &m = *(many_shared *)many_memory;
+    let_next_start();
     tokens_of_place p = find_tokens(s, blockIdx.y, MANY_X);
     if (p.n <= 0 || p.slot < 0)
         return;
@@ -86,7 +97,7 @@ __global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
 
 /* Grid (tiles of columns, places of 16 MT tokens). */
 template <int MT, typename Y>
-__global__ void __launch_bounds__(EXPAND_THREADS)
+__global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 2)
     expand_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site,
                   const float *scratch, Y *y, int64_t y_stride)
 {
@@ -166,8 +177,8 @@ void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const flo
                    int64_t y_stride, cudaStream_t stream)
 {
     dim3 grid(column_tiles(site.n_out), n_places(s, 16 * MT));
-    expand_kernel<MT, Y>
-        <<<grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream>>>(s, site, scratch, (Y *)y, y_stride);
+    launch_behind(expand_kernel<MT, Y>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream, s,
+                  site, scratch, (Y *)y, y_stride);
 }
 
 template <typename Y>

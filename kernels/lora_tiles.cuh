@@ -21,9 +21,48 @@
 namespace
 {
 
+/* --- Two launches in a row ----------------------------------------------------------------- */
+
+/* Expand is launched while shrink runs: it finds its rows and loads B and y, and waits before it reads x1.
+ * Everything else that it reads was complete before shrink began, because shrink is launched in the
+ * ordinary way. */
+__device__ __forceinline__ void let_next_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::);
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_behind(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
+                   cudaStream_t stream, Arguments... arguments)
+{
+    int device = 0, major = 0;
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    if (cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
+        config.numAttrs = major >= 9;
+    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
 /* --- Shrink, few rows ---------------------------------------------------------------------- */
 
-constexpr int SHRINK_RANKS = 32;  /* rows of A of a block */
+constexpr int SHRINK_RANKS = 16;  /* rows of A of a block */
 constexpr int SHRINK_SPLITS = 16; /* ranges of k, a warp each: enough loads in flight for one adapter */
 constexpr int SHRINK_ROWS = 16;   /* rows of x that share a pass over A */
 constexpr int SHRINK_THREADS = 32 * SHRINK_SPLITS;
@@ -53,7 +92,7 @@ __device__ __forceinline__ void shrink_tiles(shrink_shared &m, const bf16 *a, in
     }
 }
 
-/* x1[i][first .. first + 32) below `rank` for n rows whose addresses stand in m: x1[i] is where the row's
+/* x1[i][first .. first + 16) below `rank` for n rows whose addresses stand in m: x1[i] is where the row's
  * plane begins. `a` is the plane. All threads of the block. */
 template <bool ALIGNED>
 __device__ void shrink_block(shrink_shared &m, const bf16 *a, int64_t n_in, int rank, int first,
@@ -203,7 +242,7 @@ inline unsigned rank_blocks(int n_slices, int max_rank)
 /* --- Expand ------------------------------------------------------------------------------- */
 
 constexpr int EXPAND_COLUMNS = 256; /* columns of y of a block, 32 a warp */
-constexpr int EXPAND_RANKS = 32;    /* rows of B in shared memory at a time */
+constexpr int EXPAND_RANKS = 64;    /* rows of B in shared memory at a time */
 constexpr int EXPAND_THREADS = 256;
 
 /* For 16 MT rows of y. */
@@ -352,6 +391,7 @@ __device__ void expand_block(expand_shared<MT> &m, const bf16 *b, int64_t n_out,
             int n_ranks = min(EXPAND_RANKS, slice.rank - done), padded = (n_ranks + 15) & ~15;
             __syncthreads(); /* the tiles before have been read */
             load_b_rows(m, b + done * n_out, n_out, n_ranks, padded, col_0, first, end);
+            wait_for_previous();
             load_x1_rows<MT, X1>(m, n, (int64_t)slice.plane * max_rank + done, n_ranks, padded,
                                  slice.scale);
             copies_wait<0>();

@@ -151,10 +151,64 @@ __global__ void router_kernel(qv_k_router_args c)
         weights[j] = (c.normalize ? weights[j] / sum : weights[j]) * c.scale;
 }
 
+/* A block a token, for decode: an expert's place in the order is the number of experts before it, counted by
+ * all threads at once instead of choosing one expert after the other. No groups. The scores are those
+ * of router_kernel bit for bit. */
+__global__ void __launch_bounds__(256) router_rank_kernel(qv_k_router_args c)
+{
+    extern __shared__ __align__(16) float router_memory[]; /* values, padded with NaN; scores */
+    __shared__ float chosen[1024];
+    int thread = threadIdx.x, lane = thread & 31, n = c.n_experts, padded = (n + 3) & ~3;
+    float *value = router_memory, *score = value + padded;
+    const float *logits = c.logits + (int64_t)blockIdx.x * c.logits_stride;
+    float most = -INFINITY, sum = 0;
+    if (!c.sigmoid) { /* each warp by itself */
+        for (int i = lane; i < n; i += 32)
+            most = fmaxf(most, logits[i]);
+#pragma unroll
+        for (int i = 16; i > 0; i >>= 1)
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, i));
+        for (int i = lane; i < n; i += 32)
+            sum += expf(logits[i] - most);
+        sum = warp_sum(sum);
+    }
+    for (int i = thread; i < padded; i += 256) {
+        float s = i >= n ? NAN : c.sigmoid ? sigmoid(logits[i]) : expf(logits[i] - most) / sum;
+        float v = i < n ? s + (c.bias ? c.bias[i] : 0.0f) : NAN;
+        score[i] = s;
+        value[i] = i < n && v != v ? -INFINITY : v;
+    }
+    __syncthreads();
+    for (int i = thread; i < n; i += 256) {
+        float mine = value[i];
+        int before = 0;
+        for (int j = 0; j < padded; j += 4) {
+            float4 v = *(const float4 *)(value + j);
+            before += v.x > mine || (v.x == mine && j < i);
+            before += v.y > mine || (v.y == mine && j + 1 < i);
+            before += v.z > mine || (v.z == mine && j + 2 < i);
+            before += v.w > mine || (v.w == mine && j + 3 < i);
+        }
+        if (before < c.top_k) {
+            c.ids[(int64_t)blockIdx.x * c.top_k + before] = i;
+            chosen[before] = score[i];
+        }
+    }
+    __syncthreads();
+    float total = 0;
+    for (int j = 0; j < c.top_k; j++)
+        total += chosen[j];
+    if (c.sigmoid)
+        total += 1e-20f;
+    for (int j = thread; j < c.top_k; j += 256)
+        c.weights[(int64_t)blockIdx.x * c.top_k + j] =
+            (c.normalize ? chosen[j] / total : chosen[j]) * c.scale;
+}
+
 /* --- List: a stable counting sort --------------------------------------------------------- */
 
 constexpr int CHUNK = 1024;        /* pairs of a block in the form of many blocks */
-constexpr int ONE_BLOCK = 8 * 1024; /* pairs up to which one block does it all */
+constexpr int ONE_BLOCK = 1536; /* pairs up to which one block does it all */
 
 /* -1: it lives elsewhere. */
 __device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,
@@ -549,6 +603,11 @@ qv_status qv_k_router(const qv_k_router_args *args, void *stream)
         return qv_fail(QV_ERR_LIMIT, "router: %d experts in %d groups, but 4096 in %d are possible",
                        args->n_experts, args->n_groups, MAX_GROUPS);
     size_t bytes = (size_t)warps * 2 * args->n_experts * sizeof(float);
+    if (args->n_tokens <= 512 && args->n_groups == 1 && args->n_experts <= 1024) {
+        router_rank_kernel<<<args->n_tokens, 256, 2 * (size_t)(args->n_experts + 3) * sizeof(float),
+                             (cudaStream_t)stream>>>(*args);
+        return launched("router");
+    }
     router_kernel<<<(args->n_tokens + warps - 1) / warps, warps * 32, bytes,
                     (cudaStream_t)stream>>>(*args);
     return launched("router");

@@ -253,18 +253,15 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
     __shared__ const bf16 *x[WIDE_PAIRS];
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = thread >> 7;
 
+    /* Which expert: all threads look at once, because a search would wait for memory at every step. */
     const int32_t *work = list.work;
-    int tile = blockIdx.y, low = 0, high = work[0];
-    while (high - low > 1) {
-        int middle = (low + high) >> 1;
-        if (work[2 + 2 * middle] >> QV_K_MOE_EXPERT_BITS <= tile)
-            low = middle;
-        else
-            high = middle;
-    }
-    int expert = work[2 + 2 * low] & EXPERT_MASK, end = list.expert_start[expert + 1];
-    int first = list.expert_start[expert] +
-                (tile - (work[2 + 2 * low] >> QV_K_MOE_EXPERT_BITS)) * WIDE_PAIRS;
+    int tile = blockIdx.y, n_active = work[0], index = -1;
+    for (int i = 0; i < n_active; i += WIDE_THREADS)
+        index += __syncthreads_count(i + thread < n_active &&
+                                     work[2 + 2 * (i + thread)] >> QV_K_MOE_EXPERT_BITS <= tile);
+    int entry = work[2 + 2 * index], expert = entry & EXPERT_MASK;
+    int first = list.expert_start[expert], end = list.expert_start[expert + 1];
+    first += (tile - (entry >> QV_K_MOE_EXPERT_BITS)) * WIDE_PAIRS;
     int n = min(WIDE_PAIRS, end - first);
     if (n <= 0)
         return;

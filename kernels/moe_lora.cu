@@ -1,5 +1,5 @@
 /* LoRA of routed experts, over the runs of a list: pairs of one expert and one adapter. A block takes a run
- * (shrink: one plane and 32 ranks of it; expand: 256 columns) and walks its pairs. Where a slot
+ * (shrink: one plane and 16 ranks of it; expand: 256 columns) and walks its pairs. Where a slot
  * shares A between experts, A x is made once a token, over the adapter's segments, by blocks of the
  * same launch; where it shares B, the weighted sum adds the delta (qv_k_moe_combine).
  *
@@ -103,6 +103,7 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
                       int most_runs)
 {
     __shared__ shrink_shared m;
+    let_next_start();
     int plane = blockIdx.y % site.ranges.n, first = blockIdx.y / site.ranges.n * SHRINK_RANKS;
     int index = blockIdx.x;
     if (index >= most_runs)
@@ -162,6 +163,7 @@ __global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
 {
     extern __shared__ __align__(128) char many_memory[];
     many_shared &m = *(many_shared *)many_memory;
+    let_next_start();
     int index = blockIdx.x;
     if (index >= most_runs)
         shrink_tokens_many(m, list, site, rows, scratch, index - most_runs);
@@ -199,7 +201,7 @@ __device__ void expand_run(char *memory, const qv_k_list &list, const qv_k_moe_l
 
 /* Grid (runs, tiles of columns). MT 1 where runs are short: more blocks fit beside each other. */
 template <int MT>
-__global__ void __launch_bounds__(EXPAND_THREADS)
+__global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 2)
     moe_expand_kernel(qv_k_list list, const __grid_constant__ qv_k_moe_lora_site site, bool pairs,
                       const float *scratch, bf16 *y, int64_t y_stride)
 {
@@ -220,8 +222,8 @@ void launch_expand(const qv_k_list &list, const qv_k_moe_lora_site &site, int64_
 {
     dim3 grid((unsigned)most_runs,
               (unsigned)((site.n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS));
-    moe_expand_kernel<MT><<<grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream>>>(
-        list, site, pairs, scratch, (bf16 *)y, y_stride);
+    launch_behind(moe_expand_kernel<MT>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream, list,
+                  site, pairs, scratch, (bf16 *)y, y_stride);
 }
 
 } // namespace

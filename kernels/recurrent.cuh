@@ -24,6 +24,8 @@
 #include "kernels/kernels_recurrent.h"
 #include "kernels/tensor_core.cuh"
 
+#include <stddef.h>
+
 namespace
 {
 
@@ -397,70 +399,100 @@ template <bool DELTA> struct scan_shared {
     bf16 u[CHUNK * TILE_V], in_high[CHUNK * TILE_V], in_low[CHUNK * TILE_V];
 };
 
+/* What a thread copies of each chunk: its pieces of 16 bytes lie at fixed distances. */
+template <bool DELTA> struct scan_copies {
+    const bf16 *k, *q, *v, *record;
+    int64_t k_step, q_step; /* 16 tokens */
+    int64_t record_step;    /* elements to the record of the next chunk */
+    int key_row, v_row;     /* the first piece's token */
+    bool key_valid, v_valid;
+    int key_at, v_at, square_at; /* offsets in tiles */
+};
+
 template <bool DELTA>
-__device__ __forceinline__ void load_stage(scan_stage<DELTA> &m, const qv_k_recurrent_args &c,
-                                           const chunk_record<DELTA> &record, int64_t start, int n,
-                                           int head, int column)
+__device__ __forceinline__ scan_copies<DELTA>
+begin_copies(const qv_k_recurrent_args &c, const chunk_record<DELTA> *record, int64_t start,
+             int head, int column)
 {
+    scan_copies<DELTA> out;
     int thread = threadIdx.x, key_head = head / (c.n_v_heads / c.n_k_heads);
-    load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 256);
-    load_keys(m.q, c.q, start, n, key_head, c.d_k, thread, 256);
-    for (int i = thread; i < CHUNK * (CHUNK / 8); i += 256) {
-        int row = i / 8, col = i % 8 * 8;
-        copy16(m.p + tile_at<CHUNK>(row, col), record.p + row * CHUNK + col, true);
+    int key_col = thread % 16 * 8, v_col = thread % 4 * 8, square_col = thread % 8 * 8;
+    out.key_row = thread / 16;
+    out.v_row = thread / 4;
+    out.key_valid = key_col < c.d_k;
+    out.v_valid = column + v_col < c.d_v;
+    out.key_at = tile_at<MAX_KEY>(out.key_row, key_col);
+    out.v_at = tile_at<TILE_V>(out.v_row, v_col);
+    out.square_at = tile_at<CHUNK>(thread / 8, square_col);
+    out.k = row_of(c.k, start + out.key_row, key_head) + key_col;
+    out.q = row_of(c.q, start + out.key_row, key_head) + key_col;
+    out.v = row_of(c.v, start + out.v_row, head) + column + v_col;
+    out.record = (const bf16 *)record + thread / 8 * CHUNK + square_col;
+    out.k_step = 16 * c.k.token;
+    out.q_step = 16 * c.q.token;
+    out.record_step = (int64_t)c.n_v_heads * (int64_t)(sizeof *record / sizeof(bf16));
+    return out;
+}
+
+/* The next chunk, of n tokens. */
+template <bool DELTA>
+__device__ __forceinline__ void load_stage(scan_stage<DELTA> &m, scan_copies<DELTA> &f,
+                                           const qv_k_recurrent_args &c, int n)
+{
+    int thread = threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        bool valid = f.key_valid && f.key_row + 16 * i < n;
+        copy16(m.k + f.key_at + i * 16 * MAX_KEY, valid ? f.k : f.record, valid);
+        copy16(m.q + f.key_at + i * 16 * MAX_KEY, valid ? f.q : f.record, valid);
+        f.k += f.k_step;
+        f.q += f.q_step;
+    }
+    bool valid = f.v_valid && f.v_row < n;
+    copy16(m.v + f.v_at, valid ? f.v : f.record, valid);
+    f.v += CHUNK * c.v.token;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        copy16(m.p + f.square_at + i * 32 * CHUNK, f.record + i * 32 * CHUNK, true);
         if (DELTA)
-            copy16(m.l + tile_at<CHUNK>(row, col), record.l + row * CHUNK + col, true);
+            copy16(m.l + f.square_at + i * 32 * CHUNK,
+                   f.record + offsetof(chunk_record<DELTA>, l) / 2 + i * 32 * CHUNK, true);
     }
-    {
-        int row = thread / 4, col = thread % 4 * 8;
-        bool valid = row < n && column + col < c.d_v;
-        copy16(m.v + tile_at<TILE_V>(row, col),
-               valid ? row_of(c.v, start + row, head) + column + col : (const bf16 *)c.v.data,
-               valid);
+    if (thread < CHUNK) {
+        const bf16 *record = f.record - (thread / 8 * CHUNK + thread % 8 * 8);
+        copy16((char *)m.gates + thread * 16,
+               record + offsetof(chunk_record<DELTA>, g) / 2 + thread * 8, true);
     }
-    if (thread < CHUNK)
-        copy16((char *)m.gates + thread * 16, (const char *)record.g + thread * 16, true);
+    f.record += f.record_step;
     copies_commit();
 }
 
-/* acc [16 x 32] += rows of `a` at `row` times S (high and low), over the key dimension. */
-__device__ __forceinline__ void times_state(float (&acc)[4][4], const bf16 *a_tile, int row,
-                                            const bf16 *high, const bf16 *low)
+/* Barrier of the 128 threads that share columns. */
+__device__ __forceinline__ void half_barrier(int half)
 {
-#pragma unroll
-    for (int step = 0; step < MAX_KEY / 16; step++) {
-        uint32_t a[4], b[4];
-        load_a<MAX_KEY>(a, a_tile, row, step * 16);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            load_b_trans<TILE_V>(b, high, j * 16, step * 16);
-            mma(acc[2 * j], a, b[0], b[1]);
-            mma(acc[2 * j + 1], a, b[2], b[3]);
-            load_b_trans<TILE_V>(b, low, j * 16, step * 16);
-            mma(acc[2 * j], a, b[0], b[1]);
-            mma(acc[2 * j + 1], a, b[2], b[3]);
-        }
-    }
+    asm volatile("bar.sync %0, 128;\n" ::"r"(half + 1) : "memory");
 }
 
-/* acc [16 x 32] += row block `block` of a lower triangular [64, 64] times b [64, 32]. */
-__device__ __forceinline__ void times_chunk(float (&acc)[4][4], const bf16 *triangle, int block,
-                                            const bf16 *b_tile)
+/* acc [16 x 16] += row block `block` of a lower triangular [64, 64] times columns [col, col + 16) of
+ * b [64, 32]. */
+__device__ __forceinline__ void times_chunk(float (&acc)[2][4], const bf16 *triangle, int block,
+                                            const bf16 *b_tile, int col)
 {
-    for (int step = 0; step <= block; step++) {
+#pragma unroll
+    for (int step = 0; step < CHUNK / 16; step++) {
+        if (step > block)
+            break;
         uint32_t a[4], b[4];
         load_a<CHUNK>(a, triangle, block * 16, step * 16);
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            load_b_trans<TILE_V>(b, b_tile, j * 16, step * 16);
-            mma(acc[2 * j], a, b[0], b[1]);
-            mma(acc[2 * j + 1], a, b[2], b[3]);
-        }
+        load_b_trans<TILE_V>(b, b_tile, col, step * 16);
+        mma(acc[0], a, b[0], b[1]);
+        mma(acc[1], a, b[2], b[3]);
     }
 }
 
-/* Grid (tiles of columns, heads, sequences), 256 threads. S in accumulators: warp w has keys 16 w..,
- * all 32 columns. Of the chunk's rows, warps 0..3 make u and warps 4..7 the output. */
+/* Grid (tiles of columns, heads, sequences), 256 threads. Two halves of four warps have 16 columns each
+ * and meet only where the next chunk's inputs arrive. In a half, warp w keeps keys 32 w.. of S in
+ * accumulators, and makes rows 16 w.. of the chunk. */
 template <bool DELTA>
 __global__ void __launch_bounds__(256, 1)
     scan_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int places, int most_tokens,
@@ -468,158 +500,200 @@ __global__ void __launch_bounds__(256, 1)
 {
     extern __shared__ __align__(16) char scan_memory[];
     scan_shared<DELTA> &m = *(scan_shared<DELTA> *)scan_memory;
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    int column = blockIdx.x * TILE_V, head = blockIdx.y, seq = blockIdx.z;
+    int lane = threadIdx.x & 31, half = threadIdx.x >> 7, warp = threadIdx.x >> 5 & 3;
+    int column = blockIdx.x * TILE_V, head = blockIdx.y, seq = blockIdx.z, col_0 = half * 16;
     int64_t first = s.seq_start[seq];
     int seq_tokens = s.seq_start[seq + 1] - (int)first, n_chunks = (seq_tokens + CHUNK - 1) / CHUNK;
     int base = first_place(s, seq);
     int begin = max(place_0 - base, 0), end = min(place_0 + places - base, n_chunks);
     if (seq_tokens <= most_tokens || begin >= end)
         return;
-    const chunk_record<DELTA> *record = records + (int64_t)(base - place_0) * c.n_v_heads + head;
 
-    load_stage(m.stage[0], c, record[(int64_t)begin * c.n_v_heads], first + begin * CHUNK,
-               min(CHUNK, seq_tokens - begin * CHUNK), head, column);
+    scan_copies<DELTA> copies = begin_copies<DELTA>(
+        c, records + (int64_t)(base + begin - place_0) * c.n_v_heads + head, first + begin * CHUNK,
+        head, column);
+    load_stage(m.stage[0], copies, c, seq_tokens - begin * CHUNK);
 
-    /* The state, in accumulator layout */
+    /* The state: acc[i][j] is keys 32 warp + 16 i.., columns col_0 + 8 j.. */
     int64_t key_stride = DELTA ? c.d_v : 1, value_stride = DELTA ? 1 : c.d_k;
-    float *state = state_of(s, c, seq, head), acc[4][4];
+    float *state = state_of(s, c, seq, head), acc[2][2][4];
     bool fresh = begin == 0 && s.pos[first] == 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int key = warp * 16 + (lane >> 2) + (i >> 1) * 8;
-            int value = column + j * 8 + (lane & 3) * 2 + (i & 1);
-            acc[j][i] = !fresh && key < c.d_k && value < c.d_v
-                            ? state[key * key_stride + value * value_stride]
-                            : 0.0f;
-        }
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int key = warp * 32 + i * 16 + (lane >> 2) + (e >> 1) * 8;
+                int value = column + col_0 + j * 8 + (lane & 3) * 2 + (e & 1);
+                acc[i][j][e] = !fresh && key < c.d_k && value < c.d_v
+                                   ? state[key * key_stride + value * value_stride]
+                                   : 0.0f;
+            }
+    float d_skip = DELTA ? 0.0f : c.d_skip[head];
+    int row = warp * 16 + (lane >> 2); /* and row + 8 */
+    bf16 *o = row_of<bf16>(c.o, first + begin * CHUNK + row, head) + column + col_0 + (lane & 3) * 2;
+    bool o_valid[2];
+#pragma unroll
+    for (int j = 0; j < 2; j++)
+        o_valid[j] = column + col_0 + j * 8 + (lane & 3) * 2 < c.d_v;
 
     for (int chunk = begin; chunk < end; chunk++) {
         scan_stage<DELTA> &in = m.stage[(chunk - begin) & 1];
-        const float *g = in.gates[0], *beta = in.gates[1], *k_scale = in.gates[2],
-                    *q_scale = in.gates[3];
 #pragma unroll
-        for (int j = 0; j < 4; j++)
+        for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int key = warp * 16 + (lane >> 2) + half * 8, col = j * 8 + (lane & 3) * 2;
-                uint32_t high, low;
-                split_bf16(acc[j][2 * half], acc[j][2 * half + 1], high, low);
-                *(uint32_t *)(m.s_high + tile_at<TILE_V>(key, col)) = high;
-                *(uint32_t *)(m.s_low + tile_at<TILE_V>(key, col)) = low;
-            }
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    int key = warp * 32 + i * 16 + (lane >> 2) + e * 8;
+                    int at = tile_at<TILE_V>(key, col_0 + j * 8 + (lane & 3) * 2);
+                    uint32_t high, low;
+                    split_bf16(acc[i][j][2 * e], acc[i][j][2 * e + 1], high, low);
+                    *(uint32_t *)(m.s_high + at) = high;
+                    *(uint32_t *)(m.s_low + at) = low;
+                }
         copies_wait<0>();
         __syncthreads(); /* S and this chunk's inputs are there; the other stage has been read */
-        if (chunk + 1 < end) {
-            int64_t next = (int64_t)(chunk + 1) * CHUNK;
-            load_stage(m.stage[(chunk + 1 - begin) & 1], c,
-                       record[(int64_t)(chunk + 1) * c.n_v_heads], first + next,
-                       (int)min((int64_t)CHUNK, seq_tokens - next), head, column);
-        }
+        if (chunk + 1 < end)
+            load_stage(m.stage[(chunk + 1 - begin) & 1], copies, c,
+                       seq_tokens - (chunk + 1) * CHUNK);
 
-        float last = g[CHUNK - 1], out[4][4] = {};
-        int block = warp & 3, row = block * 16 + (lane >> 2);
-        if (warp < 4) {
+        /* k S and q S; the parts with the high and the low half of S do not wait for each other */
+        float seen[2][2][4] = {}, out[2][2][4] = {}; /* [high, low][columns] */
+#pragma unroll
+        for (int step = 0; step < MAX_KEY / 16; step++) {
+            uint32_t k[4], q[4], high[4], low[4];
             if (DELTA)
-                times_state(out, in.k, block * 16, m.s_high, m.s_low);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int r = row + half * 8, col = j * 8 + (lane & 3) * 2;
-                    uint32_t v = *(const uint32_t *)(in.v + tile_at<TILE_V>(r, col));
-                    float *o = out[j] + 2 * half;
-                    if (DELTA) {
-                        float seen = expf(g[r]) * k_scale[r];
-                        o[0] = beta[r] * (bf16_low(v) - seen * o[0]);
-                        o[1] = beta[r] * (bf16_high(v) - seen * o[1]);
-                        *(uint32_t *)(m.rhs + tile_at<TILE_V>(r, col)) = pack_bf16(o[0], o[1]);
-                    } else {
-                        o[0] = bf16_low(v);
-                        o[1] = bf16_high(v);
-                    }
-                }
-            if (DELTA) {
-                asm volatile("bar.sync 1, 128;\n" ::: "memory"); /* rhs, among warps 0..3 */
-                times_chunk(out, in.l, block, m.rhs);
-            }
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int r = row + half * 8, at = tile_at<TILE_V>(r, j * 8 + (lane & 3) * 2);
-                    float *o = out[j] + 2 * half, fade = expf(last - g[r]);
-                    uint32_t high, low;
-                    fade *= DELTA ? k_scale[r] : beta[r];
-                    if (DELTA)
-                        *(uint32_t *)(m.u + at) = pack_bf16(o[0], o[1]);
-                    split_bf16(o[0] * fade, o[1] * fade, high, low);
-                    *(uint32_t *)(m.in_high + at) = high;
-                    *(uint32_t *)(m.in_low + at) = low;
-                }
-        } else {
-            times_state(out, in.q, block * 16, m.s_high, m.s_low);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    int r = row + (i >> 1) * 8;
-                    out[j][i] *= expf(g[r]) * q_scale[r];
-                }
-        }
-        __syncthreads(); /* u is there, S has been read */
-        if (warp >= 4) {
-            times_chunk(out, in.p, block, DELTA ? m.u : in.v);
-            int n = min(CHUNK, seq_tokens - chunk * CHUNK);
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int r = row + half * 8, col = j * 8 + (lane & 3) * 2;
-                    float *o = out[j] + 2 * half;
-                    if (!DELTA) {
-                        uint32_t v = *(const uint32_t *)(in.v + tile_at<TILE_V>(r, col));
-                        o[0] += c.d_skip[head] * bf16_low(v);
-                        o[1] += c.d_skip[head] * bf16_high(v);
-                    }
-                    if (r < n && column + col < c.d_v)
-                        *(uint32_t *)(row_of<bf16>(c.o, first + chunk * CHUNK + r, head) + column +
-                                      col) = pack_bf16(o[0], o[1]);
-                }
-        }
-        float fade = expf(last);
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                acc[j][i] *= fade;
-#pragma unroll
-        for (int step = 0; step < CHUNK / 16; step++) {
-            uint32_t a[4], b[4];
-            load_a_trans<MAX_KEY>(a, in.k, warp * 16, step * 16);
+                load_a<MAX_KEY>(k, in.k, warp * 16, step * 16);
+            load_a<MAX_KEY>(q, in.q, warp * 16, step * 16);
+            load_b_trans<TILE_V>(high, m.s_high, col_0, step * 16);
+            load_b_trans<TILE_V>(low, m.s_low, col_0, step * 16);
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                load_b_trans<TILE_V>(b, m.in_high, j * 16, step * 16);
-                mma(acc[2 * j], a, b[0], b[1]);
-                mma(acc[2 * j + 1], a, b[2], b[3]);
-                load_b_trans<TILE_V>(b, m.in_low, j * 16, step * 16);
-                mma(acc[2 * j], a, b[0], b[1]);
-                mma(acc[2 * j + 1], a, b[2], b[3]);
+                if (DELTA) {
+                    mma(seen[0][j], k, high[2 * j], high[2 * j + 1]);
+                    mma(seen[1][j], k, low[2 * j], low[2 * j + 1]);
+                }
+                mma(out[0][j], q, high[2 * j], high[2 * j + 1]);
+                mma(out[1][j], q, low[2 * j], low[2 * j + 1]);
             }
         }
+
+        /* u, and what goes into S */
+        const float *g = in.gates[0], *beta = in.gates[1], *k_scale = in.gates[2],
+                    *q_scale = in.gates[3];
+        float last = g[CHUNK - 1], u[2][4], faded[2];
+        uint32_t v[2][2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int r = row + 8 * e;
+            float grown = expf(g[r]);
+            faded[e] = grown * q_scale[r];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int at = tile_at<TILE_V>(r, col_0 + j * 8 + (lane & 3) * 2);
+                v[j][e] = *(const uint32_t *)(in.v + at);
+                float *x = u[j] + 2 * e;
+                x[0] = bf16_low(v[j][e]);
+                x[1] = bf16_high(v[j][e]);
+                if (DELTA) {
+                    float scale = grown * k_scale[r];
+                    x[0] = beta[r] * (x[0] - scale * (seen[0][j][2 * e] + seen[1][j][2 * e]));
+                    x[1] =
+                        beta[r] * (x[1] - scale * (seen[0][j][2 * e + 1] + seen[1][j][2 * e + 1]));
+                    *(uint32_t *)(m.rhs + at) = pack_bf16(x[0], x[1]);
+                }
+            }
+        }
+        if (DELTA) {
+            half_barrier(half); /* rhs */
+            times_chunk(u, in.l, warp, m.rhs, col_0);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            int r = row + 8 * e;
+            float fade = expf(last - g[r]) * (DELTA ? k_scale[r] : beta[r]);
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int at = tile_at<TILE_V>(r, col_0 + j * 8 + (lane & 3) * 2);
+                uint32_t high, low;
+                if (DELTA)
+                    *(uint32_t *)(m.u + at) = pack_bf16(u[j][2 * e], u[j][2 * e + 1]);
+                split_bf16(u[j][2 * e] * fade, u[j][2 * e + 1] * fade, high, low);
+                *(uint32_t *)(m.in_high + at) = high;
+                *(uint32_t *)(m.in_low + at) = low;
+            }
+        }
+        half_barrier(half); /* u, in_high and in_low; S has been read */
+
+        /* The output */
+        float sum[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                sum[j][e] = faded[e >> 1] * (out[0][j][e] + out[1][j][e]);
+        times_chunk(sum, in.p, warp, DELTA ? m.u : in.v, col_0);
+        int n = seq_tokens - chunk * CHUNK;
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                float low = sum[j][2 * e], high = sum[j][2 * e + 1];
+                if (!DELTA) {
+                    low += d_skip * bf16_low(v[j][e]);
+                    high += d_skip * bf16_high(v[j][e]);
+                }
+                if (o_valid[j] && row + 8 * e < n)
+                    *(uint32_t *)(o + 8 * e * c.o.token + 8 * j) = pack_bf16(low, high);
+            }
+        o += CHUNK * c.o.token;
+
+        /* The state */
+        float fade = expf(last), more[2][2][4] = {}; /* by in_low */
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    acc[i][j][e] *= fade;
+#pragma unroll
+        for (int step = 0; step < CHUNK / 16; step++) {
+            uint32_t k[2][4], high[4], low[4];
+            load_b_trans<TILE_V>(high, m.in_high, col_0, step * 16);
+            load_b_trans<TILE_V>(low, m.in_low, col_0, step * 16);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                load_a_trans<MAX_KEY>(k[i], in.k, warp * 32 + i * 16, step * 16);
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    mma(acc[i][j], k[i], high[2 * j], high[2 * j + 1]);
+                    mma(more[i][j], k[i], low[2 * j], low[2 * j + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    acc[i][j][e] += more[i][j][e];
     }
 
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int i = 0; i < 2; i++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int key = warp * 16 + (lane >> 2) + (i >> 1) * 8;
-            int value = column + j * 8 + (lane & 3) * 2 + (i & 1);
-            if (key < c.d_k && value < c.d_v)
-                state[key * key_stride + value * value_stride] = acc[j][i];
-        }
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int key = warp * 32 + i * 16 + (lane >> 2) + (e >> 1) * 8;
+                int value = column + col_0 + j * 8 + (lane & 3) * 2 + (e & 1);
+                if (key < c.d_k && value < c.d_v)
+                    state[key * key_stride + value * value_stride] = acc[i][j][e];
+            }
 }
 
 /* --- Launch ------------------------------------------------------------------------------- */

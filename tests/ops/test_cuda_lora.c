@@ -167,6 +167,33 @@ Test(cuda_lora, agrees_with_the_cpu, .timeout = 240)
                             form == 2);
 }
 
+/* A prompt: the form of shrink for many rows, several planes in a block. */
+Test(cuda_lora, prompts_agree_with_the_cpu, .timeout = 120)
+{
+    enum { T = 700 };
+    static const int32_t start[] = {0, 3, 4, 330, 700}, slot[] = {-1, 0, 1, 2};
+    static const int32_t ranks[][3] = {{5, 16, 40}, {33, 64, 1}};
+    for (size_t i = 0; i < QV_ROWS(qv_lora_shapes) - 1; i++)
+        for (size_t j = 0; j < QV_ROWS(ranks); j++) {
+            const qv_lora_shape *shape = &qv_lora_shapes[i];
+            pair *p = open_pair();
+            qv_rng rng = qv_rng_seed(9);
+            pool *l = new_pool(shape, 64, NAN);
+            for (int k = 0; k < 3; k++)
+                install_all(l, k, ranks[j][k], (uint64_t)(50 + k), true);
+            upload_pool(p, l);
+            segments s = upload_segments(p, 4, start, slot);
+            int64_t n_out = l->slice_start[shape->n_slices];
+            both x = random_act(p, &rng, T, shape->n_in, 1), y = random_act(p, &rng, T, n_out, 1);
+            both scratch = nan_f32(p, T, shape->n_slices * 64);
+            for (int side = 0; side < 2; side++)
+                run_side(p, side, l, &s, x.t[side], scratch, y.t[side], false);
+            compare(p, shape->name, y, ROUNDED_ONCE);
+            free_pool(l);
+            close_pair(p);
+        }
+}
+
 /* Slices of one module share a plane and may differ in rank. */
 Test(cuda_lora, slices_share_planes)
 {

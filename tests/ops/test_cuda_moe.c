@@ -316,4 +316,7 @@ Test(cuda_moe, adapters_agree_with_the_cpu, .timeout = 120)
         for (size_t form = 0; form < QV_ROWS(forms); form++)
             for (size_t j = 0; j < QV_ROWS(sizes); j++)
                 check_adapters(&qv_moe_shapes[i], form, sizes[j]);
+    for (size_t i = 0; i < QV_ROWS(more_shapes); i++)
+        for (size_t form = 0; form < QV_ROWS(forms); form++)
+            check_adapters(&more_shapes[i], form, 900);
 }

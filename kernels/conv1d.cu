@@ -201,10 +201,10 @@ __global__ void __launch_bounds__(128) tile_conv_kernel(qv_k_steps s, qv_k_conv1
             continue; /* empty */
         float past[3][WIDE];
         load_past(s, c, seq, start, t, channel, past);
-#pragma unroll 4
+#pragma unroll 4 /* y is not x here, so that loads run ahead of stores */
         for (; t < stop; t++)
             *(uint4 *)(y + (int64_t)t * c.y_stride) =
-                wide_token(w, past, *(const uint4 *)(x + (int64_t)t * c.x_stride));
+                wide_token(w, past, __ldg((const uint4 *)(x + (int64_t)t * c.x_stride)));
     }
 }
 

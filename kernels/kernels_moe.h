@@ -35,7 +35,7 @@ typedef struct {
 
 /* As qv_moe_list: what of it the device needs. `work` holds what the grouped GEMM walks: number of
  * experts that have pairs, number of tiles of QV_K_MOE_TILE pairs, then for each such expert its
- * index, with the tiles of twice that size before it in the bits above, and the tiles before it. */
+ * index, with the tiles of four times that size before it in the bits above, and the tiles before it. */
 #define QV_K_MOE_TILE        64
 #define QV_K_MOE_EXPERT_BITS 11
 

@@ -254,7 +254,7 @@ __device__ void lay_out_experts(const qv_k_list &list, int *start, int *warp_sum
         active += total;
         int tile = tiles + block_sum_before(n_tiles, warp_sums, total);
         tiles += total;
-        int wide = wide_tiles + block_sum_before((n_tiles + 1) / 2, warp_sums, total);
+        int wide = wide_tiles + block_sum_before((n_tiles + 3) / 4, warp_sums, total);
         wide_tiles += total;
         if (e < list.n_experts) {
             start[e] = at;

@@ -12,6 +12,8 @@
 #include "kernels/skinny.cuh"
 #include "kernels/wgmma.cuh"
 
+#include <cuda.h>
+
 namespace
 {
 
@@ -211,9 +213,12 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
 
 /* --- Many, on Hopper ---------------------------------------------------------------------- */
 
-/* Tiles of 128 pairs by 256 rows: 85 FLOP for each byte from the L2 cache, which smaller tiles are bound
- * by. Two warpgroups have 64 pairs each; the second rests where an expert's last tile has no more. */
+/* Bound by what the L2 cache delivers unless tiles are large: a cluster of two blocks has 256 pairs by 256
+ * rows, 128 pairs each, and every block fetches half of the weights for both. In a block two
+ * warpgroups have 64 pairs each; one rests where an expert has no more pairs, and the second block
+ * leaves where the first is enough. Pairs are gathered by cp.async. */
 constexpr int WIDE_PAIRS = 2 * QV_K_MOE_TILE;
+constexpr int WIDE_CLUSTER = 2;
 constexpr int WIDE_ROWS = 256;
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
@@ -223,84 +228,118 @@ struct wide_stage {
     bf16 x[WIDE_PAIRS * WIDE_K], w[WIDE_ROWS * WIDE_K];
 };
 
-[[maybe_unused]] __device__ __forceinline__ void load_wide(wide_stage &m, const bf16 *const *x,
-                                                           const bf16 *w, int64_t w_stride, int n_pairs, int n_rows, int64_t k,
-                                          int64_t n_in)
+[[maybe_unused]] __device__ __forceinline__ void load_pairs(wide_stage &m, const bf16 *const *x,
+                                                            const void *none, int n, int64_t k,
+                                                            int64_t n_in)
 {
     int col = threadIdx.x % 8 * 8;
     bool inside = k + col < n_in;
 #pragma unroll
     for (int i = 0; i < WIDE_PAIRS / 32; i++) {
         int row = threadIdx.x / 8 + 32 * i;
-        bool valid = row < n_pairs && inside;
-        copy16(m.x + tile_at<WIDE_K>(row, col), valid ? x[row] + k + col : w, valid);
+        bool valid = row < n && inside;
+        copy16(m.x + tile_at<WIDE_K>(row, col), valid ? x[row] + k + col : none, valid);
     }
-#pragma unroll
-    for (int i = 0; i < WIDE_ROWS / 32; i++) {
-        int row = threadIdx.x / 8 + 32 * i;
-        bool valid = row < n_rows && inside;
-        copy16(m.w + tile_at<WIDE_K>(row, col), valid ? w + row * w_stride + k + col : w, valid);
-    }
+    copies_commit();
 }
 
-/* Grid (tiles of rows, tiles of pairs). */
-__global__ void __launch_bounds__(WIDE_THREADS, 1)
-    wide_kernel(qv_k_list list, qv_k_moe_linear_args c)
+/* This block's half of the weights at k, to both blocks; all of them if it is alone. One thread. */
+[[maybe_unused]] __device__ __forceinline__ void fetch_rows(wide_stage &m, const void *map,
+                                                            uint64_t *full, int k, int row,
+                                                            int expert, int rank, bool alone)
+{
+    constexpr int HALF = WIDE_ROWS / WIDE_CLUSTER;
+    barrier_expect(full, (int)sizeof m.w);
+    for (int half = 0; half < WIDE_CLUSTER; half++)
+        if (alone || half == rank)
+            copy_box(m.w + half * HALF * WIDE_K, map, k, row + half * HALF, expert, full,
+                     alone ? (uint16_t)(1 << rank) : 3);
+}
+
+/* Grid (tiles of rows, 2 x tiles of 256 pairs). */
+__global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THREADS, 1)
+    wide_kernel(qv_k_list list, qv_k_moe_linear_args c, const __grid_constant__ CUtensorMap map)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char wide_memory[];
     wide_stage *stage = (wide_stage *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
     __shared__ const bf16 *x[WIDE_PAIRS];
+    __shared__ __align__(8) uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = thread >> 7;
 
     /* Which expert: all threads look at once, because a search would wait for memory at every step. */
     const int32_t *work = list.work;
-    int tile = blockIdx.y, n_active = work[0], index = -1;
+    int tile = blockIdx.y / WIDE_CLUSTER, rank = blockIdx.y % WIDE_CLUSTER;
+    int n_active = work[0], index = -1;
     for (int i = 0; i < n_active; i += WIDE_THREADS)
         index += __syncthreads_count(i + thread < n_active &&
                                      work[2 + 2 * (i + thread)] >> QV_K_MOE_EXPERT_BITS <= tile);
     int entry = work[2 + 2 * index], expert = entry & EXPERT_MASK;
-    int first = list.expert_start[expert], end = list.expert_start[expert + 1];
-    first += (tile - (entry >> QV_K_MOE_EXPERT_BITS)) * WIDE_PAIRS;
-    int n = min(WIDE_PAIRS, end - first);
-    if (n <= 0)
+    int first = list.expert_start[expert], left = list.expert_start[expert + 1] - first;
+    int done = (tile - (entry >> QV_K_MOE_EXPERT_BITS)) * WIDE_CLUSTER * WIDE_PAIRS;
+    bool alone = left - done <= WIDE_PAIRS;
+    if (left <= done || (alone && rank > 0))
         return;
-    int64_t row = (int64_t)blockIdx.x * WIDE_ROWS;
-    int n_rows = (int)min((int64_t)WIDE_ROWS, c.n_out - row);
-    const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + row * c.n_in;
+    first += done + rank * WIDE_PAIRS;
+    int n = min(WIDE_PAIRS, left - done - rank * WIDE_PAIRS);
+    int row = blockIdx.x * WIDE_ROWS, n_rows = (int)min((int64_t)WIDE_ROWS, c.n_out - row);
     if (thread < n)
         x[thread] = x_of(list, c, first + thread);
+    if (thread == 0) {
+        for (int i = 0; i < WIDE_STAGES; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], alone ? 1 : WIDE_CLUSTER);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+    }
     __syncthreads();
+    if (!alone)
+        cluster_sync();
 
     int steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
 #pragma unroll
     for (int i = 0; i < WIDE_STAGES - 2; i++) {
-        if (i < steps)
-            load_wide(stage[i], x, w, c.n_in, n, n_rows, i * WIDE_K, c.n_in);
-        copies_commit();
+        if (thread == 0 && i < steps)
+            fetch_rows(stage[i], &map, &full[i], i * WIDE_K, row, expert, rank, alone);
+        load_pairs(stage[i], x, c.w, i < steps ? n : 0, i * WIDE_K, c.n_in);
     }
     float acc[WIDE_ROWS / 2] = {};
     bool works = group * QV_K_MOE_TILE < n;
     for (int step = 0; step < steps; step++) {
+        wide_stage &m = stage[step % WIDE_STAGES];
+        int ahead = step + WIDE_STAGES - 2;
+        wide_stage &next = stage[ahead % WIDE_STAGES]; /* that of two steps ago, too */
         copies_wait<WIDE_STAGES - 3>();
         wgmma_publish();
-        /* This stage is there for all. Both groups have waited for the step before the last, so
-         * its stage is free. */
+        /* The pairs of this step are there for all. Both groups have waited for the step before the
+         * last, so its stage is free in this block. */
         __syncthreads();
-        if (step + WIDE_STAGES - 2 < steps)
-            load_wide(stage[(step + WIDE_STAGES - 2) % WIDE_STAGES], x, w, c.n_in, n, n_rows,
-                      (int64_t)(step + WIDE_STAGES - 2) * WIDE_K, c.n_in);
-        copies_commit();
+        load_pairs(next, x, c.w, ahead < steps ? n : 0, (int64_t)ahead * WIDE_K, c.n_in);
+        barrier_wait(&full[step % WIDE_STAGES], step / WIDE_STAGES & 1);
         if (works) {
-            const wide_stage &m = stage[step % WIDE_STAGES];
             uint64_t a = wgmma_tile(m.x + group * QV_K_MOE_TILE * WIDE_K), b = wgmma_tile(m.w);
             wgmma_begin();
 #pragma unroll
             for (int k = 0; k < WIDE_K / 16; k++)
                 wgmma_256(acc, a + 2 * k, b + 2 * k);
             wgmma_commit();
-            wgmma_wait<1>();
         }
+        if (warp == 0) {
+            uint64_t *free_again = &empty[ahead % WIDE_STAGES];
+            if (lane == 0 && ahead < steps) {
+                if (step >= 2) {
+                    barrier_arrive_at(free_again, rank);
+                    if (!alone)
+                        barrier_arrive_at(free_again, 1 - rank);
+                    barrier_wait(free_again, (step - 2) / WIDE_STAGES & 1);
+                }
+                fetch_rows(next, &map, &full[ahead % WIDE_STAGES], ahead * WIDE_K, row, expert, rank,
+                           alone);
+            }
+            __syncwarp();
+        }
+        if (works)
+            wgmma_wait<1>();
     }
     wgmma_wait<0>();
     copies_wait<0>();
@@ -322,20 +361,54 @@ __global__ void __launch_bounds__(WIDE_THREADS, 1)
             *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + row + col) =
                 *(const uint4 *)(out + tile_at<WIDE_ROWS>(p, col));
     }
+    if (!alone)
+        cluster_sync(); /* the other block's arrivals come here until its last step */
 #else
-    (void)list, (void)c;
+    (void)list, (void)c, (void)map;
     __trap(); /* not launched on other devices */
 #endif
 }
 
-void launch_wide(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
-                 int64_t n_active, cudaStream_t stream)
+typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
+                           const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
+                           const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
+                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+/* The experts [E][n_out][n_in] in boxes of 128 rows by 64 columns; outside are zeros. */
+qv_status make_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUtensorMap *map)
+{
+    static void *encode; /* the same for all threads that may find it */
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
+    if (!encode &&
+        (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                          cudaEnableDefault, &found) != cudaSuccess ||
+         found != cudaDriverEntryPointSuccess))
+        return qv_fail(QV_ERR_DEVICE, "moe_linear: the driver has no tensor maps");
+    const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, (cuuint64_t)c.n_out,
+                                 (cuuint64_t)list.n_experts};
+    const cuuint64_t strides[2] = {(cuuint64_t)c.n_in * 2, (cuuint64_t)c.w_expert * 2};
+    const cuuint32_t box[3] = {WIDE_K, WIDE_ROWS / WIDE_CLUSTER, 1}, steps[3] = {1, 1, 1};
+    CUresult result = ((encode_fn *)encode)(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void *>(c.w), sizes, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (result != CUDA_SUCCESS)
+        return qv_fail(QV_ERR_DEVICE, "moe_linear: no tensor map of %d experts [%lld, %lld]: error %d",
+                       list.n_experts, (long long)c.n_out, (long long)c.n_in, (int)result);
+    return QV_OK;
+}
+
+qv_status launch_wide(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
+                      int64_t n_active, cudaStream_t stream)
 {
     const int bytes = (int)sizeof(wide_stage) * WIDE_STAGES + 1024;
+    CUtensorMap map;
+    QV_TRY(make_map(list, c, &map));
     cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    dim3 grid((unsigned)((c.n_out + WIDE_ROWS - 1) / WIDE_ROWS),
-              (unsigned)(n_pairs / WIDE_PAIRS + n_active));
-    wide_kernel<<<grid, WIDE_THREADS, bytes, stream>>>(list, c);
+    int64_t tiles = n_pairs / (WIDE_CLUSTER * WIDE_PAIRS) + n_active;
+    dim3 grid((unsigned)((c.n_out + WIDE_ROWS - 1) / WIDE_ROWS), (unsigned)(WIDE_CLUSTER * tiles));
+    wide_kernel<<<grid, WIDE_THREADS, bytes, stream>>>(list, c, map);
+    return QV_OK;
 }
 
 bool is_hopper()
@@ -374,7 +447,7 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
                    (uintptr_t)c.x % 16 == 0 && (uintptr_t)c.w % 16 == 0;
     bool tiles = aligned && c.n_out % 8 == 0 && c.y_stride % 8 == 0 && (uintptr_t)c.y % 16 == 0;
     if (tiles && n_pairs > 2 * QV_K_MOE_TILE * n_active && is_hopper()) {
-        launch_wide(*list, c, n_pairs, n_active, on);
+        QV_TRY(launch_wide(*list, c, n_pairs, n_active, on));
     } else if (tiles && n_pairs > FEW_TOKENS * n_active) {
         launch_many<QV_K_MOE_TILE>(*list, c, n_pairs, n_active, on);
     } else {

@@ -257,7 +257,89 @@ template <bool DELTA> struct prepare_shared {
     float g[CHUNK], beta[CHUNK], k_scale[CHUNK], q_scale[CHUNK];
 };
 
-/* Grid (places, heads), 128 threads: warp w has rows 16 w.. of the chunk's two products. */
+/* P and T - I of one head from the products of its keys, which lie in accumulators: warp w has rows
+ * 16 w... The gates are in m. */
+template <bool DELTA>
+__device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, const float (&kk)[8][4],
+                                            const float (&qk)[8][4], chunk_record<DELTA> &record)
+{
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    if (thread < CHUNK) {
+        record.g[thread] = m.g[thread];
+        record.beta[thread] = m.beta[thread];
+        record.k_scale[thread] = m.k_scale[thread];
+        record.q_scale[thread] = m.q_scale[thread];
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        if (j > 2 * warp + 1)
+            continue; /* above the diagonal; nobody reads P there */
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int row = warp * 16 + (lane >> 2) + 8 * half, col = j * 8 + (lane & 3) * 2;
+            float p[2] = {0, 0}, a[2] = {0, 0};
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int key = col + i;
+                if (key > row)
+                    continue; /* exp might be infinite */
+                float decay = expf(m.g[row] - m.g[key]) * m.k_scale[key];
+                p[i] = qk[j][2 * half + i] * decay * m.q_scale[row];
+                if (!DELTA)
+                    p[i] *= m.beta[key];
+                if (DELTA && key < row)
+                    a[i] = kk[j][2 * half + i] * decay * m.k_scale[row] * m.beta[row];
+            }
+            *(uint32_t *)(record.p + row * CHUNK + col) = pack_bf16(p[0], p[1]);
+            if (DELTA)
+                *(float2 *)(m.a + row * PITCH + col) = make_float2(a[0], a[1]);
+        }
+    }
+    if (DELTA) {
+        __syncthreads();
+        invert(m.a, m.t, m.spare);
+        for (int i = thread; i < CHUNK * CHUNK / 8; i += 128) {
+            int row = i / 8, col = i % 8 * 8;
+            if (col / 16 > row / 16)
+                continue; /* nobody reads that either */
+            uint32_t out[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                int key = col + 2 * j;
+                const float *t = m.t + row * PITCH + key;
+                out[j] = pack_bf16(key < row ? t[0] : 0.0f, key + 1 < row ? t[1] : 0.0f);
+            }
+            *(uint4 *)(record.l + row * CHUNK + col) = make_uint4(out[0], out[1], out[2], out[3]);
+        }
+    }
+}
+
+/* The gates of a head and chunk, g summed up. Two warps. */
+template <bool DELTA>
+__device__ __forceinline__ void load_gates(prepare_shared<DELTA> &m, const qv_k_recurrent_args &c,
+                                           int64_t start, int n, int head)
+{
+    int thread = threadIdx.x, lane = thread & 31;
+    gate gt = {0, 0};
+    if (thread < n)
+        gt = gate_of<DELTA>(c, start + thread, head);
+    float sum = gt.g;
+#pragma unroll
+    for (int i = 1; i < 32; i <<= 1) {
+        float before = __shfl_up_sync(0xffffffffu, sum, i);
+        sum += lane >= i ? before : 0.0f;
+    }
+    m.g[thread] = sum;
+    m.beta[thread] = gt.beta;
+    asm volatile("bar.sync 1, 64;\n" ::: "memory");
+    if (thread >= 32)
+        m.g[thread] = sum + m.g[31];
+}
+
+/* Heads of a block: those that share keys share their products. */
+constexpr int PREPARE_HEADS = 4;
+
+/* Grid (places, key heads x parts of their heads), 128 threads. */
 template <bool DELTA>
 __global__ void __launch_bounds__(128)
     prepare_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int most_tokens,
@@ -265,8 +347,8 @@ __global__ void __launch_bounds__(128)
 {
     extern __shared__ __align__(16) char prepare_memory[];
     prepare_shared<DELTA> &m = *(prepare_shared<DELTA> *)prepare_memory;
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    int place = place_0 + blockIdx.x, head = blockIdx.y, low = 0, high = s.n_seqs;
+    int thread = threadIdx.x, warp = thread >> 5;
+    int place = place_0 + blockIdx.x, low = 0, high = s.n_seqs;
     while (high - low > 1) {
         int middle = (low + high) >> 1;
         if (first_place(s, middle) <= place)
@@ -279,26 +361,14 @@ __global__ void __launch_bounds__(128)
     if (n <= 0 || seq_tokens <= most_tokens)
         return;
     int64_t start = s.seq_start[low] + done;
-    int key_head = head / (c.n_v_heads / c.n_k_heads);
-    chunk_record<DELTA> &record = records[(int64_t)blockIdx.x * c.n_v_heads + head];
+    int per_key = c.n_v_heads / c.n_k_heads, parts = (per_key + PREPARE_HEADS - 1) / PREPARE_HEADS;
+    int key_head = blockIdx.y / parts, first = blockIdx.y % parts * PREPARE_HEADS;
+    int n_heads = min(PREPARE_HEADS, per_key - first);
 
     /* Load */
     load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 128);
     load_keys(m.q, c.q, start, n, key_head, c.d_k, thread, 128);
     copies_commit();
-    if (warp < 2) {
-        gate gt = {0, 0};
-        if (thread < n)
-            gt = gate_of<DELTA>(c, start + thread, head);
-        float sum = gt.g;
-#pragma unroll
-        for (int i = 1; i < 32; i <<= 1) {
-            float before = __shfl_up_sync(0xffffffffu, sum, i);
-            sum += lane >= i ? before : 0.0f;
-        }
-        m.g[thread] = sum;
-        m.beta[thread] = gt.beta;
-    }
     copies_wait<0>();
     __syncthreads();
     if (DELTA) {
@@ -310,9 +380,6 @@ __global__ void __launch_bounds__(128)
     } else if (thread < CHUNK) {
         m.k_scale[thread] = m.q_scale[thread] = 1;
     }
-    if (warp == 1)
-        m.g[thread] += m.g[31];
-    __syncthreads();
 
     /* Compute: columns up to the diagonal */
     float kk[8][4] = {}, qk[8][4] = {};
@@ -335,51 +402,15 @@ __global__ void __launch_bounds__(128)
             mma(qk[2 * j + 1], aq, b[2], b[3]);
         }
     }
-    __syncthreads(); /* a and t take the place of k and q */
 
-    /* Store */
-    if (thread < CHUNK) {
-        record.g[thread] = m.g[thread];
-        record.beta[thread] = m.beta[thread];
-        record.k_scale[thread] = m.k_scale[thread];
-        record.q_scale[thread] = m.q_scale[thread];
-    }
-#pragma unroll
-    for (int j = 0; j < 8; j++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int row = warp * 16 + (lane >> 2) + 8 * half, col = j * 8 + (lane & 3) * 2;
-            float p[2] = {0, 0}, a[2] = {0, 0};
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int key = col + i;
-                if (key > row)
-                    continue; /* exp might be infinite above the diagonal */
-                float decay = expf(m.g[row] - m.g[key]) * m.k_scale[key];
-                p[i] = qk[j][2 * half + i] * decay * m.q_scale[row];
-                if (!DELTA)
-                    p[i] *= m.beta[key];
-                if (DELTA && key < row)
-                    a[i] = kk[j][2 * half + i] * decay * m.k_scale[row] * m.beta[row];
-            }
-            *(uint32_t *)(record.p + row * CHUNK + col) = pack_bf16(p[0], p[1]);
-            if (DELTA)
-                *(float2 *)(m.a + row * PITCH + col) = make_float2(a[0], a[1]);
-        }
-    if (DELTA) {
+    /* Store, head by head; a and t take the place of k and q. */
+    for (int i = 0; i < n_heads; i++) {
+        int head = key_head * per_key + first + i;
         __syncthreads();
-        invert(m.a, m.t, m.spare);
-        for (int i = thread; i < CHUNK * CHUNK / 8; i += 128) {
-            int row = i / 8, col = i % 8 * 8;
-            uint32_t out[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                int key = col + 2 * j;
-                const float *t = m.t + row * PITCH + key;
-                out[j] = pack_bf16(key < row ? t[0] : 0.0f, key + 1 < row ? t[1] : 0.0f);
-            }
-            *(uint4 *)(record.l + row * CHUNK + col) = make_uint4(out[0], out[1], out[2], out[3]);
-        }
+        if (warp < 2)
+            load_gates(m, c, start, n, head);
+        __syncthreads();
+        finish_head(m, kk, qk, records[(int64_t)blockIdx.x * c.n_v_heads + head]);
     }
 }
 
@@ -729,10 +760,12 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
         cudaFuncSetAttribute(scan_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              scan_bytes) != cudaSuccess)
         return launched(name);
+    int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS - 1) / PREPARE_HEADS;
     for (int64_t place = 0; place < all; place += fit) {
         int n = (int)(all - place < fit ? all - place : fit);
-        prepare_kernel<DELTA><<<dim3((unsigned)n, (unsigned)c.n_v_heads), 128, prepare_bytes,
-                                stream>>>(s, c, (int)place, most_tokens, (record *)scratch);
+        prepare_kernel<DELTA><<<dim3((unsigned)n, (unsigned)(c.n_k_heads * parts)), 128,
+                                prepare_bytes, stream>>>(s, c, (int)place, most_tokens,
+                                                         (record *)scratch);
         dim3 grid((unsigned)((c.d_v + TILE_V - 1) / TILE_V), (unsigned)c.n_v_heads,
                   (unsigned)s.n_seqs);
         scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,

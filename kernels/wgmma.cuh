@@ -41,6 +41,60 @@ template <int N> __device__ __forceinline__ void wgmma_wait()
     asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(N) : "memory");
 }
 
+/* --- Tiles by the copy engine, to both blocks of a cluster --------------------------------- */
+
+__device__ __forceinline__ void barrier_init(uint64_t *barrier, int arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)),
+                 "r"(arrivals));
+}
+
+/* One arrival, and `bytes` that copies will bring before the phase ends. */
+__device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+/* An arrival at the barrier that block `rank` of the cluster has in the same place. */
+__device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, int rank)
+{
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(
+                     shared_address(barrier)),
+                 "r"(rank)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity)
+{
+    asm volatile("{\n.reg .pred done;\nwaiting%=:\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra waiting%=;\n}\n" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync()
+{
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
+                     : "memory");
+}
+
+/* A box of the map at (x, y, z) into `to` of every block in `blocks` (a bit each), whose barriers in the
+ * place of `barrier` hear of its bytes. One thread. */
+__device__ __forceinline__ void copy_box(bf16 *to, const void *map, int x, int y, int z,
+                                         uint64_t *barrier, uint16_t blocks)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(
+                     shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks)
+                 : "memory");
+}
+
 /* clang-format off */
 /* d [64 x 256] += a [64 x 16] b [16 x 256], both in shared memory. */
 __device__ __forceinline__ void wgmma_256(float (&d)[128], uint64_t a, uint64_t b)

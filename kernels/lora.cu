@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
 
 /* Grid (tiles of columns, places of 16 MT tokens). */
 template <int MT, typename Y>
-__global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 2)
+__global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 3)
     expand_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site,
                   const float *scratch, Y *y, int64_t y_stride)
 {

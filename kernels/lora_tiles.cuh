@@ -297,64 +297,86 @@ __device__ __forceinline__ void load_x1_rows(expand_shared<MT> &m, int n, int64_
     }
 }
 
-/* What y holds before, for pairs of columns of BF16 that can be read as one; loaded while B is. */
-template <int MT> struct old_rows {
-    uint32_t value[MT][2][4];
+/* Of each 16 columns an accumulator gives a lane two pairs eight columns apart. Neighbouring lanes swap a pair,
+ * so that a lane holds four columns in a row, 8 bytes, and four lanes the 32 bytes that memory moves at
+ * least: even lanes have columns 2 t.. of the first eight, odd ones those of the last eight. */
+__device__ __forceinline__ int64_t first_of_four(int64_t col_0, int pair)
+{
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    return col_0 + warp * 32 + pair * 16 + (lane & 1) * 8 + (lane & 2) * 2;
+}
+
+/* What rows of y hold before; loaded while B is. */
+template <int MT, typename Y> struct old_rows {
+    uint2 value[MT][2][2]; /* of BF16; float32 is read when it is added to */
 };
 
-template <int MT, typename Y>
+/* Four columns that can be read and written as one. */
+template <typename Y>
 __device__ __forceinline__ bool is_whole(const Y *y, int64_t column, int64_t n_out)
 {
-    return sizeof(Y) == 2 && ((uintptr_t)y & 3) == 0 && column + 1 < n_out;
+    return sizeof(Y) == 2 && ((uintptr_t)y & 7) == 0 && column + 4 <= n_out;
 }
 
 template <int MT, typename Y>
 __device__ __forceinline__ void load_old(const expand_shared<MT> &m, int n, int64_t n_out,
-                                         int64_t col_0, old_rows<MT> &old)
+                                         int64_t col_0, old_rows<MT, Y> &old)
 {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = i * 16 + (lane >> 2) + half * 8;
-            int64_t column = col_0 + warp * 32 + (lane & 3) * 2;
-            const Y *y = row < n ? (const Y *)m.y[row] + column : nullptr;
+            const Y *y = row < n ? (const Y *)m.y[row] : nullptr;
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                old.value[i][half][j] =
-                    y && is_whole<MT, Y>(y, column + 8 * j, n_out) ? *(const uint32_t *)(y + 8 * j) : 0;
+            for (int pair = 0; pair < 2; pair++) {
+                int64_t column = first_of_four(col_0, pair);
+                old.value[i][half][pair] = y && is_whole(y + column, column, n_out)
+                                               ? *(const uint2 *)(y + column)
+                                               : make_uint2(0, 0);
+            }
         }
 }
 
-/* y[i][col] += acc where the column is touched. */
+/* y[i][col] += acc where the column has a pair of A and B: bit c of `touched[pair]` for four columns. */
 template <int MT, typename Y>
 __device__ __forceinline__ void add_to_rows(const expand_shared<MT> &m, int n, int64_t n_out,
-                                            int64_t col_0, uint32_t touched,
-                                            const old_rows<MT> &old, const float (&acc)[MT][4][4])
+                                            int64_t col_0, const uint32_t (&touched)[2],
+                                            const old_rows<MT, Y> &old,
+                                            const float (&acc)[MT][4][4])
 {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int lane = threadIdx.x & 31;
+    bool odd = lane & 1;
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = i * 16 + (lane >> 2) + half * 8;
-            if (row >= n)
-                continue;
-            int64_t column = col_0 + warp * 32 + (lane & 3) * 2;
-            Y *y = (Y *)m.y[row] + column;
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                uint32_t bits = touched >> (2 * j) & 3, before = old.value[i][half][j];
-                const float *d = acc[i][j] + 2 * half;
-                Y *to = y + 8 * j;
-                if (bits == 3 && is_whole<MT, Y>(y, column + 8 * j, n_out)) {
-                    *(uint32_t *)to = pack_bf16(bf16_low(before) + d[0], bf16_high(before) + d[1]);
+            for (int pair = 0; pair < 2; pair++) {
+                const float *a = acc[i][2 * pair] + 2 * half, *b = acc[i][2 * pair + 1] + 2 * half;
+                float other[2], d[4];
+                other[0] = __shfl_xor_sync(0xffffffffu, odd ? a[0] : b[0], 1);
+                other[1] = __shfl_xor_sync(0xffffffffu, odd ? a[1] : b[1], 1);
+                d[0] = odd ? other[0] : a[0];
+                d[1] = odd ? other[1] : a[1];
+                d[2] = odd ? b[0] : other[0];
+                d[3] = odd ? b[1] : other[1];
+                if (row >= n)
+                    continue;
+                int64_t column = first_of_four(col_0, pair);
+                Y *y = (Y *)m.y[row] + column;
+                uint2 before = old.value[i][half][pair];
+                if (touched[pair] == 15 && is_whole(y, column, n_out)) {
+                    *(uint2 *)y =
+                        make_uint2(pack_bf16(bf16_low(before.x) + d[0], bf16_high(before.x) + d[1]),
+                                   pack_bf16(bf16_low(before.y) + d[2], bf16_high(before.y) + d[3]));
                 } else {
 #pragma unroll
-                    for (int k = 0; k < 2; k++)
-                        if (bits >> k & 1)
-                            to[k] = (Y)(to_float(to[k]) + d[k]);
+                    for (int k = 0; k < 4; k++)
+                        if (touched[pair] >> k & 1)
+                            y[k] = (Y)(to_float(y[k]) + d[k]);
                 }
             }
         }
@@ -367,14 +389,14 @@ __device__ void expand_block(expand_shared<MT> &m, const bf16 *b, int64_t n_out,
                              const qv_k_slices &ranges, const qv_k_lora_slice *slices,
                              int64_t col_0, int n)
 {
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    int warp = threadIdx.x >> 5;
     float acc[MT][4][4] = {};
-    old_rows<MT> old;
+    old_rows<MT, Y> old;
     if (threadIdx.x < ranges.n)
         m.slices[threadIdx.x] = slices[threadIdx.x];
     load_old<MT, Y>(m, n, n_out, col_0, old);
     __syncthreads();
-    uint32_t touched = 0; /* bit 2 j + i: column 8 j + 2 t + i of the warp's has a pair */
+    uint32_t touched[2] = {};
     for (int s = 0; s < ranges.n; s++) {
         int64_t first = max((int64_t)ranges.start[s], col_0);
         int64_t end = min((int64_t)ranges.start[s + 1], col_0 + EXPAND_COLUMNS);
@@ -383,9 +405,9 @@ __device__ void expand_block(expand_shared<MT> &m, const bf16 *b, int64_t n_out,
             continue;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-            int64_t col = col_0 + warp * 32 + (j >> 1) * 8 + (lane & 3) * 2 + (j & 1);
+            int64_t col = first_of_four(col_0, j >> 2) + (j & 3);
             if (col >= first && col < end)
-                touched |= 1u << j;
+                touched[j >> 2] |= 1u << (j & 3);
         }
         for (int done = 0; done < slice.rank; done += EXPAND_RANKS) {
             int n_ranks = min(EXPAND_RANKS, slice.rank - done), padded = (n_ranks + 15) & ~15;

@@ -222,7 +222,8 @@ constexpr int WIDE_CLUSTER = 2;
 constexpr int WIDE_ROWS = 256;
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
-constexpr int WIDE_THREADS = 256;
+constexpr int WIDE_WORKERS = 256;                /* two warpgroups */
+constexpr int WIDE_THREADS = WIDE_WORKERS + 32; /* and a warp that fetches weights */
 
 struct wide_stage {
     bf16 x[WIDE_PAIRS * WIDE_K], w[WIDE_ROWS * WIDE_K];
@@ -254,6 +255,11 @@ struct wide_stage {
         if (alone || half == rank)
             copy_box(m.w + half * HALF * WIDE_K, map, k, row + half * HALF, expert, full,
                      alone ? (uint16_t)(1 << rank) : 3);
+}
+
+[[maybe_unused]] __device__ __forceinline__ void workers_barrier(int id)
+{
+    asm volatile("bar.sync %0, %1;\n" ::"r"(id), "n"(WIDE_WORKERS) : "memory");
 }
 
 /* Grid (tiles of rows, 2 x tiles of 256 pairs). */
@@ -288,7 +294,7 @@ __global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THRE
     if (thread == 0) {
         for (int i = 0; i < WIDE_STAGES; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], alone ? 1 : WIDE_CLUSTER);
+            barrier_init(&empty[i], alone ? 2 : 2 * WIDE_CLUSTER); /* warpgroups that read it */
         }
         asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
     }
@@ -297,63 +303,60 @@ __global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THRE
         cluster_sync();
 
     int steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
-#pragma unroll
-    for (int i = 0; i < WIDE_STAGES - 2; i++) {
-        if (thread == 0 && i < steps)
-            fetch_rows(stage[i], &map, &full[i], i * WIDE_K, row, expert, rank, alone);
-        load_pairs(stage[i], x, c.w, i < steps ? n : 0, i * WIDE_K, c.n_in);
-    }
     float acc[WIDE_ROWS / 2] = {};
-    bool works = group * QV_K_MOE_TILE < n;
-    for (int step = 0; step < steps; step++) {
-        wide_stage &m = stage[step % WIDE_STAGES];
-        int ahead = step + WIDE_STAGES - 2;
-        wide_stage &next = stage[ahead % WIDE_STAGES]; /* that of two steps ago, too */
-        copies_wait<WIDE_STAGES - 3>();
-        wgmma_publish();
-        /* The pairs of this step are there for all. Both groups have waited for the step before the
-         * last, so its stage is free in this block. */
-        __syncthreads();
-        load_pairs(next, x, c.w, ahead < steps ? n : 0, (int64_t)ahead * WIDE_K, c.n_in);
-        barrier_wait(&full[step % WIDE_STAGES], step / WIDE_STAGES & 1);
-        if (works) {
-            uint64_t a = wgmma_tile(m.x + group * QV_K_MOE_TILE * WIDE_K), b = wgmma_tile(m.w);
-            wgmma_begin();
+    if (warp == WIDE_WORKERS / 32) {
+        for (int step = 0; lane == 0 && step < steps; step++) {
+            int at = step % WIDE_STAGES;
+            if (step >= WIDE_STAGES)
+                barrier_wait(&empty[at], (step / WIDE_STAGES - 1) & 1);
+            fetch_rows(stage[at], &map, &full[at], step * WIDE_K, row, expert, rank, alone);
+        }
+        __syncwarp();
+    } else {
+        bool works = group * QV_K_MOE_TILE < n;
+        for (int i = 0; i < WIDE_STAGES - 1; i++)
+            load_pairs(stage[i], x, c.w, i < steps ? n : 0, i * WIDE_K, c.n_in);
+        for (int step = 0; step < steps; step++) {
+            int at = step % WIDE_STAGES, ahead = step + WIDE_STAGES - 1;
+            copies_wait<WIDE_STAGES - 2>();
+            wgmma_publish();
+            workers_barrier(1); /* the pairs of this step are there for both groups */
+            barrier_wait(&full[at], (step / WIDE_STAGES) & 1);
+            if (works) {
+                uint64_t a = wgmma_tile(stage[at].x + group * QV_K_MOE_TILE * WIDE_K);
+                uint64_t b = wgmma_tile(stage[at].w);
+                wgmma_begin();
 #pragma unroll
-            for (int k = 0; k < WIDE_K / 16; k++)
-                wgmma_256(acc, a + 2 * k, b + 2 * k);
-            wgmma_commit();
-        }
-        if (warp == 0) {
-            uint64_t *free_again = &empty[ahead % WIDE_STAGES];
-            if (lane == 0 && ahead < steps) {
-                if (step >= 2) {
-                    barrier_arrive_at(free_again, rank);
-                    if (!alone)
-                        barrier_arrive_at(free_again, 1 - rank);
-                    barrier_wait(free_again, (step - 2) / WIDE_STAGES & 1);
-                }
-                fetch_rows(next, &map, &full[ahead % WIDE_STAGES], ahead * WIDE_K, row, expert, rank,
-                           alone);
+                for (int k = 0; k < WIDE_K / 16; k++)
+                    wgmma_256(acc, a + 2 * k, b + 2 * k);
+                wgmma_commit();
+                wgmma_wait<1>();
             }
-            __syncwarp();
+            if (step > 0 && (thread & 127) == 0) { /* the step before has been read */
+                barrier_arrive_at(&empty[(step - 1) % WIDE_STAGES], rank);
+                if (!alone)
+                    barrier_arrive_at(&empty[(step - 1) % WIDE_STAGES], 1 - rank);
+            }
+            workers_barrier(2); /* both have read it: its pairs may be written over */
+            load_pairs(stage[ahead % WIDE_STAGES], x, c.w, ahead < steps ? n : 0,
+                       (int64_t)ahead * WIDE_K, c.n_in);
         }
-        if (works)
-            wgmma_wait<1>();
+        wgmma_wait<0>();
+        copies_wait<0>();
     }
-    wgmma_wait<0>();
-    copies_wait<0>();
     __syncthreads();
 
     /* Store through shared memory, so that rows leave in pieces of 16 bytes. */
     bf16 *out = (bf16 *)stage; /* [128][256], a tile */
+    if (thread < WIDE_WORKERS) {
 #pragma unroll
-    for (int j = 0; j < WIDE_ROWS / 8; j++)
+        for (int j = 0; j < WIDE_ROWS / 8; j++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            *(uint32_t *)(out + tile_at<WIDE_ROWS>(warp * 16 + (lane >> 2) + 8 * half,
-                                                   j * 8 + (lane & 3) * 2)) =
-                pack_bf16(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+            for (int half = 0; half < 2; half++)
+                *(uint32_t *)(out + tile_at<WIDE_ROWS>(warp * 16 + (lane >> 2) + 8 * half,
+                                                       j * 8 + (lane & 3) * 2)) =
+                    pack_bf16(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
+    }
     __syncthreads();
     for (int i = thread; i < n * (WIDE_ROWS / 8); i += WIDE_THREADS) {
         int p = i / (WIDE_ROWS / 8), col = i % (WIDE_ROWS / 8) * 8;

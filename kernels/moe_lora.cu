@@ -201,7 +201,7 @@ __device__ void expand_run(char *memory, const qv_k_list &list, const qv_k_moe_l
 
 /* Grid (runs, tiles of columns). MT 1 where runs are short: more blocks fit beside each other. */
 template <int MT>
-__global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 2)
+__global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 3)
     moe_expand_kernel(qv_k_list list, const __grid_constant__ qv_k_moe_lora_site site, bool pairs,
                       const float *scratch, bf16 *y, int64_t y_stride)
 {

@@ -158,6 +158,7 @@ template <bool DELTA> struct chunk_record {
 
 /* --- First kernel: what does not depend on the state -------------------------------------- */
 
+constexpr int PREPARE_HEADS = 4; /* heads of a block: those that share keys share their products */
 constexpr int PITCH = CHUNK + 4; /* of float32 matrices in shared memory */
 
 /* Rows [start, start + n) of keys as a tile [64][128], zeros around. */
@@ -254,19 +255,21 @@ template <bool DELTA> struct prepare_shared {
         };
     };
     float spare[32 * PITCH];
-    float g[CHUNK], beta[CHUNK], k_scale[CHUNK], q_scale[CHUNK];
+    float g[PREPARE_HEADS][CHUNK], beta[PREPARE_HEADS][CHUNK], k_scale[CHUNK], q_scale[CHUNK];
 };
 
 /* P and T - I of one head from the products of its keys, which lie in accumulators: warp w has rows
  * 16 w... The gates are in m. */
 template <bool DELTA>
-__device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, const float (&kk)[8][4],
-                                            const float (&qk)[8][4], chunk_record<DELTA> &record)
+__device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, int head,
+                                            const float (&kk)[8][4], const float (&qk)[8][4],
+                                            chunk_record<DELTA> &record)
 {
+    const float *g = m.g[head], *beta = m.beta[head];
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     if (thread < CHUNK) {
-        record.g[thread] = m.g[thread];
-        record.beta[thread] = m.beta[thread];
+        record.g[thread] = g[thread];
+        record.beta[thread] = beta[thread];
         record.k_scale[thread] = m.k_scale[thread];
         record.q_scale[thread] = m.q_scale[thread];
     }
@@ -283,12 +286,12 @@ __device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, const floa
                 int key = col + i;
                 if (key > row)
                     continue; /* exp might be infinite */
-                float decay = expf(m.g[row] - m.g[key]) * m.k_scale[key];
+                float decay = expf(g[row] - g[key]) * m.k_scale[key];
                 p[i] = qk[j][2 * half + i] * decay * m.q_scale[row];
                 if (!DELTA)
-                    p[i] *= m.beta[key];
+                    p[i] *= beta[key];
                 if (DELTA && key < row)
-                    a[i] = kk[j][2 * half + i] * decay * m.k_scale[row] * m.beta[row];
+                    a[i] = kk[j][2 * half + i] * decay * m.k_scale[row] * beta[row];
             }
             *(uint32_t *)(record.p + row * CHUNK + col) = pack_bf16(p[0], p[1]);
             if (DELTA)
@@ -311,33 +314,38 @@ __device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, const floa
             }
             *(uint4 *)(record.l + row * CHUNK + col) = make_uint4(out[0], out[1], out[2], out[3]);
         }
+        __syncthreads(); /* before the next head writes a and t */
     }
 }
 
-/* The gates of a head and chunk, g summed up. Two warps. */
+/* The gates of a chunk, g summed up: a warp a head, two tokens a lane. */
 template <bool DELTA>
 __device__ __forceinline__ void load_gates(prepare_shared<DELTA> &m, const qv_k_recurrent_args &c,
-                                           int64_t start, int n, int head)
+                                           int64_t start, int n, int first_head, int n_heads)
 {
-    int thread = threadIdx.x, lane = thread & 31;
-    gate gt = {0, 0};
-    if (thread < n)
-        gt = gate_of<DELTA>(c, start + thread, head);
-    float sum = gt.g;
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (warp >= n_heads)
+        return;
+    gate gt[2] = {};
+    float sum[2];
 #pragma unroll
-    for (int i = 1; i < 32; i <<= 1) {
-        float before = __shfl_up_sync(0xffffffffu, sum, i);
-        sum += lane >= i ? before : 0.0f;
+    for (int half = 0; half < 2; half++) {
+        if (half * 32 + lane < n)
+            gt[half] = gate_of<DELTA>(c, start + half * 32 + lane, first_head + warp);
+        sum[half] = gt[half].g;
+#pragma unroll
+        for (int i = 1; i < 32; i <<= 1) {
+            float before = __shfl_up_sync(0xffffffffu, sum[half], i);
+            sum[half] += lane >= i ? before : 0.0f;
+        }
     }
-    m.g[thread] = sum;
-    m.beta[thread] = gt.beta;
-    asm volatile("bar.sync 1, 64;\n" ::: "memory");
-    if (thread >= 32)
-        m.g[thread] = sum + m.g[31];
+    sum[1] += __shfl_sync(0xffffffffu, sum[0], 31);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        m.g[warp][half * 32 + lane] = sum[half];
+        m.beta[warp][half * 32 + lane] = gt[half].beta;
+    }
 }
-
-/* Heads of a block: those that share keys share their products. */
-constexpr int PREPARE_HEADS = 4;
 
 /* Grid (places, key heads x parts of their heads), 128 threads. */
 template <bool DELTA>
@@ -369,6 +377,7 @@ __global__ void __launch_bounds__(128)
     load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 128);
     load_keys(m.q, c.q, start, n, key_head, c.d_k, thread, 128);
     copies_commit();
+    load_gates(m, c, start, n, key_head * per_key + first, n_heads);
     copies_wait<0>();
     __syncthreads();
     if (DELTA) {
@@ -404,14 +413,10 @@ __global__ void __launch_bounds__(128)
     }
 
     /* Store, head by head; a and t take the place of k and q. */
-    for (int i = 0; i < n_heads; i++) {
-        int head = key_head * per_key + first + i;
-        __syncthreads();
-        if (warp < 2)
-            load_gates(m, c, start, n, head);
-        __syncthreads();
-        finish_head(m, kk, qk, records[(int64_t)blockIdx.x * c.n_v_heads + head]);
-    }
+    __syncthreads();
+    for (int i = 0; i < n_heads; i++)
+        finish_head(m, i, kk, qk,
+                    records[(int64_t)blockIdx.x * c.n_v_heads + key_head * per_key + first + i]);
 }
 
 /* --- Second kernel: walk the chunks ------------------------------------------------------- */

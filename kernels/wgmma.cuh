@@ -58,11 +58,13 @@ __device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes)
                  : "memory");
 }
 
-/* An arrival at the barrier that block `rank` of the cluster has in the same place. */
+/* An arrival at the barrier that block `rank` of the cluster has in the same place. It orders what the
+ * copy engine and wgmma did, not ordinary accesses of memory: a wider scope would flush the L1 cache at
+ * each wait. */
 __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, int rank)
 {
     asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(
                      shared_address(barrier)),
                  "r"(rank)
                  : "memory");
@@ -71,7 +73,7 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, int rank)
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity)
 {
     asm volatile("{\n.reg .pred done;\nwaiting%=:\n"
-                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra waiting%=;\n}\n" ::"r"(shared_address(barrier)),
                  "r"(parity)
                  : "memory");

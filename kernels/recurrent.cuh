@@ -158,7 +158,9 @@ template <bool DELTA> struct chunk_record {
 
 /* --- First kernel: what does not depend on the state -------------------------------------- */
 
-constexpr int PREPARE_HEADS = 4; /* heads of a block: those that share keys share their products */
+/* Heads of a block, which share the products of their keys. The delta rule's take so long to invert that
+ * blocks of one head are faster (434 against 461 us for 8192 tokens of 32 heads). */
+template <bool DELTA> constexpr int PREPARE_HEADS = DELTA ? 1 : 4;
 constexpr int PITCH = CHUNK + 4; /* of float32 matrices in shared memory */
 
 /* Rows [start, start + n) of keys as a tile [64][128], zeros around. */
@@ -255,7 +257,7 @@ template <bool DELTA> struct prepare_shared {
         };
     };
     float spare[32 * PITCH];
-    float g[PREPARE_HEADS][CHUNK], beta[PREPARE_HEADS][CHUNK], k_scale[CHUNK], q_scale[CHUNK];
+    float g[PREPARE_HEADS<DELTA>][CHUNK], beta[PREPARE_HEADS<DELTA>][CHUNK], k_scale[CHUNK], q_scale[CHUNK];
 };
 
 /* P and T - I of one head from the products of its keys, which lie in accumulators: warp w has rows
@@ -369,9 +371,9 @@ __global__ void __launch_bounds__(128)
     if (n <= 0 || seq_tokens <= most_tokens)
         return;
     int64_t start = s.seq_start[low] + done;
-    int per_key = c.n_v_heads / c.n_k_heads, parts = (per_key + PREPARE_HEADS - 1) / PREPARE_HEADS;
-    int key_head = blockIdx.y / parts, first = blockIdx.y % parts * PREPARE_HEADS;
-    int n_heads = min(PREPARE_HEADS, per_key - first);
+    int per_key = c.n_v_heads / c.n_k_heads, parts = (per_key + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
+    int key_head = blockIdx.y / parts, first = blockIdx.y % parts * PREPARE_HEADS<DELTA>;
+    int n_heads = min(PREPARE_HEADS<DELTA>, per_key - first);
 
     /* Load */
     load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 128);
@@ -765,7 +767,7 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
         cudaFuncSetAttribute(scan_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              scan_bytes) != cudaSuccess)
         return launched(name);
-    int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS - 1) / PREPARE_HEADS;
+    int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
     for (int64_t place = 0; place < all; place += fit) {
         int n = (int)(all - place < fit ? all - place : fit);
         prepare_kernel<DELTA><<<dim3((unsigned)n, (unsigned)(c.n_k_heads * parts)), 128,

@@ -594,7 +594,10 @@ static void lora_case(const lora_shape *s, int n, int n_adapters, int rank, int 
     double b = (double)n_adapters * max_rank * (double)n_out * 2;
     double weights = 2.0 * n_adapters * rank * (double)(s->n_planes * s->n_in + n_out);
     double io = n * 2.0 * (double)(s->n_in + 2 * n_out);
-    c->segments = (qv_k_segments){n, n_adapters, segments, segments + n_adapters + 1};
+    c->segments = (qv_k_segments){.n_tokens = n,
+                                  .n_segs = n_adapters,
+                                  .seg_start = segments,
+                                  .seg_slot = segments + n_adapters + 1};
     c->n = (int)fmin(copies_of(weights), fmax(1, 8e9 / (a + b)));
     c->x_stride = s->n_in;
     c->y_stride = n_out;

@@ -1,13 +1,13 @@
-/* bench_kernels: the recurrent, expert and LoRA kernels at the shapes of released models, each with the bytes
- * and FLOP that it cannot do without, the time these take at 3.0 TB/s or 798 TFLOP/s (an H100's memory
- * and tensor cores at their best in large copies and matrix products), the time measured and the
- * ratio of the two.
+/* bench_kernels: the recurrent, expert and LoRA kernels at the shapes of released models, each with
+ * the bytes and FLOP that it cannot do without, the time these take at 3.0 TB/s or 798 TFLOP/s (an
+ * H100's memory and tensor cores at their best in large copies and matrix products), the time
+ * measured and the ratio of the two.
  *
  *   bench_kernels [TABLE...]    conv gdn ssd route moe lora moe_lora; all without arguments
  *
- * Times are medians of replays of a graph of many launches, so that neither launches nor the host are
- * in them; launches go round over copies of what a step would have to read from memory, more than
- * the L2 cache holds.
+ * Times are medians of replays of a graph of many launches, so that neither launches nor the host
+ * are in them; launches go round over copies of what a step would have to read from memory, more
+ * than the L2 cache holds.
  */
 #include "kernels/kernels_moe.h"
 #include "kernels/kernels_recurrent.h"
@@ -245,7 +245,8 @@ static void conv_case(const char *model, int64_t channels, int n_seqs, int n_eac
     for (int i = 0; i < c->n; i++)
         c->steps[i] = new_steps(n_seqs, n_each, i * n_seqs);
     char name[96];
-    snprintf(name, sizeof name, "%s, %lld channels, %d x %d", model, (long long)channels, n_seqs, n_each);
+    snprintf(name, sizeof name, "%s, %lld channels, %d x %d", model, (long long)channels, n_seqs,
+             n_each);
     print_row(name, bytes, 0, time_us(launch_conv, c, n_each > 1 ? 10 : 200));
 }
 
@@ -305,14 +306,15 @@ static void recurrent_case(const recurrent_shape *s, int n_seqs, int n_each)
     for (int i = 0; i < c->n; i++)
         c->steps[i] = new_steps(n_seqs, n_each, i * n_seqs);
     char name[96];
-    snprintf(name, sizeof name, "%s %s, %d heads, %d x %d", s->model, s->is_gdn ? "gdn" : "ssd", s->n_v,
-             n_seqs, n_each);
-    /* Chunks of 64 in the delta rule, whatever is best for SSD: 5 products of C x d a token and head, and
-     * 3 of d x d; SSD has one of them less and no inverse. */
-    double flop = n_each > 1 ? n * s->n_v * (s->is_gdn ? 5 * 2.0 * 64 * 128 + 3 * 2.0 * 128 * 128
-                                                       : 2 * 2.0 * 64 * (s->d_v + 32) +
-                                                             2 * 2.0 * s->d_k * s->d_v)
-                             : 0;
+    snprintf(name, sizeof name, "%s %s, %d heads, %d x %d", s->model, s->is_gdn ? "gdn" : "ssd",
+             s->n_v, n_seqs, n_each);
+    /* Chunks of 64 in the delta rule, whatever is best for SSD: 5 products of C x d a token and
+     * head, and 3 of d x d; SSD has one of them less and no inverse. */
+    double flop = n_each > 1
+                      ? n * s->n_v *
+                            (s->is_gdn ? 5 * 2.0 * 64 * 128 + 3 * 2.0 * 128 * 128
+                                       : 2 * 2.0 * 64 * (s->d_v + 32) + 2 * 2.0 * s->d_k * s->d_v)
+                      : 0;
     print_row(name, 2 * state + io, flop, time_us(launch_recurrent, c, n_each > 1 ? 5 : 100));
 }
 
@@ -506,7 +508,10 @@ static void moe_case(const moe_shape *s, int n, int down)
     double bytes = active * matrix + rows * (double)n_in * 2 + pairs * (double)n_out * 2;
     c->list = new_list(s, n, 0);
     c->ids = upload(ids, (size_t)n * (size_t)s->top_k * sizeof *ids);
-    c->n = all > 8e9 ? 1 : active * matrix > ROTATE_BYTES ? 1 : (int)fmin(ceil(ROTATE_BYTES / (active * matrix)), 8e9 / all);
+    c->n = all > 8e9 ? 1
+           : active * matrix > ROTATE_BYTES
+               ? 1
+               : (int)fmin(ceil(ROTATE_BYTES / (active * matrix)), 8e9 / all);
     c->n = c->n < 1 ? 1 : c->n;
     void *x = take(rows * (double)n_in * 2), *y = take(pairs * (double)n_out * 2);
     for (int i = 0; i < c->n; i++)
@@ -521,7 +526,8 @@ static void moe_case(const moe_shape *s, int n, int down)
                                               .x_pairs = (uint8_t)down};
     pass(qv_k_moe_route(c->ids, &c->list, stream));
     char name[96];
-    snprintf(name, sizeof name, "%s %s, %d tokens, %d experts", s->model, down ? "down" : "up", n, active);
+    snprintf(name, sizeof name, "%s %s, %d tokens, %d experts", s->model, down ? "down" : "up", n,
+             active);
     print_row(name, bytes, 2 * pairs * (double)n_out * (double)n_in,
               time_us(launch_moe_linear, c, n > 1000 ? 4 : 24));
     free(ids);
@@ -646,14 +652,16 @@ static void launch_moe_lora(void *ctx, int i)
 {
     moe_ctx *c = ctx;
     (void)i;
-    pass(qv_k_moe_lora(&c->list, &c->up, c->x, c->up.n_in, 0, c->scratch, c->h, c->up.n_out, stream));
+    pass(qv_k_moe_lora(&c->list, &c->up, c->x, c->up.n_in, 0, c->scratch, c->h, c->up.n_out,
+                       stream));
     pass(qv_k_moe_lora(&c->list, &c->down, c->h, c->down.n_in, 1, c->scratch, c->o, c->down.n_out,
                        stream));
     pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, &c->down, c->scratch, c->y, c->d, c->d,
                           stream));
 }
 
-static qv_k_moe_lora_site new_site(const moe_shape *s, int down, int n_adapters, int rank, int shared)
+static qv_k_moe_lora_site new_site(const moe_shape *s, int down, int n_adapters, int rank,
+                                   int shared)
 {
     int n_slices = !down && s->gated ? 2 : 1, n_entries = s->n_experts * n_slices;
     int64_t n_in = down ? s->ffn : s->d, n_out = down ? s->d : n_slices * s->ffn;
@@ -686,7 +694,8 @@ static void moe_lora_case(const moe_shape *s, int n, int n_adapters, int rank, i
     int32_t *ids = new_ids(s, n);
     int n_slices = s->gated ? 2 : 1, n_pairs = n * s->top_k, touched = 0;
     for (int i = 0; i < n_adapters; i++) {
-        int from = (int)((int64_t)n * i / n_adapters), to = (int)((int64_t)n * (i + 1) / n_adapters);
+        int from = (int)((int64_t)n * i / n_adapters),
+            to = (int)((int64_t)n * (i + 1) / n_adapters);
         touched += count_active(ids + from * s->top_k, (to - from) * s->top_k, s->n_experts);
     }
     double per_pair = shared ? (double)(n_slices * s->ffn + s->ffn)
@@ -733,8 +742,9 @@ static const struct {
     const char *name;
     void (*run)(void);
 } tables[] = {
-    {"conv", table_conv}, {"gdn", table_gdn},   {"ssd", table_ssd},           {"route", table_route},
-    {"moe", table_moe},   {"lora", table_lora}, {"moe_lora", table_moe_lora},
+    {"conv", table_conv},         {"gdn", table_gdn}, {"ssd", table_ssd},
+    {"route", table_route},       {"moe", table_moe}, {"lora", table_lora},
+    {"moe_lora", table_moe_lora},
 };
 
 int main(int argc, char **argv)

@@ -1,9 +1,9 @@
-/* Causal depthwise convolution with SiLU. Memory bound: each input and output once, and per sequence the
- * state read and written. Two forms:
- *   by sequence: a thread walks its channels through a sequence with the window in registers. One launch;
- *     for decode, and for shapes or buffers that the other does not take (y over x).
- *   by tile: tokens are cut into tiles beside each other; a tile rereads the inputs before it. The state
- *     is written by a second launch, because tiles of the same sequence still read the old one.
+/* Causal depthwise convolution with SiLU. Memory bound: each input and output once, and per
+ * sequence the state read and written. Two forms: by sequence: a thread walks its channels through
+ * a sequence with the window in registers. One launch; for decode, and for shapes or buffers that
+ * the other does not take (y over x). by tile: tokens are cut into tiles beside each other; a tile
+ * rereads the inputs before it. The state is written by a second launch, because tiles of the same
+ * sequence still read the old one.
  */
 #include "kernels/kernels_recurrent.h"
 #include "kernels/tensor_core.cuh"
@@ -118,7 +118,8 @@ __device__ __forceinline__ void store_state(bf16 *state, const float (&past)[3][
 }
 
 /* One token; the window moves on. */
-__device__ __forceinline__ uint4 wide_token(const wide_weights &w, float (&past)[3][WIDE], uint4 raw)
+__device__ __forceinline__ uint4 wide_token(const wide_weights &w, float (&past)[3][WIDE],
+                                            uint4 raw)
 {
     float now[WIDE], out[WIDE];
     unpack(raw, now);

@@ -1,9 +1,9 @@
-/* Gated DeltaNet. Decode reads and writes the state once, 2 * 4 * d_k * d_v bytes per head and token, and
- * is bound by that; prefill goes by chunks (recurrent.cuh).
+/* Gated DeltaNet. Decode reads and writes the state once, 2 * 4 * d_k * d_v bytes per head and
+ * token, and is bound by that; prefill goes by chunks (recurrent.cuh).
  *
  * The step needs one pass over the state: with S' the faded state, e = beta (v - S'^T k) and
- * o = S'^T q + (k . q) e, so both products are sums over the same registers, and S' + k e^T is stored
- * from them.
+ * o = S'^T q + (k . q) e, so both products are sums over the same registers, and S' + k e^T is
+ * stored from them.
  */
 #include "kernels/recurrent.cuh"
 
@@ -17,13 +17,15 @@ __device__ __forceinline__ void load_unit(const bf16 *from, float factor, float 
 {
     uint2 raw = *(const uint2 *)(from + lane * 4);
     float x[4] = {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y)};
-    float scale = factor / sqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) +
-                                 1e-6f);
-    *(float4 *)(to + lane * 4) = make_float4(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale);
+    float scale =
+        factor / sqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) + 1e-6f);
+    *(float4 *)(to + lane * 4) =
+        make_float4(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale);
 }
 
-/* Grid (4, heads, sequences), 128 threads: 32 columns of a head. Thread (rows r = 16 i + thread / 8,
- * columns 4 (thread % 8)..) keeps 8 x 4 cells in registers, all loaded before the first is used. */
+/* Grid (4, heads, sequences), 128 threads: 32 columns of a head. Thread (rows r = 16 i + thread /
+ * 8, columns 4 (thread % 8)..) keeps 8 x 4 cells in registers, all loaded before the first is used.
+ */
 __global__ void __launch_bounds__(128)
     gdn_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_tokens)
 {
@@ -95,8 +97,10 @@ __global__ void __launch_bounds__(128)
             e[i] = beta * (v[i] - decay * sum[i]);
         if (row == 0) {
             uint2 out;
-            out.x = pack_bf16(fmaf(sum[8], e[0], decay * sum[4]), fmaf(sum[8], e[1], decay * sum[5]));
-            out.y = pack_bf16(fmaf(sum[8], e[2], decay * sum[6]), fmaf(sum[8], e[3], decay * sum[7]));
+            out.x =
+                pack_bf16(fmaf(sum[8], e[0], decay * sum[4]), fmaf(sum[8], e[1], decay * sum[5]));
+            out.y =
+                pack_bf16(fmaf(sum[8], e[2], decay * sum[6]), fmaf(sum[8], e[3], decay * sum[7]));
             *(uint2 *)(row_of<bf16>(c.o, t, head) + column) = out;
         }
 #pragma unroll

@@ -1,7 +1,8 @@
-/* Launchers of LoRA over adapter segments. Meanings and layouts are those of ops/ops.h (qv_lora_site,
- * qv_embed_lora_site, qv_moe_lora_site): planes spaced by the pool's rank, B transposed. Which slots
- * have a pair is read from device memory, so that a captured graph serves any adapters: a slot
- * without one has rank 0 in its slices, or an entry that is all zero. A and B are BF16.
+/* Launchers of LoRA over adapter segments. Meanings and layouts are those of ops/ops.h
+ * (qv_lora_site, qv_embed_lora_site, qv_moe_lora_site): planes spaced by the pool's rank, B
+ * transposed. Which slots have a pair is read from device memory, so that a captured graph serves
+ * any adapters: a slot without one has rank 0 in its slices, or an entry that is all zero. A and B
+ * are BF16.
  *
  * Grids are sized by n_tokens and n_segs; blocks of segments without a pair leave at once.
  */
@@ -16,8 +17,8 @@
 extern "C" {
 #endif
 
-#define QV_K_MAX_SLICES   16
-#define QV_K_MAX_RANK     512
+#define QV_K_MAX_SLICES 16
+#define QV_K_MAX_RANK   512
 
 /* As qv_lora_slice. */
 typedef struct {

@@ -1,6 +1,6 @@
-/* Launchers of routed experts: router, the list of pairs, the grouped GEMM, the weighted sum. Meanings are
- * those of ops/ops.h. Device memory, BF16 activations; nothing waits, allocates or reads device memory
- * on the host.
+/* Launchers of routed experts: router, the list of pairs, the grouped GEMM, the weighted sum.
+ * Meanings are those of ops/ops.h. Device memory, BF16 activations; nothing waits, allocates or
+ * reads device memory on the host.
  */
 #ifndef QV_KERNELS_KERNELS_MOE_H
 #define QV_KERNELS_KERNELS_MOE_H
@@ -35,7 +35,8 @@ typedef struct {
 
 /* As qv_moe_list: what of it the device needs. `work` holds what the grouped GEMM walks: number of
  * experts that have pairs, number of tiles of QV_K_MOE_TILE pairs, then for each such expert its
- * index, with the tiles of four times that size before it in the bits above, and the tiles before it. */
+ * index, with the tiles of four times that size before it in the bits above, and the tiles before
+ * it. */
 #define QV_K_MOE_TILE        64
 #define QV_K_MOE_EXPERT_BITS 11
 
@@ -61,8 +62,9 @@ typedef struct {
 /* Errors: DEVICE. */
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream);
 
-/* y[t] = sum over j of weights[t, j] o[place], plus what experts share of the adapters' B (site NULL:
- * none), whose A x stands in `scratch`. Rounded once. Errors: LIMIT (slices, rank), DEVICE. */
+/* y[t] = sum over j of weights[t, j] o[place], plus what experts share of the adapters' B (site
+ * NULL: none), whose A x stands in `scratch`. Rounded once. Errors: LIMIT (slices, rank), DEVICE.
+ */
 qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
                            int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
                            void *y, int64_t y_stride, int64_t d, void *stream);

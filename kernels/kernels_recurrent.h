@@ -1,8 +1,8 @@
-/* Launchers of the recurrent layers: convolution, Gated DeltaNet, Mamba-2. What each computes is said
- * in ops/ops.h (qv_op_conv1d, qv_op_gdn, qv_op_ssd); shapes are checked there. All pointers are device
- * memory, activations are BF16, `stream` is a cudaStream_t. Nothing here waits, allocates or reads
- * device memory on the host, so every call may be captured into a graph: grids are sized by the
- * counts in qv_k_steps, and blocks without work leave at once.
+/* Launchers of the recurrent layers: convolution, Gated DeltaNet, Mamba-2. What each computes is
+ * said in ops/ops.h (qv_op_conv1d, qv_op_gdn, qv_op_ssd); shapes are checked there. All pointers
+ * are device memory, activations are BF16, `stream` is a cudaStream_t. Nothing here waits,
+ * allocates or reads device memory on the host, so every call may be captured into a graph: grids
+ * are sized by the counts in qv_k_steps, and blocks without work leave at once.
  */
 #ifndef QV_KERNELS_KERNELS_RECURRENT_H
 #define QV_KERNELS_KERNELS_RECURRENT_H
@@ -31,13 +31,13 @@ typedef struct {
 } qv_k_heads;
 
 typedef struct {
-    const void *x;      /* BF16 [n_tokens, n_channels], rows x_stride apart */
-    void *y;            /* the same with y_stride; may be x */
-    void *state;        /* BF16 [n_slots, n_channels, n_taps - 1] */
-    const float *w;     /* [n_channels, n_taps] */
-    const float *bias;  /* [n_channels] or NULL */
+    const void *x;     /* BF16 [n_tokens, n_channels], rows x_stride apart */
+    void *y;           /* the same with y_stride; may be x */
+    void *state;       /* BF16 [n_slots, n_channels, n_taps - 1] */
+    const float *w;    /* [n_channels, n_taps] */
+    const float *bias; /* [n_channels] or NULL */
     int64_t x_stride, y_stride, n_channels;
-    int32_t n_taps;     /* up to 16 */
+    int32_t n_taps; /* up to 16 */
 } qv_k_conv1d_args;
 
 /* Errors: LIMIT (taps), DEVICE. */
@@ -47,9 +47,9 @@ qv_status qv_k_conv1d(const qv_k_steps *steps, const qv_k_conv1d_args *args, voi
  *   S = exp(g) S;  S += k e^T;  o = S^T q,  e = beta (v - S^T k) for the delta rule, dt v for SSD
  * so q, k, v are C, B, x of SSD. */
 typedef struct {
-    qv_k_heads q, k;     /* [T, n_k_heads, d_k] */
-    qv_k_heads v, o;     /* [T, n_v_heads, d_v] */
-    qv_k_heads a, b;     /* [T, n_v_heads]: head 1; a is dt of SSD, which has no b */
+    qv_k_heads q, k; /* [T, n_k_heads, d_k] */
+    qv_k_heads v, o; /* [T, n_v_heads, d_v] */
+    qv_k_heads a, b; /* [T, n_v_heads]: head 1; a is dt of SSD, which has no b */
     const float *a_log, *dt_bias, *d_skip; /* [n_v_heads]; d_skip of SSD only */
     float dt_min, dt_max;                  /* SSD only */
     float *state; /* GDN [n_slots, n_v_heads, d_k, d_v], SSD [n_slots, n_v_heads, d_v, d_k] */

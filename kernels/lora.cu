@@ -1,5 +1,5 @@
-/* LoRA over adapter segments, and of the embedding: grids over (segment, tile of tokens) places, numbered
- * so that no prefix sum over the segments is needed (segment s owns the places from
+/* LoRA over adapter segments, and of the embedding: grids over (segment, tile of tokens) places,
+ * numbered so that no prefix sum over the segments is needed (segment s owns the places from
  * seg_start[s] / tile + s). Halves and costs: lora_tiles.cuh.
  */
 #include "kernels/lora_tiles.cuh"
@@ -24,8 +24,7 @@ __device__ __forceinline__ tokens_of_place find_tokens(const qv_k_segments &s, i
             end = s.seg_start[seg + 1];
             slot = s.seg_slot[seg];
         }
-        unsigned before =
-            __ballot_sync(0xffffffffu, seg < s.n_segs && start / tile + seg <= place);
+        unsigned before = __ballot_sync(0xffffffffu, seg < s.n_segs && start / tile + seg <= place);
         if (before == 0)
             break;
         int last = 31 - __clz(before);
@@ -58,8 +57,7 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
     if (p.n <= 0 || p.slot < 0)
         return;
     int plane = blockIdx.x % site.ranges.n, first = blockIdx.x / site.ranges.n * SHRINK_RANKS;
-    int rank =
-        plane_rank(site.slices + (int64_t)p.slot * site.ranges.n, site.ranges.n, plane);
+    int rank = plane_rank(site.slices + (int64_t)p.slot * site.ranges.n, site.ranges.n, plane);
     if (first >= rank)
         return;
     if ((int)threadIdx.x < p.n) {
@@ -104,18 +102,21 @@ __global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 3)
     extern __shared__ __align__(128) char expand_memory[];
     expand_shared<MT> &m = *(expand_shared<MT> *)expand_memory;
     tokens_of_place p = find_tokens(s, blockIdx.y, 16 * MT);
-    if (p.n <= 0 || p.slot < 0)
+    if (p.n <= 0 || p.slot < 0) {
+        stay_behind();
         return;
+    }
     if ((int)threadIdx.x < p.n) {
         int64_t t = p.first + threadIdx.x;
         m.x1[threadIdx.x] = scratch + t * site.ranges.n * site.max_rank;
         m.y[threadIdx.x] = y + t * y_stride;
     }
     __syncthreads();
-    expand_block<MT, float, Y>(m, (const bf16 *)site.b + (int64_t)p.slot * site.max_rank * site.n_out,
-                               site.n_out, site.max_rank, site.ranges,
-                               site.slices + (int64_t)p.slot * site.ranges.n,
-                               (int64_t)blockIdx.x * EXPAND_COLUMNS, p.n);
+    expand_block<MT, float, Y>(
+        m, (const bf16 *)site.b + (int64_t)p.slot * site.max_rank * site.n_out, site.n_out,
+        site.max_rank, site.ranges, site.slices + (int64_t)p.slot * site.ranges.n,
+        (int64_t)blockIdx.x * EXPAND_COLUMNS, p.n);
+    stay_behind();
 }
 
 /* --- Embedding ---------------------------------------------------------------------------- */
@@ -155,8 +156,8 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
 
 /* --- Launch ------------------------------------------------------------------------------- */
 
-/* From here on the form for many rows: a step with a prompt in it. Below, blocks of 16 rows fill the device
- * better, and a decode step is the same bit for bit whoever is in it. */
+/* From here on the form for many rows: a step with a prompt in it. Below, blocks of 16 rows fill
+ * the device better, and a decode step is the same bit for bit whoever is in it. */
 constexpr int MANY_TOKENS = 512;
 
 qv_status launched(const char *what)
@@ -173,8 +174,8 @@ unsigned column_tiles(int64_t n_out)
 }
 
 template <int MT, typename Y>
-void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch, void *y,
-                   int64_t y_stride, cudaStream_t stream)
+void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch,
+                   void *y, int64_t y_stride, cudaStream_t stream)
 {
     dim3 grid(column_tiles(site.n_out), n_places(s, 16 * MT));
     launch_behind(expand_kernel<MT, Y>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream, s,
@@ -182,8 +183,8 @@ void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const flo
 }
 
 template <typename Y>
-void choose_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch, void *y,
-                   int64_t y_stride, cudaStream_t stream)
+void choose_expand(const qv_k_segments &s, const qv_k_lora_site &site, const float *scratch,
+                   void *y, int64_t y_stride, cudaStream_t stream)
 {
     /* Tiles of 32 tokens read B half as often; with few tokens a segment they would be empty. */
     if (s.n_tokens > 16 * s.n_segs)
@@ -207,18 +208,19 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
     bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0 &&
                    (uintptr_t)site->a % 16 == 0;
     dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
-    if (aligned && s.n_tokens >= MANY_TOKENS && s.n_tokens > SHRINK_ROWS * s.n_segs && !s.one_form) {
+    if (aligned && s.n_tokens >= MANY_TOKENS && s.n_tokens > SHRINK_ROWS * s.n_segs &&
+        !s.one_form) {
         cudaFuncSetAttribute(shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)sizeof(many_shared));
         grid = dim3(rank_blocks(site->ranges.n, site->max_rank), n_places(s, MANY_X));
         shrink_many_kernel<<<grid, MANY_LORA_THREADS, sizeof(many_shared), on>>>(
             s, *site, (const bf16 *)x, x_stride, scratch);
     } else if (aligned)
-        shrink_kernel<true><<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride,
-                                                             scratch);
+        shrink_kernel<true>
+            <<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride, scratch);
     else
-        shrink_kernel<false><<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride,
-                                                              scratch);
+        shrink_kernel<false>
+            <<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride, scratch);
     if (y_f32)
         choose_expand<float>(s, *site, scratch, y, y_stride, on);
     else

@@ -1,6 +1,6 @@
 /* The two halves of every LoRA op, for the rows of one adapter: shrink, x1 = A x, and expand,
- * y += scale B x1. Rows are given by address, so that they may stand anywhere. Shared by lora.cu and
- * moe_lora.cu, which differ in where a block finds its adapter and its rows.
+ * y += scale B x1. Rows are given by address, so that they may stand anywhere. Shared by lora.cu
+ * and moe_lora.cu, which differ in where a block finds its adapter and its rows.
  *
  * Loops end at the loaded rank, rounded up to the 16 of the tensor core with zeros in place of
  * what lies above it, which is never read. The result of a row does not depend on which rows share
@@ -23,9 +23,9 @@ namespace
 
 /* --- Two launches in a row ----------------------------------------------------------------- */
 
-/* Expand is launched while shrink runs: it finds its rows and loads B and y, and waits before it reads x1.
- * Everything else that it reads was complete before shrink began, because shrink is launched in the
- * ordinary way. */
+/* Expand is launched while shrink runs: it finds its rows and loads B and y, and waits before it
+ * reads x1. Everything else that it reads was complete before shrink began, because shrink is
+ * launched in the ordinary way. */
 __device__ __forceinline__ void let_next_start()
 {
 #if __CUDA_ARCH__ >= 900
@@ -38,6 +38,14 @@ __device__ __forceinline__ void wait_for_previous()
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;\n" ::: "memory");
 #endif
+}
+
+/* What comes next in the stream waits for this grid alone, so this grid must not end before the one
+ * before: its first block waits even where it has nothing to do. */
+__device__ __forceinline__ void stay_behind()
+{
+    if (blockIdx.x == 0 && blockIdx.y == 0)
+        wait_for_previous();
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -62,9 +70,10 @@ void launch_behind(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
 
 /* --- Shrink, few rows ---------------------------------------------------------------------- */
 
-constexpr int SHRINK_RANKS = 16;  /* rows of A of a block */
-constexpr int SHRINK_SPLITS = 16; /* ranges of k, a warp each: enough loads in flight for one adapter */
-constexpr int SHRINK_ROWS = 16;   /* rows of x that share a pass over A */
+constexpr int SHRINK_RANKS = 16; /* rows of A of a block */
+constexpr int SHRINK_SPLITS =
+    16; /* ranges of k, a warp each: enough loads in flight for one adapter */
+constexpr int SHRINK_ROWS = 16; /* rows of x that share a pass over A */
 constexpr int SHRINK_THREADS = 32 * SHRINK_SPLITS;
 
 struct shrink_shared {
@@ -87,13 +96,13 @@ __device__ __forceinline__ void shrink_tiles(shrink_shared &m, const bf16 *a, in
         for (int i = 0; i < NT; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                m.sums[warp][tile + (lane >> 2) + (j >> 1) * 8]
-                      [i * 8 + (lane & 3) * 2 + (j & 1)] = acc[i][j];
+                m.sums[warp][tile + (lane >> 2) + (j >> 1) * 8][i * 8 + (lane & 3) * 2 + (j & 1)] =
+                    acc[i][j];
     }
 }
 
-/* x1[i][first .. first + 16) below `rank` for n rows whose addresses stand in m: x1[i] is where the row's
- * plane begins. `a` is the plane. All threads of the block. */
+/* x1[i][first .. first + 16) below `rank` for n rows whose addresses stand in m: x1[i] is where the
+ * row's plane begins. `a` is the plane. All threads of the block. */
 template <bool ALIGNED>
 __device__ void shrink_block(shrink_shared &m, const bf16 *a, int64_t n_in, int rank, int first,
                              int n)
@@ -131,8 +140,8 @@ __device__ __forceinline__ int plane_rank(const qv_k_lora_slice *slices, int n, 
 
 /* --- Shrink, many rows --------------------------------------------------------------------- */
 
-/* 64 rows of x by 64 ranks, which may belong to several planes, so that x is read once where ranks are
- * small. Four stages of 64 along k; 8 warps as 4 x 2. n_in is a multiple of 8. */
+/* 64 rows of x by 64 ranks, which may belong to several planes, so that x is read once where ranks
+ * are small. Four stages of 64 along k; 8 warps as 4 x 2. n_in is a multiple of 8. */
 constexpr int MANY_X = 64;
 constexpr int MANY_RANKS = 64;
 constexpr int MANY_STEP = 64;
@@ -142,13 +151,14 @@ constexpr int MANY_LORA_THREADS = 256;
 struct many_shared {
     bf16 x[MANY_DEPTH][MANY_X * MANY_STEP], a[MANY_DEPTH][MANY_RANKS * MANY_STEP];
     const bf16 *x_row[MANY_X];
-    float *x1[MANY_X];            /* where a row's planes begin */
+    float *x1[MANY_X];             /* where a row's planes begin */
     const bf16 *a_row[MANY_RANKS]; /* NULL: no such rank */
     int place[MANY_RANKS];         /* plane * max_rank + rank */
 };
 
-/* Which ranks stand in columns [first, first + 64): tiles of 16 ranks, plane after plane. `a` is the first
- * plane of A; planes lie a_spacing ranks apart there and x1_spacing in x1. False: none. */
+/* Which ranks stand in columns [first, first + 64): tiles of 16 ranks, plane after plane. `a` is
+ * the first plane of A; planes lie a_spacing ranks apart there and x1_spacing in x1. False: none.
+ */
 __device__ __forceinline__ bool choose_ranks(many_shared &m, const qv_k_lora_slice *slices,
                                              int n_slices, const bf16 *a, int a_spacing,
                                              int x1_spacing, int64_t n_in, int first)
@@ -188,7 +198,8 @@ __device__ __forceinline__ void load_many_step(many_shared &m, int stage, int n,
     }
 }
 
-/* x1 of n <= 64 rows, whose addresses stand in m, for the ranks chosen. All threads of the block. */
+/* x1 of n <= 64 rows, whose addresses stand in m, for the ranks chosen. All threads of the block.
+ */
 __device__ __forceinline__ void shrink_many(many_shared &m, int64_t n_in, int n)
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -254,7 +265,8 @@ template <int MT> struct expand_shared {
     qv_k_lora_slice slices[QV_K_MAX_SLICES];
 };
 
-/* Rows [0, n_ranks) of b and columns [first, end) of the block's, which begin at col_0; zeros around. */
+/* Rows [0, n_ranks) of b and columns [first, end) of the block's, which begin at col_0; zeros
+ * around. */
 template <int MT>
 __device__ __forceinline__ void load_b_rows(expand_shared<MT> &m, const bf16 *b, int64_t n_out,
                                             int n_ranks, int padded, int64_t col_0, int64_t first,
@@ -297,9 +309,10 @@ __device__ __forceinline__ void load_x1_rows(expand_shared<MT> &m, int n, int64_
     }
 }
 
-/* Of each 16 columns an accumulator gives a lane two pairs eight columns apart. Neighbouring lanes swap a pair,
- * so that a lane holds four columns in a row, 8 bytes, and four lanes the 32 bytes that memory moves at
- * least: even lanes have columns 2 t.. of the first eight, odd ones those of the last eight. */
+/* Of each 16 columns an accumulator gives a lane two pairs eight columns apart. Neighbouring lanes
+ * swap a pair, so that a lane holds four columns in a row, 8 bytes, and four lanes the 32 bytes
+ * that memory moves at least: even lanes have columns 2 t.. of the first eight, odd ones those of
+ * the last eight. */
 __device__ __forceinline__ int64_t first_of_four(int64_t col_0, int pair)
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -339,12 +352,12 @@ __device__ __forceinline__ void load_old(const expand_shared<MT> &m, int n, int6
         }
 }
 
-/* y[i][col] += acc where the column has a pair of A and B: bit c of `touched[pair]` for four columns. */
+/* y[i][col] += acc where the column has a pair of A and B: bit c of `touched[pair]` for four
+ * columns. */
 template <int MT, typename Y>
-__device__ __forceinline__ void add_to_rows(const expand_shared<MT> &m, int n, int64_t n_out,
-                                            int64_t col_0, const uint32_t (&touched)[2],
-                                            const old_rows<MT, Y> &old,
-                                            const float (&acc)[MT][4][4])
+__device__ __forceinline__ void
+add_to_rows(const expand_shared<MT> &m, int n, int64_t n_out, int64_t col_0,
+            const uint32_t (&touched)[2], const old_rows<MT, Y> &old, const float (&acc)[MT][4][4])
 {
     int lane = threadIdx.x & 31;
     bool odd = lane & 1;
@@ -369,9 +382,9 @@ __device__ __forceinline__ void add_to_rows(const expand_shared<MT> &m, int n, i
                 Y *y = (Y *)m.y[row] + column;
                 uint2 before = old.value[i][half][pair];
                 if (touched[pair] == 15 && is_whole(y, column, n_out)) {
-                    *(uint2 *)y =
-                        make_uint2(pack_bf16(bf16_low(before.x) + d[0], bf16_high(before.x) + d[1]),
-                                   pack_bf16(bf16_low(before.y) + d[2], bf16_high(before.y) + d[3]));
+                    *(uint2 *)y = make_uint2(
+                        pack_bf16(bf16_low(before.x) + d[0], bf16_high(before.x) + d[1]),
+                        pack_bf16(bf16_low(before.y) + d[2], bf16_high(before.y) + d[3]));
                 } else {
 #pragma unroll
                     for (int k = 0; k < 4; k++)
@@ -382,8 +395,8 @@ __device__ __forceinline__ void add_to_rows(const expand_shared<MT> &m, int n, i
         }
 }
 
-/* y[i][col_0 .. col_0 + 256) += delta for n <= 16 MT rows whose addresses stand in m; x1[i] is where the
- * row's planes begin, max_rank apart. All threads of the block. */
+/* y[i][col_0 .. col_0 + 256) += delta for n <= 16 MT rows whose addresses stand in m; x1[i] is
+ * where the row's planes begin, max_rank apart. All threads of the block. */
 template <int MT, typename X1, typename Y>
 __device__ void expand_block(expand_shared<MT> &m, const bf16 *b, int64_t n_out, int max_rank,
                              const qv_k_slices &ranges, const qv_k_lora_slice *slices,

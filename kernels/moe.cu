@@ -1,6 +1,6 @@
 /* Router, list of pairs and weighted sum of routed experts. All small: what counts is the number of
- * launches (one for a router, one for a list of a decode step, one for a sum) and that nothing depends on the
- * order in which threads happen to run.
+ * launches (one for a router, one for a list of a decode step, one for a sum) and that nothing
+ * depends on the order in which threads happen to run.
  */
 #include "kernels/kernels_moe.h"
 #include "kernels/tensor_core.cuh"
@@ -8,7 +8,8 @@
 namespace
 {
 
-constexpr int MAX_EXPERTS = 2048; /* of a list: counts of its chunks fit into the memory of its runs */
+constexpr int MAX_EXPERTS =
+    2048; /* of a list: counts of its chunks fit into the memory of its runs */
 constexpr int MAX_GROUPS = 256;
 constexpr unsigned ALL = 0xffffffffu;
 
@@ -43,7 +44,8 @@ __device__ __forceinline__ best warp_best(best b)
     return b;
 }
 
-/* The lane's best of values[lane], values[lane + 32], ..; what has been taken is NaN and never wins. */
+/* The lane's best of values[lane], values[lane + 32], ..; what has been taken is NaN and never
+ * wins. */
 __device__ __forceinline__ best lane_best(const float *values, int n)
 {
     best b = {-INFINITY, INT32_MAX};
@@ -151,9 +153,9 @@ __global__ void router_kernel(qv_k_router_args c)
         weights[j] = (c.normalize ? weights[j] / sum : weights[j]) * c.scale;
 }
 
-/* A block a token, for decode: an expert's place in the order is the number of experts before it, counted by
- * all threads at once instead of choosing one expert after the other. No groups. The scores are those
- * of router_kernel bit for bit. */
+/* A block a token, for decode: an expert's place in the order is the number of experts before it,
+ * counted by all threads at once instead of choosing one expert after the other. No groups. The
+ * scores are those of router_kernel bit for bit. */
 __global__ void __launch_bounds__(256) router_rank_kernel(qv_k_router_args c)
 {
     extern __shared__ __align__(16) float router_memory[]; /* values, padded with NaN; scores */
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(256) router_rank_kernel(qv_k_router_args c)
 
 /* --- List: a stable counting sort --------------------------------------------------------- */
 
-constexpr int CHUNK = 1024;        /* pairs of a block in the form of many blocks */
+constexpr int CHUNK = 1024;     /* pairs of a block in the form of many blocks */
 constexpr int ONE_BLOCK = 1536; /* pairs up to which one block does it all */
 
 /* -1: it lives elsewhere. */
@@ -273,8 +275,8 @@ __device__ void lay_out_experts(const qv_k_list &list, int *start, int *warp_sum
     __syncthreads();
 }
 
-/* Put the pairs [first, first + blockDim.x) at their places, in order: start[e] is where the next pair
- * of an expert goes, and moves on. counts [warps][n_experts] is zero before and after. */
+/* Put the pairs [first, first + blockDim.x) at their places, in order: start[e] is where the next
+ * pair of an expert goes, and moves on. counts [warps][n_experts] is zero before and after. */
 __device__ void place_pairs(const int32_t *ids, const qv_k_list &list, int n_pairs, int first,
                             int *start, uint16_t *counts)
 {
@@ -310,8 +312,8 @@ __device__ __forceinline__ int slot_of(const qv_k_list &list, int place)
     return list.seg_slot[range_of(list.seg_start, list.n_segs, t)];
 }
 
-/* Runs of the places [first, first + blockDim.x): where one starts its number is `before` + those in
- * front of it; where one ends, n holds its end for now. Returns how many start here. */
+/* Runs of the places [first, first + blockDim.x): where one starts its number is `before` + those
+ * in front of it; where one ends, n holds its end for now. Returns how many start here. */
 __device__ int find_runs(const qv_k_list &list, int first, int before, int *warp_sums, bool store)
 {
     int p = first + threadIdx.x, places = list.expert_start[list.n_experts], total;
@@ -413,7 +415,8 @@ __global__ void place_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
     uint16_t *counts = (uint16_t *)(start + list.n_experts);
     for (int i = threadIdx.x; i < list.n_experts; i += blockDim.x)
         start[i] = list.expert_start[i] + chunk_counts(list, blockIdx.x)[i];
-    for (int i = threadIdx.x; i < ((int)(blockDim.x >> 5) * list.n_experts + 1) / 2; i += blockDim.x)
+    for (int i = threadIdx.x; i < ((int)(blockDim.x >> 5) * list.n_experts + 1) / 2;
+         i += blockDim.x)
         ((uint32_t *)counts)[i] = 0;
     __syncthreads();
     for (int first = 0; first < CHUNK; first += blockDim.x)
@@ -449,7 +452,8 @@ __global__ void find_runs_kernel(qv_k_list list)
 
 __global__ void finish_runs_kernel(qv_k_list list)
 {
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < *list.n_runs; i += gridDim.x * blockDim.x)
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < *list.n_runs;
+         i += gridDim.x * blockDim.x)
         list.runs[i].n -= list.runs[i].first;
 }
 
@@ -484,7 +488,8 @@ __device__ __forceinline__ int slice_of(const qv_k_slices &ranges, int64_t col)
     return slice;
 }
 
-/* The delta of B shared by all experts for column `col`: scale * sum over ranks of B[r] folded[r]. */
+/* The delta of B shared by all experts for column `col`: scale * sum over ranks of B[r] folded[r].
+ */
 __device__ __forceinline__ float shared_delta(const qv_k_moe_lora_site &site,
                                               const qv_k_moe_lora_slot &part, const float *folded,
                                               int64_t col)
@@ -647,7 +652,7 @@ qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const vo
                 (uintptr_t)y % 16 == 0;
     int threads = wide && d / 8 < 256 ? (int)((d / 8 + 31) / 32 * 32) : 256;
     combine_kernel<<<list->n_tokens, threads, bytes, (cudaStream_t)stream>>>(
-        *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y, y_stride,
-        d, wide);
+        *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y,
+        y_stride, d, wide);
     return launched("moe_combine");
 }

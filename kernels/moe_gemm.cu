@@ -1,7 +1,7 @@
 /* The grouped GEMM of routed experts, y[p] = W_e x[row of p].
  *
- * Few pairs an expert (decode): bound by reading the weights of the experts that have any, 2 n_out n_in
- * bytes each. A block is an expert and 64 of its rows; the weights go straight into fragments
+ * Few pairs an expert (decode): bound by reading the weights of the experts that have any, 2 n_out
+ * n_in bytes each. A block is an expert and 64 of its rows; the weights go straight into fragments
  * (skinny.cuh) and are read once for up to 32 pairs.
  *
  * Many (prefill): tiles of 64 or 128 pairs by 128 rows through shared memory, three stages of
@@ -34,8 +34,8 @@ constexpr int FEW_TOKENS = 32; /* pairs that share a pass over the weights */
 constexpr int FEW_THREADS = 32 * (FEW_ROWS / 16) * FEW_SPLITS;
 
 template <int NT, bool ALIGNED>
-__device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const bf16 *w, int n_rows,
-                                            const bf16 *const *x, int n_x,
+__device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const bf16 *w,
+                                            int n_rows, const bf16 *const *x, int n_x,
                                             float (*sums)[FEW_ROWS][FEW_TOKENS + 1])
 {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -43,7 +43,8 @@ __device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const
     int64_t begin, end;
     split_range(c.n_in, split, FEW_SPLITS, begin, end);
     float acc[NT][4] = {};
-    skinny_product<NT, ALIGNED>(w + group * c.n_in, c.n_in, n_rows - group, x, n_x, begin, end, acc);
+    skinny_product<NT, ALIGNED>(w + group * c.n_in, c.n_in, n_rows - group, x, n_x, begin, end,
+                                acc);
 #pragma unroll
     for (int i = 0; i < NT; i++)
 #pragma unroll
@@ -102,9 +103,8 @@ template <int PAIRS> struct many_stage {
 };
 
 template <int PAIRS>
-__device__ __forceinline__ void load_many(many_stage<PAIRS> &m, const bf16 *const *x,
-                                          const bf16 *w, int64_t w_stride, int n_rows, int64_t k,
-                                          int64_t n_in)
+__device__ __forceinline__ void load_many(many_stage<PAIRS> &m, const bf16 *const *x, const bf16 *w,
+                                          int64_t w_stride, int n_rows, int64_t k, int64_t n_in)
 {
     int col = threadIdx.x % 8 * 8;
     bool inside = k + col < n_in;
@@ -213,8 +213,8 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
 
 /* --- Many, on Hopper ---------------------------------------------------------------------- */
 
-/* Bound by what the L2 cache delivers unless tiles are large: a cluster of two blocks has 256 pairs by 256
- * rows, 128 pairs each, and every block fetches half of the weights for both. In a block two
+/* Bound by what the L2 cache delivers unless tiles are large: a cluster of two blocks has 256 pairs
+ * by 256 rows, 128 pairs each, and every block fetches half of the weights for both. In a block two
  * warpgroups have 64 pairs each; one rests where an expert has no more pairs, and the second block
  * leaves where the first is enough. Pairs are gathered by cp.async. */
 constexpr int WIDE_PAIRS = 2 * QV_K_MOE_TILE;
@@ -222,16 +222,15 @@ constexpr int WIDE_CLUSTER = 2;
 constexpr int WIDE_ROWS = 256;
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
-constexpr int WIDE_WORKERS = 256;                /* two warpgroups */
+constexpr int WIDE_WORKERS = 256;               /* two warpgroups */
 constexpr int WIDE_THREADS = WIDE_WORKERS + 32; /* and a warp that fetches weights */
 
 struct wide_stage {
     bf16 x[WIDE_PAIRS * WIDE_K], w[WIDE_ROWS * WIDE_K];
 };
 
-[[maybe_unused]] __device__ __forceinline__ void load_pairs(wide_stage &m, const bf16 *const *x,
-                                                            const void *none, int n, int64_t k,
-                                                            int64_t n_in)
+[[maybe_unused]] __device__ __forceinline__ void
+load_pairs(wide_stage &m, const bf16 *const *x, const void *none, int n, int64_t k, int64_t n_in)
 {
     int col = threadIdx.x % 8 * 8;
     bool inside = k + col < n_in;
@@ -273,7 +272,8 @@ __global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THRE
     __shared__ __align__(8) uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = thread >> 7;
 
-    /* Which expert: all threads look at once, because a search would wait for memory at every step. */
+    /* Which expert: all threads look at once, because a search would wait for memory at every step.
+     */
     const int32_t *work = list.work;
     int tile = blockIdx.y / WIDE_CLUSTER, rank = blockIdx.y % WIDE_CLUSTER;
     int n_active = work[0], index = -1;
@@ -382,21 +382,21 @@ qv_status make_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUtenso
 {
     static void *encode; /* the same for all threads that may find it */
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
-    if (!encode &&
-        (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
-                                          cudaEnableDefault, &found) != cudaSuccess ||
-         found != cudaDriverEntryPointSuccess))
+    if (!encode && (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
+                                                     cudaEnableDefault, &found) != cudaSuccess ||
+                    found != cudaDriverEntryPointSuccess))
         return qv_fail(QV_ERR_DEVICE, "moe_linear: the driver has no tensor maps");
     const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, (cuuint64_t)c.n_out,
                                  (cuuint64_t)list.n_experts};
     const cuuint64_t strides[2] = {(cuuint64_t)c.n_in * 2, (cuuint64_t)c.w_expert * 2};
     const cuuint32_t box[3] = {WIDE_K, WIDE_ROWS / WIDE_CLUSTER, 1}, steps[3] = {1, 1, 1};
     CUresult result = ((encode_fn *)encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void *>(c.w), sizes, strides, box, steps,
-        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void *>(c.w), sizes, strides, box,
+        steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS)
-        return qv_fail(QV_ERR_DEVICE, "moe_linear: no tensor map of %d experts [%lld, %lld]: error %d",
+        return qv_fail(QV_ERR_DEVICE,
+                       "moe_linear: no tensor map of %d experts [%lld, %lld]: error %d",
                        list.n_experts, (long long)c.n_out, (long long)c.n_in, (int)result);
     return QV_OK;
 }
@@ -436,8 +436,8 @@ void launch_many(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n
 
 } // namespace
 
-/* The tiled form above 32 pairs an expert: from there on a second pass over the weights would cost more
- * than the padding of tiles. */
+/* The tiled form above 32 pairs an expert: from there on a second pass over the weights would cost
+ * more than the padding of tiles. */
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream)
 {
     const qv_k_moe_linear_args &c = *args;

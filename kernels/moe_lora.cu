@@ -1,7 +1,7 @@
-/* LoRA of routed experts, over the runs of a list: pairs of one expert and one adapter. A block takes a run
- * (shrink: one plane and 16 ranks of it; expand: 256 columns) and walks its pairs. Where a slot
- * shares A between experts, A x is made once a token, over the adapter's segments, by blocks of the
- * same launch; where it shares B, the weighted sum adds the delta (qv_k_moe_combine).
+/* LoRA of routed experts, over the runs of a list: pairs of one expert and one adapter. A block
+ * takes a run (shrink: one plane and 16 ranks of it; expand: 256 columns) and walks its pairs.
+ * Where a slot shares A between experts, A x is made once a token, over the adapter's segments, by
+ * blocks of the same launch; where it shares B, the weighted sum adds the delta (qv_k_moe_combine).
  *
  * A x of pair t * k + j is row t * k + j of the scratch; A x of a whole token is row t * k.
  */
@@ -12,14 +12,14 @@ namespace
 {
 
 /* A slot's part, NULL if it has none. */
-__device__ __forceinline__ const qv_k_moe_lora_slot *part_of(const qv_k_moe_lora_site &site, int slot)
+__device__ __forceinline__ const qv_k_moe_lora_slot *part_of(const qv_k_moe_lora_site &site,
+                                                             int slot)
 {
     return slot >= 0 && site.slots[slot].a ? &site.slots[slot] : nullptr;
 }
 
-__device__ __forceinline__ const qv_k_lora_slice *slices_of(const qv_k_moe_lora_site &site,
-                                                            const qv_k_moe_lora_slot *part,
-                                                            int expert)
+__device__ __forceinline__ const qv_k_lora_slice *
+slices_of(const qv_k_moe_lora_site &site, const qv_k_moe_lora_slot *part, int expert)
 {
     return part->slices + (int64_t)expert * site.ranges.n;
 }
@@ -44,8 +44,8 @@ __device__ void shrink_run(shrink_shared &m, const qv_k_list &list, const qv_k_m
     if (first >= rank)
         return;
     int64_t expert = part->a_shared ? 0 : run.expert;
-    const bf16 *a = (const bf16 *)part->a +
-                    (expert * site.ranges.n + plane) * part->max_rank * site.n_in;
+    const bf16 *a =
+        (const bf16 *)part->a + (expert * site.ranges.n + plane) * part->max_rank * site.n_in;
     for (int done = 0; done < run.n; done += SHRINK_ROWS) {
         int n = min(SHRINK_ROWS, run.n - done);
         if ((int)threadIdx.x < n) {
@@ -57,14 +57,14 @@ __device__ void shrink_run(shrink_shared &m, const qv_k_list &list, const qv_k_m
     }
 }
 
-/* The tokens of a place of segments, in tiles: segment s owns places from seg_start[s] / tile + s. */
+/* The tokens of a place of segments, in tiles: segment s owns places from seg_start[s] / tile + s.
+ */
 __device__ __forceinline__ void find_segment(const qv_k_list &list, int place, int tile, int &seg,
                                              int &token, int &n)
 {
     int lane = threadIdx.x & 31, n_before = 0;
     for (int i = 0; i < list.n_segs; i += 32) {
-        bool before =
-            i + lane < list.n_segs && list.seg_start[i + lane] / tile + i + lane <= place;
+        bool before = i + lane < list.n_segs && list.seg_start[i + lane] / tile + i + lane <= place;
         n_before += __popc(__ballot_sync(0xffffffffu, before));
     }
     seg = n_before - 1;
@@ -112,11 +112,11 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
         shrink_run<ALIGNED>(m, list, site, rows, scratch, index, plane, first);
 }
 
-/* Grid (runs and then places of segments, blocks of ranks): runs in tiles of 64 pairs, and the tokens of
- * segments whose slot shares A. */
+/* Grid (runs and then places of segments, blocks of ranks): runs in tiles of 64 pairs, and the
+ * tokens of segments whose slot shares A. */
 __device__ void shrink_run_many(many_shared &m, const qv_k_list &list,
-                                const qv_k_moe_lora_site &site, const moe_rows &rows, float *scratch,
-                                int index)
+                                const qv_k_moe_lora_site &site, const moe_rows &rows,
+                                float *scratch, int index)
 {
     qv_k_run run = list.runs[index];
     const qv_k_moe_lora_slot *part = part_of(site, run.slot);
@@ -130,8 +130,10 @@ __device__ void shrink_run_many(many_shared &m, const qv_k_list &list,
     for (int done = 0; done < run.n; done += MANY_X) {
         int n = min(MANY_X, run.n - done);
         if (threadIdx.x < MANY_X) {
-            int64_t place = run.first + done + min((int)threadIdx.x, n - 1), pair = list.pair[place];
-            m.x_row[threadIdx.x] = rows.x + (rows.pairs ? place : pair / list.top_k) * rows.x_stride;
+            int64_t place = run.first + done + min((int)threadIdx.x, n - 1),
+                    pair = list.pair[place];
+            m.x_row[threadIdx.x] =
+                rows.x + (rows.pairs ? place : pair / list.top_k) * rows.x_stride;
             m.x1[threadIdx.x] = scratch + pair * site.ranges.n * site.max_rank;
         }
         shrink_many(m, site.n_in, n);
@@ -206,24 +208,23 @@ __global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 3)
                       const float *scratch, bf16 *y, int64_t y_stride)
 {
     extern __shared__ __align__(128) char expand_memory[];
-    if ((int)blockIdx.x >= *list.n_runs)
-        return;
-    qv_k_run run = list.runs[blockIdx.x];
-    const qv_k_moe_lora_slot *part = part_of(site, run.slot);
-    if (part && !(part->b_shared && pairs))
-        expand_run<MT>(expand_memory, list, site, part, run, part->a_shared && !pairs, scratch, y,
-                       y_stride, (int64_t)blockIdx.y * EXPAND_COLUMNS);
+    if ((int)blockIdx.x < *list.n_runs) {
+        qv_k_run run = list.runs[blockIdx.x];
+        const qv_k_moe_lora_slot *part = part_of(site, run.slot);
+        if (part && !(part->b_shared && pairs))
+            expand_run<MT>(expand_memory, list, site, part, run, part->a_shared && !pairs, scratch,
+                           y, y_stride, (int64_t)blockIdx.y * EXPAND_COLUMNS);
+    }
+    stay_behind();
 }
 
 template <int MT>
 void launch_expand(const qv_k_list &list, const qv_k_moe_lora_site &site, int64_t most_runs,
-                   bool pairs, const float *scratch, void *y, int64_t y_stride,
-                   cudaStream_t stream)
+                   bool pairs, const float *scratch, void *y, int64_t y_stride, cudaStream_t stream)
 {
-    dim3 grid((unsigned)most_runs,
-              (unsigned)((site.n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS));
-    launch_behind(moe_expand_kernel<MT>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream, list,
-                  site, pairs, scratch, (bf16 *)y, y_stride);
+    dim3 grid((unsigned)most_runs, (unsigned)((site.n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS));
+    launch_behind(moe_expand_kernel<MT>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream,
+                  list, site, pairs, scratch, (bf16 *)y, y_stride);
 }
 
 } // namespace

@@ -1,22 +1,22 @@
 /* Gated DeltaNet and Mamba-2 in one form. Per head a state S [d_k, d_v] of float32 and per token
  *   S = exp(g) S;  e = beta (v - S^T k) (delta rule) or dt v (SSD);  S += k e^T;  o = S^T q
  *
- * Chunks of C = 64 tokens, for sequences of more than a few: with G the running sum of g in a chunk,
- *   delta rule: A_ij = beta_i (k_i . k_j) exp(G_i - G_j) for j < i,  T = (I + A)^-1
- *               u = T (beta (v - exp(G) k S))          (the UT transform; SSD: u = v)
- *   o_i = exp(G_i) q_i S + sum_j<=i P_ij u_j,  P_ij = (q_i . k_j) exp(G_i - G_j) (SSD: dt_j)
- *   S   = exp(G_last) S + sum_i k_i (exp(G_last - G_i) u_i)^T (SSD: dt_i)
- * T - I, P and the gates of a chunk do not depend on S, so a first kernel makes them for all chunks
- * beside each other, and a second one walks the chunks of a sequence with S in registers: a block
- * is a head and 32 of its columns, which never meet, 128 blocks for one sequence of the released models.
+ * Chunks of C = 64 tokens, for sequences of more than a few: with G the running sum of g in a
+ * chunk, delta rule: A_ij = beta_i (k_i . k_j) exp(G_i - G_j) for j < i,  T = (I + A)^-1 u = T
+ * (beta (v - exp(G) k S))          (the UT transform; SSD: u = v) o_i = exp(G_i) q_i S + sum_j<=i
+ * P_ij u_j,  P_ij = (q_i . k_j) exp(G_i - G_j) (SSD: dt_j) S   = exp(G_last) S + sum_i k_i
+ * (exp(G_last - G_i) u_i)^T (SSD: dt_i) T - I, P and the gates of a chunk do not depend on S, so a
+ * first kernel makes them for all chunks beside each other, and a second one walks the chunks of a
+ * sequence with S in registers: a block is a head and 32 of its columns, which never meet, 128
+ * blocks for one sequence of the released models.
  *
  * Precision: raw q and k are BF16 and enter the products exactly; their norms scale rows of results
  * in float32. S, and u where it goes into S, are given to the tensor cores as two BF16 numbers, so
  * they keep 16 bits; P, T and u elsewhere are BF16. T's diagonal of ones stays exact, because the
  * right hand side enters the accumulator in float32.
  *
- * Cost of a chunk and head at 128 x 128: 4 C (C + 4 d) d FLOP on the tensor cores and about C (4 d) 2
- * bytes; bound by the latency of walking, not by either.
+ * Cost of a chunk and head at 128 x 128: 4 C (C + 4 d) d FLOP on the tensor cores and about C (4 d)
+ * 2 bytes; bound by the latency of walking, not by either.
  */
 #ifndef QV_KERNELS_RECURRENT_CUH
 #define QV_KERNELS_RECURRENT_CUH
@@ -33,8 +33,8 @@ constexpr int CHUNK = 64;
 constexpr int MAX_KEY = 128; /* d_k of the chunked form; a smaller one is filled up with zeros */
 constexpr int TILE_V = 32;   /* columns of S of one block */
 constexpr int MAX_D_K = 256; /* of the form for any shape */
-/* Sequences up to this many tokens go token by token, longer ones chunk by chunk. A chunk costs about
- * as much as four passes over the state. */
+/* Sequences up to this many tokens go token by token, longer ones chunk by chunk. A chunk costs
+ * about as much as four passes over the state. */
 constexpr int STEP_TOKENS = 4;
 
 /* --- Gates -------------------------------------------------------------------------------- */
@@ -112,8 +112,8 @@ __global__ void any_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_to
                 seen = fmaf(k[i], any_state[i * 32 + lane], seen);
             sums[0][warp][lane] = seen;
             __syncthreads();
-            seen = decay * (sums[0][0][lane] + sums[0][1][lane] + sums[0][2][lane] +
-                            sums[0][3][lane]);
+            seen =
+                decay * (sums[0][0][lane] + sums[0][1][lane] + sums[0][2][lane] + sums[0][3][lane]);
         }
         float e = gt.beta * (v - seen);
         for (int i = warp; i < c.d_k; i += 4) {
@@ -158,8 +158,8 @@ template <bool DELTA> struct chunk_record {
 
 /* --- First kernel: what does not depend on the state -------------------------------------- */
 
-/* Heads of a block, which share the products of their keys. The delta rule's take so long to invert that
- * blocks of one head are faster (434 against 461 us for 8192 tokens of 32 heads). */
+/* Heads of a block, which share the products of their keys. The delta rule's take so long to invert
+ * that blocks of one head are faster (434 against 461 us for 8192 tokens of 32 heads). */
 template <bool DELTA> constexpr int PREPARE_HEADS = DELTA ? 1 : 4;
 constexpr int PITCH = CHUNK + 4; /* of float32 matrices in shared memory */
 
@@ -175,11 +175,11 @@ __device__ __forceinline__ void load_keys(bf16 *tile, const qv_k_heads &keys, in
     }
 }
 
-/* out [n, n] = a [n, n] b [n, n] times `sign`, all in shared memory with pitch PITCH, `threads` threads
- * beginning at 0. n is 16 or 32; each thread makes a row's run of four. */
+/* out [n, n] = a [n, n] b [n, n] times `sign`, all in shared memory with pitch PITCH, `threads`
+ * threads beginning at 0. n is 16 or 32; each thread makes a row's run of four. */
 template <int N>
-__device__ __forceinline__ void small_product(const float *a, const float *b, float *out, float sign,
-                                              int thread, int threads)
+__device__ __forceinline__ void small_product(const float *a, const float *b, float *out,
+                                              float sign, int thread, int threads)
 {
     for (int i = thread; i < N * N / 4; i += threads) {
         int row = i / (N / 4), col = i % (N / 4) * 4;
@@ -219,7 +219,8 @@ __device__ __forceinline__ void invert(const float *a, float *t, float *spare)
     __syncthreads();
     /* Pairs of blocks: 64 threads each. */
     int pair = thread >> 6, in_pair = thread & 63, corner = pair * 32 * (PITCH + 1);
-    small_product<16>(a + corner + 16 * PITCH, t + corner, spare + pair * 16 * PITCH, 1, in_pair, 64);
+    small_product<16>(a + corner + 16 * PITCH, t + corner, spare + pair * 16 * PITCH, 1, in_pair,
+                      64);
     __syncthreads();
     small_product<16>(t + corner + 16 * (PITCH + 1), spare + pair * 16 * PITCH,
                       t + corner + 16 * PITCH, -1, in_pair, 64);
@@ -257,7 +258,8 @@ template <bool DELTA> struct prepare_shared {
         };
     };
     float spare[32 * PITCH];
-    float g[PREPARE_HEADS<DELTA>][CHUNK], beta[PREPARE_HEADS<DELTA>][CHUNK], k_scale[CHUNK], q_scale[CHUNK];
+    float g[PREPARE_HEADS<DELTA>][CHUNK], beta[PREPARE_HEADS<DELTA>][CHUNK], k_scale[CHUNK],
+        q_scale[CHUNK];
 };
 
 /* P and T - I of one head from the products of its keys, which lie in accumulators: warp w has rows
@@ -351,7 +353,7 @@ __device__ __forceinline__ void load_gates(prepare_shared<DELTA> &m, const qv_k_
 
 /* Grid (places, key heads x parts of their heads), 128 threads. */
 template <bool DELTA>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 5)
     prepare_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int most_tokens,
                    chunk_record<DELTA> *records)
 {
@@ -371,9 +373,10 @@ __global__ void __launch_bounds__(128)
     if (n <= 0 || seq_tokens <= most_tokens)
         return;
     int64_t start = s.seq_start[low] + done;
-    int per_key = c.n_v_heads / c.n_k_heads, parts = (per_key + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
+    int per_key = c.n_v_heads / c.n_k_heads,
+        parts = (per_key + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
     int key_head = blockIdx.y / parts, first = blockIdx.y % parts * PREPARE_HEADS<DELTA>;
-    int n_heads = min(PREPARE_HEADS<DELTA>, per_key - first);
+    int n_heads = DELTA ? 1 : min(PREPARE_HEADS<DELTA>, per_key - first);
 
     /* Load */
     load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 128);
@@ -448,9 +451,9 @@ template <bool DELTA> struct scan_copies {
 };
 
 template <bool DELTA>
-__device__ __forceinline__ scan_copies<DELTA>
-begin_copies(const qv_k_recurrent_args &c, const chunk_record<DELTA> *record, int64_t start,
-             int head, int column)
+__device__ __forceinline__ scan_copies<DELTA> begin_copies(const qv_k_recurrent_args &c,
+                                                           const chunk_record<DELTA> *record,
+                                                           int64_t start, int head, int column)
 {
     scan_copies<DELTA> out;
     int thread = threadIdx.x, key_head = head / (c.n_v_heads / c.n_k_heads);
@@ -511,8 +514,8 @@ __device__ __forceinline__ void half_barrier(int half)
     asm volatile("bar.sync %0, 128;\n" ::"r"(half + 1) : "memory");
 }
 
-/* acc [16 x 16] += row block `block` of a lower triangular [64, 64] times columns [col, col + 16) of
- * b [64, 32]. */
+/* acc [16 x 16] += row block `block` of a lower triangular [64, 64] times columns [col, col + 16)
+ * of b [64, 32]. */
 __device__ __forceinline__ void times_chunk(float (&acc)[2][4], const bf16 *triangle, int block,
                                             const bf16 *b_tile, int col)
 {
@@ -528,9 +531,9 @@ __device__ __forceinline__ void times_chunk(float (&acc)[2][4], const bf16 *tria
     }
 }
 
-/* Grid (tiles of columns, heads, sequences), 256 threads. Two halves of four warps have 16 columns each
- * and meet only where the next chunk's inputs arrive. In a half, warp w keeps keys 32 w.. of S in
- * accumulators, and makes rows 16 w.. of the chunk. */
+/* Grid (tiles of columns, heads, sequences), 256 threads. Two halves of four warps have 16 columns
+ * each and meet only where the next chunk's inputs arrive. In a half, warp w keeps keys 32 w.. of S
+ * in accumulators, and makes rows 16 w.. of the chunk. */
 template <bool DELTA>
 __global__ void __launch_bounds__(256, 1)
     scan_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int places, int most_tokens,
@@ -547,9 +550,9 @@ __global__ void __launch_bounds__(256, 1)
     if (seq_tokens <= most_tokens || begin >= end)
         return;
 
-    scan_copies<DELTA> copies = begin_copies<DELTA>(
-        c, records + (int64_t)(base + begin - place_0) * c.n_v_heads + head, first + begin * CHUNK,
-        head, column);
+    scan_copies<DELTA> copies =
+        begin_copies<DELTA>(c, records + (int64_t)(base + begin - place_0) * c.n_v_heads + head,
+                            first + begin * CHUNK, head, column);
     load_stage(m.stage[0], copies, c, seq_tokens - begin * CHUNK);
 
     /* The state: acc[i][j] is keys 32 warp + 16 i.., columns col_0 + 8 j.. */
@@ -570,7 +573,8 @@ __global__ void __launch_bounds__(256, 1)
             }
     float d_skip = DELTA ? 0.0f : c.d_skip[head];
     int row = warp * 16 + (lane >> 2); /* and row + 8 */
-    bf16 *o = row_of<bf16>(c.o, first + begin * CHUNK + row, head) + column + col_0 + (lane & 3) * 2;
+    bf16 *o =
+        row_of<bf16>(c.o, first + begin * CHUNK + row, head) + column + col_0 + (lane & 3) * 2;
     bool o_valid[2];
 #pragma unroll
     for (int j = 0; j < 2; j++)
@@ -770,9 +774,9 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
     int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
     for (int64_t place = 0; place < all; place += fit) {
         int n = (int)(all - place < fit ? all - place : fit);
-        prepare_kernel<DELTA><<<dim3((unsigned)n, (unsigned)(c.n_k_heads * parts)), 128,
-                                prepare_bytes, stream>>>(s, c, (int)place, most_tokens,
-                                                         (record *)scratch);
+        prepare_kernel<DELTA>
+            <<<dim3((unsigned)n, (unsigned)(c.n_k_heads * parts)), 128, prepare_bytes, stream>>>(
+                s, c, (int)place, most_tokens, (record *)scratch);
         dim3 grid((unsigned)((c.d_v + TILE_V - 1) / TILE_V), (unsigned)c.n_v_heads,
                   (unsigned)s.n_seqs);
         scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,
@@ -802,8 +806,8 @@ qv_status launch_any(const char *name, const qv_k_steps &s, const qv_k_recurrent
     if (c.d_k > MAX_D_K)
         return qv_fail(QV_ERR_LIMIT, "%s: keys of %d, but %d is possible", name, c.d_k, MAX_D_K);
     dim3 grid((unsigned)((c.d_v + 31) / 32), (unsigned)c.n_v_heads, (unsigned)s.n_seqs);
-    any_step_kernel<DELTA><<<grid, dim3(32, 4), (size_t)c.d_k * 32 * sizeof(float), stream>>>(
-        s, c, most_tokens);
+    any_step_kernel<DELTA>
+        <<<grid, dim3(32, 4), (size_t)c.d_k * 32 * sizeof(float), stream>>>(s, c, most_tokens);
     return launched(name);
 }
 

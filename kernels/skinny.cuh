@@ -1,13 +1,14 @@
-/* A few rows of x against many rows of a matrix: what is memory bound on the matrix. The matrix is the
- * left operand of m16n8k16, so that its rows fill the tile and only the rows of x are padded, to 8.
+/* A few rows of x against many rows of a matrix: what is memory bound on the matrix. The matrix is
+ * the left operand of m16n8k16, so that its rows fill the tile and only the rows of x are padded,
+ * to 8.
  *
  * Fragments come straight from global memory: a thread loads 16 bytes, eight neighbours along k, of
  * rows g and g + 8, and of row g of x. The tensor core then sums the k's in another order than they
  * stand in, which is fine as long as both operands agree.
  *
- * A row's sum is split into SPLITS ranges of k, one per warp, added up in their order. Neither depends
- * on how many rows of x or of the matrix go together: the result of a pair of rows is always the
- * same, bit for bit.
+ * A row's sum is split into SPLITS ranges of k, one per warp, added up in their order. Neither
+ * depends on how many rows of x or of the matrix go together: the result of a pair of rows is
+ * always the same, bit for bit.
  */
 #ifndef QV_KERNELS_SKINNY_CUH
 #define QV_KERNELS_SKINNY_CUH

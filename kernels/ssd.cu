@@ -1,5 +1,5 @@
-/* Mamba-2's state space recurrence. Decode reads and writes the state once, 2 * 4 * d * n_state bytes per
- * head and token, and is bound by that; prefill goes by chunks (recurrent.cuh).
+/* Mamba-2's state space recurrence. Decode reads and writes the state once, 2 * 4 * d * n_state
+ * bytes per head and token, and is bound by that; prefill goes by chunks (recurrent.cuh).
  */
 #include "kernels/recurrent.cuh"
 
@@ -9,8 +9,8 @@ namespace
 constexpr int STEP_STATE = 128; /* n_state of the fast step: a row of S is one float4 a lane */
 constexpr int STEP_ROWS = 8;    /* rows of S a warp keeps in registers */
 
-/* Grid (tiles of 32 rows, heads, sequences), 128 threads: warp w has rows w, w + 4, .. of its tile, all
- * loaded before the first is used. */
+/* Grid (tiles of 32 rows, heads, sequences), 128 threads: warp w has rows w, w + 4, .. of its tile,
+ * all loaded before the first is used. */
 __global__ void __launch_bounds__(128)
     ssd_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_tokens)
 {

@@ -17,7 +17,8 @@ typedef __nv_bfloat16 bf16;
 
 /* --- Tiles -------------------------------------------------------------------------------- */
 
-/* Element offset of (row, col) in a tile; col is a multiple of 8 for ldmatrix and 16-byte access. */
+/* Element offset of (row, col) in a tile; col is a multiple of 8 for ldmatrix and 16-byte access.
+ */
 template <int COLS> __device__ __forceinline__ int tile_at(int row, int col)
 {
     constexpr int PIECES = COLS / 8;
@@ -80,11 +81,12 @@ template <int COLS>
 __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], const bf16 *tile, int m, int k)
 {
     int lane = threadIdx.x & 31;
-    ldmatrix4_trans(a, tile + tile_at<COLS>(k + (lane & 7) + (lane >> 4) * 8,
-                                            m + ((lane >> 3) & 1) * 8));
+    ldmatrix4_trans(
+        a, tile + tile_at<COLS>(k + (lane & 7) + (lane >> 4) * 8, m + ((lane >> 3) & 1) * 8));
 }
 
-/* B [16 x 16] at (k, n), two fragments b[0..1] and b[2..3] of 8 columns, of a tile stored [n][k]. */
+/* B [16 x 16] at (k, n), two fragments b[0..1] and b[2..3] of 8 columns, of a tile stored [n][k].
+ */
 template <int COLS>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], const bf16 *tile, int n, int k)
 {

@@ -1,5 +1,5 @@
-/* Hopper's matrix instruction, which a warpgroup (four warps) gives and which reads its operands from shared
- * memory while the warps go on. Only for sm_90a.
+/* Hopper's matrix instruction, which a warpgroup (four warps) gives and which reads its operands
+ * from shared memory while the warps go on. Only for sm_90a.
  *
  * Operands are tiles [rows][64] of BF16 in the arrangement of tile_at<64>, which is the one with a
  * swizzle of 128 bytes, at addresses that are multiples of 1024. Ordinary writes to them need
@@ -52,22 +52,22 @@ __device__ __forceinline__ void barrier_init(uint64_t *barrier, int arrivals)
 /* One arrival, and `bytes` that copies will bring before the phase ends. */
 __device__ __forceinline__ void barrier_expect(uint64_t *barrier, int bytes)
 {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 }
 
-/* An arrival at the barrier that block `rank` of the cluster has in the same place. It orders what the
- * copy engine and wgmma did, not ordinary accesses of memory: a wider scope would flush the L1 cache at
- * each wait. */
+/* An arrival at the barrier that block `rank` of the cluster has in the same place. It orders what
+ * the copy engine and wgmma did, not ordinary accesses of memory: a wider scope would flush the L1
+ * cache at each wait. */
 __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, int rank)
 {
-    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(
-                     shared_address(barrier)),
-                 "r"(rank)
-                 : "memory");
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_address(barrier)),
+        "r"(rank)
+        : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity)
@@ -81,20 +81,21 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity)
 
 __device__ __forceinline__ void cluster_sync()
 {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
-                     : "memory");
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
+            : "memory");
 }
 
-/* A box of the map at (x, y, z) into `to` of every block in `blocks` (a bit each), whose barriers in the
- * place of `barrier` hear of its bytes. One thread. */
+/* A box of the map at (x, y, z) into `to` of every block in `blocks` (a bit each), whose barriers
+ * in the place of `barrier` hear of its bytes. One thread. */
 __device__ __forceinline__ void copy_box(bf16 *to, const void *map, int x, int y, int z,
                                          uint64_t *barrier, uint16_t blocks)
 {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(
-                     shared_address(to)),
-                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks)
+        : "memory");
 }
 
 /* clang-format off */

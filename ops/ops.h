@@ -198,7 +198,7 @@ typedef struct {
     int32_t max_rank;           /* no slot's is larger */
     qv_dtype dtype;             /* of A and B: F32 or BF16 */
     qv_embed_lora_slot *slots;  /* [n_slots], backend memory */
-    const uint8_t *slot_active; /* [n_slots] host memory: 0 = no pair, its entry is not read */
+    const uint8_t *slot_active; /* [n_slots] host memory: 0 = no pair, its entry is all zero */
 } qv_embed_lora_site;
 
 /* y[t] += scale * B A[:, ids[t]] for the tokens of each segment whose slot has a pair. y [n,
@@ -436,7 +436,7 @@ typedef struct {
     qv_dtype dtype;             /* of A and B: F32 or BF16 */
     const int64_t *slice_start; /* [n_slices + 1] output rows; host memory */
     qv_moe_lora_slot *slots;    /* [n_slots], backend memory */
-    const uint8_t *slot_active; /* [n_slots] host memory: 0 = no expert part here, not read */
+    const uint8_t *slot_active; /* [n_slots] host memory: 0 = no expert part here, entry all zero */
 } qv_moe_lora_site;
 
 /* y[p, rows of slice] += scale * B_e (A_e x[row of p]) for the pairs of each run whose slot has a

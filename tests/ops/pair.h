@@ -1,5 +1,5 @@
-/* Two backends side by side: the CPU computing in BF16, which is the definition, and CUDA. Everything is
- * uploaded to both, goes through the same op of each, and is compared.
+/* Two backends side by side: the CPU computing in BF16, which is the definition, and CUDA.
+ * Everything is uploaded to both, goes through the same op of each, and is compared.
  *
  * A test opens a pair, which skips it where there is no device. QV_PAIR=cpu puts the CPU's baseline
  * instruction set in CUDA's place, so that the tests themselves can be checked without a device.
@@ -101,8 +101,7 @@ static inline both tensor_both(pair *p, const float *x, qv_dtype cpu, qv_dtype g
     both b;
     const qv_dtype dtype[2] = {cpu, gpu};
     int64_t n = n0 * n1 * n2;
-    both_memory m =
-        alloc_both(p, (size_t)n * qv_dtype_size(cpu), (size_t)n * qv_dtype_size(gpu));
+    both_memory m = alloc_both(p, (size_t)n * qv_dtype_size(cpu), (size_t)n * qv_dtype_size(gpu));
     for (int side = 0; side < 2; side++) {
         b.t[side] = n2 == 1 ? qv_tensor_2d(m.at[side], dtype[side], n0, n1)
                             : qv_tensor_3d(m.at[side], dtype[side], n0, n1, n2);
@@ -164,7 +163,8 @@ static inline both nan_f32(pair *p, int64_t n0, int64_t n1)
 static inline float *fetch(pair *p, int side, qv_tensor t)
 {
     int64_t rows = t.shape[0], n = t.shape[1], row = t.stride[0];
-    size_t size = qv_dtype_size(t.dtype), bytes = (size_t)(rows > 0 ? (rows - 1) * row + n : 0) * size;
+    size_t size = qv_dtype_size(t.dtype),
+           bytes = (size_t)(rows > 0 ? (rows - 1) * row + n : 0) * size;
     char *host = must(malloc(bytes ? bytes : 1));
     float *x = must(malloc((size_t)(rows * n + 1) * sizeof *x));
     PASS(qv_backend_sync(p->be[side]));
@@ -200,7 +200,8 @@ static inline void compare(pair *p, const char *what, both b, double relative, d
     }
     if (getenv("QV_PAIR_VERBOSE"))
         printf("    %-60s worst %.3f of its bound\n", what, most);
-    cr_assert(most <= 1.0, "%s: row %lld, column %lld is %.9g, wanted %.9g (rms %.3g): %.2f times the bound",
+    cr_assert(most <= 1.0,
+              "%s: row %lld, column %lld is %.9g, wanted %.9g (rms %.3g): %.2f times the bound",
               what, worst < 0 ? -1LL : (long long)(worst / b.t[CPU].shape[1]),
               worst < 0 ? -1LL : (long long)(worst % b.t[CPU].shape[1]), worst < 0 ? 0 : got[worst],
               worst < 0 ? 0 : want[worst], rms, most);

@@ -1,5 +1,5 @@
-/* LoRA on CUDA: against the CPU over the shared shapes, and the properties of the layout, bit for bit, on the
- * device itself.
+/* LoRA on CUDA: against the CPU over the shared shapes, and the properties of the layout, bit for
+ * bit, on the device itself.
  */
 #include "tests/ops/pair.h"
 
@@ -36,8 +36,8 @@ static void free_pool(pool *l)
     free(l);
 }
 
-/* A pair of `rank` for every slice, from a generator of its own, so that it is the same in any pool.
- * Slices of rank 0 get none. With `clear`, all else of the slot is zero. */
+/* A pair of `rank` for every slice, from a generator of its own, so that it is the same in any
+ * pool. Slices of rank 0 get none. With `clear`, all else of the slot is zero. */
 static void install(pool *l, int32_t slot, const int32_t *ranks, uint64_t seed, bool clear)
 {
     const qv_lora_shape *s = l->shape;
@@ -105,8 +105,8 @@ static segments upload_segments(pair *p, int32_t n_segs, const int32_t *start, c
 static void run_side(pair *p, int side, const pool *l, const segments *s, qv_tensor x, both scratch,
                      qv_tensor y, bool f32)
 {
-    qv_tensor x1 = qv_tensor_3d(scratch.t[side].data, QV_F32, x.shape[0], l->shape->n_slices,
-                                l->max_rank);
+    qv_tensor x1 =
+        qv_tensor_3d(scratch.t[side].data, QV_F32, x.shape[0], l->shape->n_slices, l->max_rank);
     PASS((f32 ? qv_op_lora_f32 : qv_op_lora)(p->be[side], &l->site[side], s->n_segs,
                                              s->start.at[side], s->slot.at[side], x, x1, y));
 }
@@ -239,9 +239,10 @@ static void check_layout(pair *p, const qv_lora_shape *shape, int32_t max_rank, 
     char what[160];
     int64_t n_out = 0;
     float *want = NULL;
-    /* Clean; poisoned with the zero fill; poisoned with nothing but the pair; a pool of this rank; a
-     * slot that had a larger adapter; loops that run to the pool's rank over zeros. */
-    static const char *const names[] = {"clean", "poisoned and filled", "poisoned", "pool of the rank",
+    /* Clean; poisoned with the zero fill; poisoned with nothing but the pair; a pool of this rank;
+     * a slot that had a larger adapter; loops that run to the pool's rank over zeros. */
+    static const char *const names[] = {"clean",       "poisoned and filled",
+                                        "poisoned",    "pool of the rank",
                                         "used before", "loops to the pool's rank"};
     for (int variant = 0; variant < 6; variant++) {
         pool *l = new_pool(shape, variant == 3 ? rank : max_rank,
@@ -335,7 +336,8 @@ static void check_embed(int64_t n_vocab, int64_t n_out, const int32_t ranks[3])
     uint8_t active[N_SLOTS] = {1, 1, 1, 0};
     for (int i = 0; i < 3; i++) {
         int32_t spacing = ranks[i] + 3;
-        float *fa = random_floats(&rng, n_vocab * spacing, 1), *fb = random_floats(&rng, spacing * n_out, 1);
+        float *fa = random_floats(&rng, n_vocab * spacing, 1),
+              *fb = random_floats(&rng, spacing * n_out, 1);
         for (int64_t id = 0; id < n_vocab; id++)
             for (int32_t r = ranks[i]; r < spacing; r++)
                 fa[id * spacing + r] = NAN;

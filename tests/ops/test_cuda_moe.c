@@ -1,4 +1,5 @@
-/* Routed experts on CUDA against the CPU, op by op: router, list, grouped GEMM, adapters, weighted sum.
+/* Routed experts on CUDA against the CPU, op by op: router, list, grouped GEMM, adapters, weighted
+ * sum.
  */
 #include "tests/ops/moe_test.h"
 #include "tests/ops/pair.h"
@@ -11,7 +12,8 @@ static void check_router(const qv_router *r, int64_t n, int64_t n_experts, bool 
 {
     pair *p = open_pair();
     qv_rng rng = qv_rng_seed(11);
-    both logits = random_f32(p, &rng, n, n_experts, 4), bias = random_f32(p, &rng, 1, n_experts, 0.3f);
+    both logits = random_f32(p, &rng, n, n_experts, 4),
+         bias = random_f32(p, &rng, 1, n_experts, 0.3f);
     both weights = nan_f32(p, n, r->top_k);
     both_memory ids = alloc_both(p, (size_t)(n * r->top_k) * 4, (size_t)(n * r->top_k) * 4);
     for (int side = 0; side < 2; side++) {
@@ -31,10 +33,18 @@ static void check_router(const qv_router *r, int64_t n, int64_t n_experts, bool 
 
 Test(cuda_moe, router_agrees_with_the_cpu, .timeout = 60)
 {
-    const qv_router softmax = {
-        .kind = QV_ROUTER_SOFTMAX, .top_k = 8, .normalize = true, .scale = 1, .n_groups = 1, .topk_groups = 1};
-    qv_router sigmoid = {
-        .kind = QV_ROUTER_SIGMOID, .top_k = 6, .normalize = true, .scale = 2.5f, .n_groups = 1, .topk_groups = 1};
+    const qv_router softmax = {.kind = QV_ROUTER_SOFTMAX,
+                               .top_k = 8,
+                               .normalize = true,
+                               .scale = 1,
+                               .n_groups = 1,
+                               .topk_groups = 1};
+    qv_router sigmoid = {.kind = QV_ROUTER_SIGMOID,
+                         .top_k = 6,
+                         .normalize = true,
+                         .scale = 2.5f,
+                         .n_groups = 1,
+                         .topk_groups = 1};
     check_router(&softmax, 1, 256, false);
     check_router(&softmax, 67, 256, false);
     check_router(&softmax, 3, 9, true);
@@ -96,7 +106,8 @@ static void check_route(int32_t n_experts, int32_t first, int32_t top_k, int32_t
     pair *p = open_pair();
     qv_rng rng = qv_rng_seed(12);
     int32_t *ids = must(malloc((size_t)(n * top_k) * 4));
-    for (int64_t i = 0; i < (int64_t)n * top_k; i++) /* some are elsewhere, some experts are crowded */
+    for (int64_t i = 0; i < (int64_t)n * top_k;
+         i++) /* some are elsewhere, some experts are crowded */
         ids[i] = (int32_t)(qv_rng_range(&rng, -2, n_experts + 3) % (i % 3 ? n_experts + 3 : 5));
     const int32_t start[] = {0, n / 4, n / 4, n / 2, n - 1, n}, slot[] = {-1, 3, 0, 2, 1};
     lists l = route_both(p, ids, n_experts, first, top_k, n, 5, start, slot);
@@ -130,8 +141,8 @@ static void load_both(pair *p, qv_rng *rng, int64_t n_experts, int64_t n_out, in
     free(values);
 }
 
-static const qv_moe_shape more_shapes[] = {
-    {"tiles", 4, 2, 264, 136, true}, {"crowded", 2, 1, 128, 72, false}};
+static const qv_moe_shape more_shapes[] = {{"tiles", 4, 2, 264, 136, true},
+                                           {"crowded", 2, 1, 128, 72, false}};
 
 static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
 {
@@ -208,8 +219,8 @@ static part_pool *new_pool(pair *p, const qv_moe_shape *s, bool up, int32_t max_
     return l;
 }
 
-/* A slot of `rank`, planes `spacing` apart, NaN above the rank; experts that are multiples of `missing`
- * have none. */
+/* A slot of `rank`, planes `spacing` apart, NaN above the rank; experts that are multiples of
+ * `missing` have none. */
 static void add_part(pair *p, part_pool *l, qv_rng *rng, int32_t slot, int32_t rank,
                      int32_t spacing, bool a_shared, bool b_shared, int32_t missing)
 {
@@ -251,15 +262,22 @@ static void upload_slots(pair *p, part_pool *l)
                                sizeof l->slots[side]));
 }
 
-/* Three adapters of different forms, base tokens, and a slot without experts: A of the up-projection and B
- * of the down-projection shared or not, and the other way round, which nothing forbids. */
+/* Three adapters of different forms, base tokens, and a slot without experts: A of the
+ * up-projection and B of the down-projection shared or not, and the other way round, which nothing
+ * forbids. */
 static const struct {
     int32_t rank, spacing, missing;
     bool up_a, up_b, down_a, down_b;
 } forms[][3] = {
-    {{7, 16, 0, false, false, false, false}, {16, 16, 3, false, false, false, false}, {1, 4, 0, false, false, false, false}},
-    {{7, 9, 0, true, false, false, true}, {16, 16, 2, false, false, false, false}, {1, 1, 0, true, false, false, true}},
-    {{40, 48, 0, true, true, true, true}, {33, 33, 0, false, true, true, false}, {48, 48, 0, true, false, false, true}},
+    {{7, 16, 0, false, false, false, false},
+     {16, 16, 3, false, false, false, false},
+     {1, 4, 0, false, false, false, false}},
+    {{7, 9, 0, true, false, false, true},
+     {16, 16, 2, false, false, false, false},
+     {1, 1, 0, true, false, false, true}},
+    {{40, 48, 0, true, true, true, true},
+     {33, 33, 0, false, true, true, false},
+     {48, 48, 0, true, false, false, true}},
 };
 
 static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
@@ -276,9 +294,10 @@ static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
     part_pool *up = new_pool(p, s, true, max_rank), *down = new_pool(p, s, false, max_rank);
     for (int i = 0; i < 3; i++) {
         add_part(p, up, &rng, i, forms[form][i].rank, forms[form][i].spacing, forms[form][i].up_a,
-                 forms[form][i].up_b, forms[form][i].up_a || forms[form][i].up_b ? 0 : forms[form][i].missing);
-        add_part(p, down, &rng, i, forms[form][i].rank, forms[form][i].spacing, forms[form][i].down_a,
-                 forms[form][i].down_b,
+                 forms[form][i].up_b,
+                 forms[form][i].up_a || forms[form][i].up_b ? 0 : forms[form][i].missing);
+        add_part(p, down, &rng, i, forms[form][i].rank, forms[form][i].spacing,
+                 forms[form][i].down_a, forms[form][i].down_b,
                  forms[form][i].down_a || forms[form][i].down_b ? 0 : forms[form][i].missing);
     }
     upload_slots(p, up);
@@ -290,8 +309,8 @@ static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
     for (int side = 0; side < 2; side++) {
         qv_backend *be = p->be[side];
         const qv_moe_list *list = &l.list[side];
-        qv_tensor x1 = qv_tensor_3d(scratch.t[side].data, QV_F32, n_pairs, up->site[side].n_slices,
-                                    max_rank);
+        qv_tensor x1 =
+            qv_tensor_3d(scratch.t[side].data, QV_F32, n_pairs, up->site[side].n_slices, max_rank);
         PASS(qv_op_moe_lora(be, &up->site[side], list, x.t[side], QV_MOE_TOKENS, x1, h.t[side]));
         x1 = qv_tensor_3d(scratch.t[side].data, QV_F32, n_pairs, 1, max_rank);
         PASS(qv_op_moe_lora(be, &down->site[side], list, a.t[side], QV_MOE_PAIRS, x1, o.t[side]));

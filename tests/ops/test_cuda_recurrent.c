@@ -1,5 +1,6 @@
-/* conv1d, gdn and ssd on CUDA against the CPU: sequences of several lengths that go through in steps of a
- * few tokens, so that chunks, single tokens and mixtures of them carry states to each other.
+/* conv1d, gdn and ssd on CUDA against the CPU: sequences of several lengths that go through in
+ * steps of a few tokens, so that chunks, single tokens and mixtures of them carry states to each
+ * other.
  */
 #include "tests/ops/pair.h"
 #include "tests/ops/steps.h"
@@ -54,10 +55,10 @@ static void check_conv(const qv_conv_shape *shape, bool with_bias, bool in_place
         both in = step_rows(p, x, &s, c, 8), out = in_place ? in : nan_act(p, n, c);
         for (int side = 0; side < 2; side++) {
             qv_tensor b = with_bias ? qv_tensor_1d(bias.t[side].data, QV_F32, c) : (qv_tensor){0};
-            PASS(qv_op_conv1d(p->be[side], &batch[side], in.t[side], w.t[side], b,
-                              qv_tensor_3d(state.t[side].data, state.t[side].dtype, N_SLOTS, c,
-                                           n_past),
-                              out.t[side]));
+            PASS(qv_op_conv1d(
+                p->be[side], &batch[side], in.t[side], w.t[side], b,
+                qv_tensor_3d(state.t[side].data, state.t[side].dtype, N_SLOTS, c, n_past),
+                out.t[side]));
         }
         snprintf(what, sizeof what, "conv1d of %lld channels, %lld taps, chunks of %d%s%s",
                  (long long)c, (long long)shape->n_taps, chunk, with_bias ? ", bias" : "",
@@ -83,9 +84,9 @@ Test(cuda_recurrent, conv1d_agrees_with_the_cpu, .timeout = 120)
 
 static const qv_gdn_shape more_gdn[] = {{1, 1, 128, 40}, {2, 4, 128, 128}, {1, 2, 24, 8}};
 
-/* Chunks are solved on the tensor cores with BF16 operands, so their outputs differ from the CPU's by more
- * than a rounding: 2^-9 of the terms of a sum of up to 64, which for single elements is 1 to 2 % of the
- * root mean square of all. */
+/* Chunks are solved on the tensor cores with BF16 operands, so their outputs differ from the CPU's
+ * by more than a rounding: 2^-9 of the terms of a sum of up to 64, which for single elements is 1
+ * to 2 % of the root mean square of all. */
 #define CHUNKED 0.016, 0.03
 
 static void check_gdn(const qv_gdn_shape *shape, int32_t chunk)
@@ -94,7 +95,8 @@ static void check_gdn(const qv_gdn_shape *shape, int32_t chunk)
     qv_rng rng = qv_rng_seed(2);
     int64_t hk = shape->n_k_heads, hv = shape->n_v_heads, dk = shape->d_k, dv = shape->d_v;
     int64_t d = 2 * hk * dk + hv * dv, n_state = hv * dk * dv;
-    float *x = random_floats(&rng, n_all() * d, 1), *gates = random_floats(&rng, n_all() * 2 * hv, 3);
+    float *x = random_floats(&rng, n_all() * d, 1),
+          *gates = random_floats(&rng, n_all() * 2 * hv, 3);
     both a_log = random_f32(p, &rng, 1, hv, 1), dt_bias = random_f32(p, &rng, 1, hv, 1);
     both state = nan_f32(p, N_SLOTS, n_state);
     char what[128];

@@ -353,7 +353,7 @@ __device__ __forceinline__ void load_gates(prepare_shared<DELTA> &m, const qv_k_
 
 /* Grid (places, key heads x parts of their heads), 128 threads. */
 template <bool DELTA>
-__global__ void __launch_bounds__(128, 5)
+__global__ void __launch_bounds__(128, DELTA ? 5 : 4)
     prepare_kernel(qv_k_steps s, qv_k_recurrent_args c, int place_0, int most_tokens,
                    chunk_record<DELTA> *records)
 {

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(256) router_rank_kernel(qv_k_router_args c)
 /* --- List: a stable counting sort --------------------------------------------------------- */
 
 constexpr int CHUNK = 1024;     /* pairs of a block in the form of many blocks */
-constexpr int ONE_BLOCK = 1536; /* pairs up to which one block does it all */
+constexpr int ONE_BLOCK = 2048; /* pairs up to which one block does it all */
 
 /* -1: it lives elsewhere. */
 __device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,

@@ -346,9 +346,11 @@ __global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THRE
     }
     __syncthreads();
 
-    /* Store through shared memory, so that rows leave in pieces of 16 bytes. */
+    /* Store through shared memory, so that rows leave in pieces of 16 bytes. A warp has 16 rows to
+     * itself. */
     bf16 *out = (bf16 *)stage; /* [128][256], a tile */
     if (thread < WIDE_WORKERS) {
+        static_assert(WIDE_ROWS == 32 * 8, "a row is a piece a lane");
 #pragma unroll
         for (int j = 0; j < WIDE_ROWS / 8; j++)
 #pragma unroll
@@ -356,13 +358,11 @@ __global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THRE
                 *(uint32_t *)(out + tile_at<WIDE_ROWS>(warp * 16 + (lane >> 2) + 8 * half,
                                                        j * 8 + (lane & 3) * 2)) =
                     pack_bf16(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-    }
-    __syncthreads();
-    for (int i = thread; i < n * (WIDE_ROWS / 8); i += WIDE_THREADS) {
-        int p = i / (WIDE_ROWS / 8), col = i % (WIDE_ROWS / 8) * 8;
-        if (col < n_rows)
-            *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + row + col) =
-                *(const uint4 *)(out + tile_at<WIDE_ROWS>(p, col));
+        __syncwarp();
+        for (int p = warp * 16; p < min(n, warp * 16 + 16); p++)
+            if (lane * 8 < n_rows)
+                *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + row + lane * 8) =
+                    *(const uint4 *)(out + tile_at<WIDE_ROWS>(p, lane * 8));
     }
     if (!alone)
         cluster_sync(); /* the other block's arrivals come here until its last step */

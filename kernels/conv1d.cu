@@ -5,6 +5,7 @@
  * rereads the inputs before it. The state is written by a second launch, because tiles of the same
  * sequence still read the old one.
  */
+#include "kernels/device.cuh"
 #include "kernels/kernels_recurrent.h"
 #include "kernels/tensor_core.cuh"
 
@@ -256,8 +257,5 @@ qv_status qv_k_conv1d(const qv_k_steps *steps, const qv_k_conv1d_args *args, voi
         tile_conv_kernel<<<dim3(tiles, token_tiles), 128, 0, on>>>(s, c);
         keep_conv_kernel<<<dim3(tiles, (unsigned)s.n_seqs), 128, 0, on>>>(s, c);
     }
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return qv_fail(QV_ERR_DEVICE, "conv1d: %s", cudaGetErrorString(error));
-    return QV_OK;
+    return qv_k_check_launch("conv1d");
 }

@@ -142,5 +142,5 @@ qv_status qv_k_gdn(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
     }
     if (chunks)
         QV_TRY(launch_chunks<true>("gdn", s, c, most, scratch, scratch_bytes, on));
-    return launched("gdn");
+    return qv_k_check_launch("gdn");
 }

@@ -160,14 +160,6 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
  * the device better, and a decode step is the same bit for bit whoever is in it. */
 constexpr int MANY_TOKENS = 512;
 
-qv_status launched(const char *what)
-{
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return qv_fail(QV_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-    return QV_OK;
-}
-
 unsigned column_tiles(int64_t n_out)
 {
     return (unsigned)((n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS);
@@ -225,7 +217,7 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
         choose_expand<float>(s, *site, scratch, y, y_stride, on);
     else
         choose_expand<bf16>(s, *site, scratch, y, y_stride, on);
-    return launched("lora");
+    return qv_k_check_launch("lora");
 }
 
 qv_status qv_k_embed_lora(const qv_k_segments *segments, const qv_k_embed_lora_slot *slots,
@@ -238,5 +230,5 @@ qv_status qv_k_embed_lora(const qv_k_segments *segments, const qv_k_embed_lora_s
     dim3 grid(column_tiles(n_out), n_places(*segments, 16));
     embed_expand_kernel<<<grid, EXPAND_THREADS, sizeof(expand_shared<1>), (cudaStream_t)stream>>>(
         *segments, slots, n_out, ids, (bf16 *)y, y_stride);
-    return launched("embed_lora");
+    return qv_k_check_launch("embed_lora");
 }

@@ -15,6 +15,7 @@
 #ifndef QV_KERNELS_LORA_TILES_CUH
 #define QV_KERNELS_LORA_TILES_CUH
 
+#include "kernels/device.cuh"
 #include "kernels/kernels_lora.h"
 #include "kernels/skinny.cuh"
 
@@ -26,20 +27,6 @@ namespace
 /* Expand is launched while shrink runs: it finds its rows and loads B and y, and waits before it
  * reads x1. Everything else that it reads was complete before shrink began, because shrink is
  * launched in the ordinary way. */
-__device__ __forceinline__ void let_next_start()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n" ::);
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
 /* What comes next in the stream waits for this grid alone, so this grid must not end before the one
  * before: its first block waits even where it has nothing to do. */
 __device__ __forceinline__ void stay_behind()

@@ -2,6 +2,7 @@
  * launches (one for a router, one for a list of a decode step, one for a sum) and that nothing
  * depends on the order in which threads happen to run.
  */
+#include "kernels/device.cuh"
 #include "kernels/kernels_moe.h"
 #include "kernels/tensor_core.cuh"
 
@@ -12,14 +13,6 @@ constexpr int MAX_EXPERTS =
     2048; /* of a list: counts of its chunks fit into the memory of its runs */
 constexpr int MAX_GROUPS = 256;
 constexpr unsigned ALL = 0xffffffffu;
-
-qv_status launched(const char *what)
-{
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return qv_fail(QV_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-    return QV_OK;
-}
 
 /* --- Router ------------------------------------------------------------------------------- */
 
@@ -464,7 +457,7 @@ qv_status route_many(const int32_t *ids, const qv_k_list &list, int n_pairs, cud
     size_t place_bytes = start_bytes + (size_t)(threads / 32) * list.n_experts * 2 + 4;
     if (cudaFuncSetAttribute(place_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)place_bytes) != cudaSuccess)
-        return launched("moe_route");
+        return qv_k_check_launch("moe_route");
     count_kernel<<<n_chunks, CHUNK, start_bytes, stream>>>(ids, list, n_pairs);
     layout_kernel<<<1, 1024, start_bytes, stream>>>(list, n_chunks);
     place_kernel<<<n_chunks, threads, place_bytes, stream>>>(ids, list, n_pairs);
@@ -475,7 +468,7 @@ qv_status route_many(const int32_t *ids, const qv_k_list &list, int n_pairs, cud
     } else {
         cudaMemsetAsync(list.n_runs, 0, sizeof(int32_t), stream);
     }
-    return launched("moe_route");
+    return qv_k_check_launch("moe_route");
 }
 
 /* --- Weighted sum ------------------------------------------------------------------------- */
@@ -611,11 +604,11 @@ qv_status qv_k_router(const qv_k_router_args *args, void *stream)
     if (args->n_tokens <= 512 && args->n_groups == 1 && args->n_experts <= 1024) {
         router_rank_kernel<<<args->n_tokens, 256, 2 * (size_t)(args->n_experts + 3) * sizeof(float),
                              (cudaStream_t)stream>>>(*args);
-        return launched("router");
+        return qv_k_check_launch("router");
     }
     router_kernel<<<(args->n_tokens + warps - 1) / warps, warps * 32, bytes,
                     (cudaStream_t)stream>>>(*args);
-    return launched("router");
+    return qv_k_check_launch("router");
 }
 
 qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream)
@@ -634,9 +627,9 @@ qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream
         (size_t)list->n_experts * sizeof(int) + (size_t)(threads / 32) * list->n_experts * 2 + 4;
     if (cudaFuncSetAttribute(route_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)bytes) != cudaSuccess)
-        return launched("moe_route");
+        return qv_k_check_launch("moe_route");
     route_kernel<<<1, threads, bytes, on>>>(ids, *list, (int)n_pairs);
-    return launched("moe_route");
+    return qv_k_check_launch("moe_route");
 }
 
 qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
@@ -654,5 +647,5 @@ qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const vo
     combine_kernel<<<list->n_tokens, threads, bytes, (cudaStream_t)stream>>>(
         *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y,
         y_stride, d, wide);
-    return launched("moe_combine");
+    return qv_k_check_launch("moe_combine");
 }

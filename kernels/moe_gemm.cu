@@ -8,6 +8,7 @@
  * asynchronous copies, on the tensor cores. Pairs are gathered by row address while they are
  * copied. Bound by the tensor cores above about 250 pairs an expert, by the weights below.
  */
+#include "kernels/device.cuh"
 #include "kernels/kernels_moe.h"
 #include "kernels/skinny.cuh"
 #include "kernels/wgmma.cuh"
@@ -460,8 +461,5 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
         else
             few_kernel<false><<<grid, FEW_THREADS, 0, on>>>(*list, c);
     }
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return qv_fail(QV_ERR_DEVICE, "moe_linear: %s", cudaGetErrorString(error));
-    return QV_OK;
+    return qv_k_check_launch("moe_linear");
 }

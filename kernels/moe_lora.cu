@@ -267,8 +267,5 @@ qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, c
         launch_expand<2>(*list, *site, most_runs, x_pairs, scratch, y, y_stride, on);
     else
         launch_expand<1>(*list, *site, most_runs, x_pairs, scratch, y, y_stride, on);
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return qv_fail(QV_ERR_DEVICE, "moe_lora: %s", cudaGetErrorString(error));
-    return QV_OK;
+    return qv_k_check_launch("moe_lora");
 }

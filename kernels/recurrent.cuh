@@ -21,6 +21,7 @@
 #ifndef QV_KERNELS_RECURRENT_CUH
 #define QV_KERNELS_RECURRENT_CUH
 
+#include "kernels/device.cuh"
 #include "kernels/kernels_recurrent.h"
 #include "kernels/tensor_core.cuh"
 
@@ -745,14 +746,6 @@ inline bool is_aligned(const qv_k_heads &v)
     return (uintptr_t)v.data % 16 == 0 && v.token % 8 == 0 && v.head % 8 == 0;
 }
 
-inline qv_status launched(const char *what)
-{
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return qv_fail(QV_ERR_DEVICE, "%s: %s", what, cudaGetErrorString(error));
-    return QV_OK;
-}
-
 /* Chunks of at most what the scratch holds at a time. */
 template <bool DELTA>
 qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurrent_args &c,
@@ -770,7 +763,7 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
                              prepare_bytes) != cudaSuccess ||
         cudaFuncSetAttribute(scan_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              scan_bytes) != cudaSuccess)
-        return launched(name);
+        return qv_k_check_launch(name);
     int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
     for (int64_t place = 0; place < all; place += fit) {
         int n = (int)(all - place < fit ? all - place : fit);
@@ -782,7 +775,7 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
         scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,
                                                               (const record *)scratch);
     }
-    return launched(name);
+    return qv_k_check_launch(name);
 }
 
 /* Whether some sequence may be long enough for chunks. */
@@ -808,7 +801,7 @@ qv_status launch_any(const char *name, const qv_k_steps &s, const qv_k_recurrent
     dim3 grid((unsigned)((c.d_v + 31) / 32), (unsigned)c.n_v_heads, (unsigned)s.n_seqs);
     any_step_kernel<DELTA>
         <<<grid, dim3(32, 4), (size_t)c.d_k * 32 * sizeof(float), stream>>>(s, c, most_tokens);
-    return launched(name);
+    return qv_k_check_launch(name);
 }
 
 } // namespace

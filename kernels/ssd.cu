@@ -93,5 +93,5 @@ qv_status qv_k_ssd(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
     }
     if (chunks)
         QV_TRY(launch_chunks<false>("ssd", s, c, most, scratch, scratch_bytes, on));
-    return launched("ssd");
+    return qv_k_check_launch("ssd");
 }

@@ -55,7 +55,8 @@ __device__ __forceinline__ void load_piece(piece &p, const bf16 *w0, const bf16 
 template <int NT, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
 {
-    __shared__ float sums[WARPS][NT][4][32];
+    extern __shared__ float skinny_memory[]; /* 64 KiB for 16 warps and 64 tokens */
+    float(*sums)[NT][4][32] = (float(*)[NT][4][32])skinny_memory;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     int64_t row0 = (int64_t)blockIdx.x * 16;
     /* Rows beyond the end read the last one, and are not stored. */
@@ -125,8 +126,13 @@ template <int NT> cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStrea
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return few ? cudaLaunchKernelEx(&config, skinny_kernel<NT, 16>, c)
-               : cudaLaunchKernelEx(&config, skinny_kernel<NT, 8>, c);
+    config.dynamicSmemBytes = (few ? 16 : 8) * NT * 128 * sizeof(float);
+    if (!few)
+        return cudaLaunchKernelEx(&config, skinny_kernel<NT, 8>, c);
+    cudaError_t error = cudaFuncSetAttribute(skinny_kernel<NT, 16>,
+                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             (int)config.dynamicSmemBytes);
+    return error == cudaSuccess ? cudaLaunchKernelEx(&config, skinny_kernel<NT, 16>, c) : error;
 }
 
 /* --- Any shape ---------------------------------------------------------------------------- */

@@ -26,15 +26,15 @@ if(QV_PORTABLE)
   function(qv_static target)
     set(files)
     foreach(name ${ARGN})
-      unset(file CACHE)
-      find_library(file lib${name}.a REQUIRED NO_CACHE)
-      list(APPEND files ${file})
+      find_library(QV_STATIC_${name} lib${name}.a REQUIRED)
+      mark_as_advanced(QV_STATIC_${name})
+      list(APPEND files ${QV_STATIC_${name}})
     endforeach()
     set_target_properties(PkgConfig::${target} PROPERTIES INTERFACE_LINK_LIBRARIES "${files}"
       INTERFACE_LINK_OPTIONS "")
   endfunction()
-  qv_static(CZMQ czmq uuid)
-  qv_static(ZMQ zmq sodium pgm norm protokit)
+  qv_static(CZMQ czmq)
+  qv_static(ZMQ zmq sodium pgm norm protokit bsd md)
   qv_static(HIREDIS hiredis)
   qv_static(JANSSON jansson)
   qv_static(PCRE2 pcre2-8)
@@ -46,7 +46,9 @@ if(QV_PORTABLE)
   # libzmq is C++, OpenBLAS Fortran: their run-time libraries by name, in the static form.
   set_property(TARGET PkgConfig::ZMQ APPEND PROPERTY
     INTERFACE_LINK_LIBRARIES qv_portable_stubs -l:libstdc++.a)
-  set_property(TARGET PkgConfig::CZMQ APPEND PROPERTY INTERFACE_LINK_LIBRARIES PkgConfig::ZMQ)
+  find_library(QV_STATIC_uuid libuuid.a REQUIRED)
+  set_property(TARGET PkgConfig::CZMQ APPEND PROPERTY
+    INTERFACE_LINK_LIBRARIES PkgConfig::ZMQ ${QV_STATIC_uuid})
   set_property(TARGET PkgConfig::MICROHTTPD APPEND PROPERTY
     INTERFACE_LINK_LIBRARIES qv_portable_stubs)
   set_property(TARGET PkgConfig::OPENBLAS APPEND PROPERTY

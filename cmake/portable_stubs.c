@@ -7,16 +7,17 @@
 
 #define UNUSED(X)                                                                                  \
     X(gnutls_alpn_set_protocols)                                                                   \
-    X(gnutls_bye) X(gnutls_certificate_allocate_credentials) X(                                    \
-        gnutls_certificate_free_credentials) X(gnutls_certificate_server_set_request)              \
-        X(gnutls_certificate_set_dh_params) X(gnutls_certificate_set_retrieve_function2) X(        \
-            gnutls_certificate_set_retrieve_function3) X(gnutls_certificate_set_x509_key_mem)      \
-            X(gnutls_certificate_set_x509_key_mem2) X(gnutls_certificate_set_x509_trust_mem) X(    \
-                gnutls_cipher_get) X(gnutls_credentials_set) X(gnutls_deinit)                      \
-                X(gnutls_dh_params_deinit) X(gnutls_dh_params_import_pkcs3) X(                     \
-                    gnutls_dh_params_init) X(gnutls_handshake) X(gnutls_init) X(gnutls_malloc)     \
-                    X(gnutls_priority_deinit) X(gnutls_priority_init) X(gnutls_priority_set)       \
-                        X(gnutls_protocol_get_version) X(gnutls_psk_allocate_server_credentials)   \
+    X(gnutls_bye)                                                                                  \
+    X(gnutls_certificate_allocate_credentials) X(gnutls_certificate_free_credentials) X(           \
+        gnutls_certificate_server_set_request) X(gnutls_certificate_set_dh_params)                 \
+        X(gnutls_certificate_set_retrieve_function2) X(gnutls_certificate_set_retrieve_function3)  \
+            X(gnutls_certificate_set_x509_key_mem) X(gnutls_certificate_set_x509_key_mem2) X(      \
+                gnutls_certificate_set_x509_trust_mem) X(gnutls_cipher_get)                        \
+                X(gnutls_credentials_set) X(gnutls_deinit) X(gnutls_dh_params_deinit) X(           \
+                    gnutls_dh_params_import_pkcs3) X(gnutls_dh_params_init) X(gnutls_handshake)    \
+                    X(gnutls_init) X(gnutls_malloc) X(gnutls_priority_deinit)                      \
+                        X(gnutls_priority_init) X(gnutls_priority_set) X(                          \
+                            gnutls_protocol_get_version) X(gnutls_psk_allocate_server_credentials) \
                             X(gnutls_psk_free_server_credentials)                                  \
                                 X(gnutls_psk_set_server_credentials_function)                      \
                                     X(gnutls_record_check_pending) X(gnutls_record_get_direction)  \
@@ -76,3 +77,6 @@ int sd_is_socket_unix(void)
 {
     return 0;
 }
+
+/* Names of kinds of GSSAPI names: data, not functions. */
+void *GSS_C_NT_USER_NAME, *GSS_C_NT_HOSTBASED_SERVICE;

@@ -186,13 +186,19 @@ static qv_status record_rank(int32_t rank, void *ctx)
     return QV_OK;
 }
 
+/* A step of the base model alone costs nothing for adapters. `b` is in host memory. */
+static bool has_adapters(const qv_batch *b)
+{
+    return b->n_segs > 1 || (b->n_segs == 1 && b->seg_slot[0] >= 0);
+}
+
 /* The recording that can stand in for a step; NULL: run it op by op. */
 static qv_recording *find_recording(const qv_model *model, const model_rank *r, const qv_batch *b)
 {
     if (r->n_recorded == 0 || model->probe != NULL || b->n_tokens != b->n_seqs ||
         b->n_logits != b->n_seqs || b->page_stride > model->limits.max_seq_pages)
         return NULL;
-    bool with = b->n_segs > 1 || (b->n_segs == 1 && b->seg_slot[0] >= 0);
+    bool with = has_adapters(b);
     for (int i = 0; i < r->n_recorded; i++)
         if (recorded_sizes[i] >= b->n_seqs)
             return r->recorded[with && r->lora != NULL][i];
@@ -381,6 +387,8 @@ static qv_status run_step(int32_t rank, void *ctx)
     step *s = ctx;
     qv_model *model = s->model;
     model_rank *r = &model->ranks[rank];
+    if (model->n_steps == model->break_step && rank == model->break_rank)
+        return qv_fail(QV_ERR_DEVICE, "told to fail at step %" PRId64, model->n_steps);
     qv_recording *recorded = find_recording(model, r, s->batch);
     if (recorded != NULL) {
         QV_TRY(qv_backend_replay(r->be, recorded, s->batch));
@@ -390,14 +398,28 @@ static qv_status run_step(int32_t rank, void *ctx)
     }
     qv_batch batch;
     QV_TRY(qv_backend_put_batch(r->be, s->batch, &batch));
-    return forward(model, rank, &batch, r->lora, rank == 0 ? s->logits : NULL);
+    return forward(model, rank, &batch, has_adapters(s->batch) ? r->lora : NULL,
+                   rank == 0 ? s->logits : NULL);
 }
 
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits)
 {
     QV_TRY(check_batch(&model->limits, batch));
     step s = {.model = model, .batch = batch, .logits = logits};
+    model->n_steps++;
     return qv_ranks_run(model->threads, run_step, &s);
+}
+
+qv_status qv_model_break_rank(qv_model *model, int64_t rank, int64_t at_step)
+{
+    if (rank < 0 || rank >= model->n_ranks || at_step < 1)
+        return qv_fail(QV_ERR_ARG,
+                       "rank %" PRId64 " cannot fail at step %" PRId64 ": there are %d ranks, and "
+                       "steps count from 1",
+                       rank, at_step, model->n_ranks);
+    model->break_rank = rank;
+    model->break_step = model->n_steps + at_step;
+    return QV_OK;
 }
 
 /* --- Sequence state --------------------------------------------------------------------------- */

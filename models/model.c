@@ -170,7 +170,7 @@ static qv_status record_rank(int32_t rank, void *ctx)
     int32_t most =
         limits->max_recorded < limits->max_seqs ? limits->max_recorded : limits->max_seqs;
     most = most < limits->max_logits ? most : limits->max_logits;
-    if (!qv_backend_can_record(r->be) || limits->max_seq_pages < 1 || model->n_ranks > 1)
+    if (!qv_backend_can_record(r->be) || limits->max_seq_pages < 1)
         return QV_OK;
     for (int i = 0; i < MAX_RECORDED && recorded_sizes[i] <= most; i++) {
         for (int with = 0; with <= (r->lora != NULL); with++) {
@@ -222,6 +222,7 @@ static qv_status open_rank(int32_t rank, void *ctx)
     opening *o = ctx;
     const qv_model_limits *limits = &o->model->limits;
     model_rank *r = &o->model->ranks[rank];
+    QV_TRY(qv_backend_connect(r->be));
     if (limits->made_up_weights)
         QV_TRY(qv_weights_make_up(&r->weights, r->be, &r->layout));
     else
@@ -394,12 +395,14 @@ static qv_status run_step(int32_t rank, void *ctx)
         QV_TRY(qv_backend_replay(r->be, recorded, s->batch));
         if (rank == 0)
             *s->logits = qv_tensor_rows(r->recorded_logits, 0, s->batch->n_logits);
-        return QV_OK;
+    } else {
+        qv_batch batch;
+        QV_TRY(qv_backend_put_batch(r->be, s->batch, &batch));
+        QV_TRY(forward(model, rank, &batch, has_adapters(s->batch) ? r->lora : NULL,
+                       rank == 0 ? s->logits : NULL));
     }
-    qv_batch batch;
-    QV_TRY(qv_backend_put_batch(r->be, s->batch, &batch));
-    return forward(model, rank, &batch, has_adapters(s->batch) ? r->lora : NULL,
-                   rank == 0 ? s->logits : NULL);
+    /* So that a fault of another rank is found now, while the first waits for it. */
+    return rank > 0 ? qv_backend_sync(r->be) : QV_OK;
 }
 
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits)

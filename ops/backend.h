@@ -85,7 +85,8 @@ typedef struct {
                         void *ctx, qv_recording **out);
     void (*recording_free)(qv_backend *be, qv_recording *recording);
     qv_status (*replay)(qv_backend *be, qv_recording *recording, const qv_batch *host);
-    /* Only called on a backend that has joined a group of more than one. */
+    /* Only called on a backend that has joined a group of more than one. `connect` may be NULL. */
+    qv_status (*connect)(qv_backend *be);
     qv_status (*all_reduce)(qv_backend *be, qv_tensor x);
     qv_status (*gather_cols)(qv_backend *be, qv_tensor part, qv_tensor whole);
     /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */
@@ -100,8 +101,9 @@ typedef struct {
 struct qv_backend {
     const qv_backend_table *table;
     const qv_op_table *ops;
-    qv_comm *comm; /* borrowed; NULL: alone */
-    int32_t rank;  /* in it */
+    qv_comm *comm;       /* borrowed; NULL: alone */
+    int32_t rank;        /* in it */
+    bool not_recordable; /* its collectives cannot be part of a recording */
     char description[128];
 };
 

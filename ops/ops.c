@@ -128,7 +128,7 @@ qv_status qv_backend_sync(qv_backend *be)
 
 bool qv_backend_can_record(const qv_backend *be)
 {
-    return be->table->record != NULL;
+    return be->table->record != NULL && !be->not_recordable;
 }
 
 qv_status qv_backend_record(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
@@ -482,6 +482,11 @@ qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
 static bool has_peers(const qv_backend *be)
 {
     return be->comm != NULL && qv_comm_n_ranks(be->comm) > 1;
+}
+
+qv_status qv_backend_connect(qv_backend *be)
+{
+    return has_peers(be) && be->table->connect != NULL ? be->table->connect(be) : QV_OK;
 }
 
 qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x)

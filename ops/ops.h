@@ -460,6 +460,10 @@ qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor w
 
 /* --- Ranks: all of them call, in the same order (ops/comm.h) ---------------------------------- */
 
+/* Meet the other ranks, before the first collective: on every rank's own thread at the same time.
+ * Nothing to do without a group. Errors: DEVICE, UNSUPPORTED (devices that cannot meet). */
+qv_status qv_backend_connect(qv_backend *be);
+
 /* x becomes the sum over ranks of their x, everywhere. x [n, d] activation dtype, any row stride,
  * the same n and d on all ranks. Sums in float32, in the order of ranks where ranks meet in memory;
  * rounded once. Nothing to do without a group. Errors: DEVICE (a rank failed). */

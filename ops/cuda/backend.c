@@ -42,6 +42,7 @@ static void cuda_close(qv_backend *be)
         (void)cudaStreamSynchronize(cuda->stream);
     qv_cuda_plans_free(cuda->plans);
     (void)cudaFree(cuda->counters);
+    qv_cuda_disconnect(cuda);
     if (cuda->blas != NULL)
         (void)cublasLtDestroy(cuda->blas);
     (void)cudaFree(cuda->blas_workspace);
@@ -135,28 +136,6 @@ static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
     return QV_OK;
 }
 
-/* --- Ranks -------------------------------------------------------------------------------- */
-
-static qv_status no_collective(const char *name)
-{
-    return qv_fail(QV_ERR_UNSUPPORTED,
-                   "cuda: %s: ranks on several devices need NCCL, which this "
-                   "build does not have",
-                   name);
-}
-
-static qv_status cuda_all_reduce(qv_backend *be, qv_tensor x)
-{
-    (void)be, (void)x;
-    return no_collective("all_reduce");
-}
-
-static qv_status cuda_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole)
-{
-    (void)be, (void)part, (void)whole;
-    return no_collective("gather_cols");
-}
-
 const qv_backend_table qv_cuda_backend_table = {
     .name = "cuda",
     .activation_dtype = QV_BF16,
@@ -179,8 +158,9 @@ const qv_backend_table qv_cuda_backend_table = {
     .record = qv_cuda_record,
     .recording_free = qv_cuda_recording_free,
     .replay = qv_cuda_replay,
-    .all_reduce = cuda_all_reduce,
-    .gather_cols = cuda_gather_cols,
+    .connect = qv_cuda_connect,
+    .all_reduce = qv_cuda_all_reduce,
+    .gather_cols = qv_cuda_gather_cols,
     .weight_new = qv_cuda_weight_new,
     .weight_free = qv_cuda_weight_free,
     .weight_load = qv_cuda_weight_load,

@@ -40,6 +40,7 @@ typedef struct {
 } qv_cuda_mirror;
 
 typedef struct qv_cuda_plans qv_cuda_plans; /* linear.c */
+typedef struct qv_cuda_comm qv_cuda_comm;   /* comm.c */
 
 typedef struct {
     qv_backend base;
@@ -66,6 +67,7 @@ typedef struct {
     cublasLtHandle_t blas;
     void *blas_workspace;
     qv_cuda_plans *plans;
+    qv_cuda_comm *comm; /* NULL: alone, or not connected */
 } qv_cuda_backend;
 
 typedef struct {
@@ -102,9 +104,9 @@ uint64_t qv_cuda_free_memory(const qv_backend *be);
 qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes);
-qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
                        float scale, uint64_t seed);
+qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes);
 qv_status qv_cuda_sync(qv_backend *be);
 
 /* Room for `bytes` in both halves; what they held is lost when they grow. */
@@ -113,6 +115,15 @@ void qv_cuda_mirror_deinit(qv_cuda_mirror *mirror);
 /* Scratch for one op. Sizes known from the limits are planned at reserve, so that a step grows it
  * only when a shape was not foreseen. */
 qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **out);
+
+/* --- comm.c ------------------------------------------------------------------------------- */
+
+qv_status qv_cuda_connect(qv_backend *be);
+void qv_cuda_disconnect(qv_cuda_backend *cuda);
+qv_status qv_cuda_all_reduce(qv_backend *be, qv_tensor x);
+qv_status qv_cuda_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole);
+/* Wait for the compute stream. With other ranks, also until one of them fails. */
+qv_status qv_cuda_wait(qv_cuda_backend *cuda);
 
 /* --- batch.c, weight.c, linear.c ---------------------------------------------------------- */
 

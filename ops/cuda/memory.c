@@ -120,8 +120,7 @@ qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t by
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(use_device(cuda));
     QV_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, cuda->stream));
-    QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
-    return QV_OK;
+    return qv_cuda_wait(cuda);
 }
 
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
@@ -129,8 +128,7 @@ qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(use_device(cuda));
     QV_CUDA_TRY(cudaMemsetAsync(dst, 0, bytes, cuda->stream));
-    QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
-    return QV_OK;
+    return qv_cuda_wait(cuda);
 }
 
 qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
@@ -152,8 +150,7 @@ qv_status qv_cuda_sync(qv_backend *be)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(use_device(cuda));
-    QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
-    return QV_OK;
+    return qv_cuda_wait(cuda);
 }
 
 /* --- Mirrors and scratch ------------------------------------------------------------------ */

@@ -141,7 +141,7 @@ qv_status qv_cuda_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,
     QV_TRY(qv_k_sample(&args, cuda->stream));
     QV_CUDA_TRY(cudaMemcpyAsync(cuda->result.host, cuda->result.device, result_bytes,
                                 cudaMemcpyDeviceToHost, cuda->stream));
-    QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
+    QV_TRY(qv_cuda_wait(cuda));
     take_results(cuda->result.host, n_rows, results);
     return check_results(results, n_rows);
 }

@@ -1,0 +1,268 @@
+/* Collectives of CUDA ranks. Ranks on devices of their own go through NCCL, on the compute stream,
+ * so that they may be recorded into graphs. Ranks that share a device, which NCCL refuses, read
+ * each other's memory: events order their streams, barriers of the host the recording of the
+ * events.
+ *
+ * A rank that fails must not leave the others waiting on their devices: whoever waits looks whether
+ * the group has failed, and then aborts its communicator.
+ */
+#include "kernels/kernels_comm.h"
+#include "ops/cuda/cuda.h"
+#include "ops/cuda/nccl.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+/* What a rank shows the others while they meet. */
+typedef struct {
+    int device;
+    qv_nccl_id id; /* rank 0's */
+} introduction;
+
+/* What it shows them in a collective of ranks that share a device. */
+typedef struct {
+    qv_tensor x;
+    cudaEvent_t events[3]; /* x is there; its part of the sum is; it has read the others' parts */
+} exhibit;
+
+struct qv_cuda_comm {
+    const qv_nccl *nccl; /* NULL: all ranks share a device */
+    qv_nccl_comm *comm;
+    exhibit mine;
+    exhibit *of[QV_MAX_RANKS];
+};
+
+/* --- Connect ------------------------------------------------------------------------------ */
+
+/* Whether two ranks are on one device; all must be then. */
+static qv_status meet(qv_cuda_backend *cuda, introduction *mine, bool *shared, qv_nccl_id *id)
+{
+    qv_comm *comm = cuda->base.comm;
+    int32_t n = qv_comm_n_ranks(comm), n_same = 0;
+    qv_comm_publish(comm, cuda->base.rank, mine);
+    QV_TRY(qv_comm_barrier(comm));
+    for (int32_t r = 0; r < n; r++)
+        for (int32_t q = 0; q < r; q++)
+            n_same += ((introduction *)qv_comm_published(comm, r))->device ==
+                      ((introduction *)qv_comm_published(comm, q))->device;
+    *id = ((introduction *)qv_comm_published(comm, 0))->id;
+    QV_TRY(qv_comm_barrier(comm)); /* introductions live on the ranks' stacks */
+    *shared = n_same > 0;
+    if (n_same > 0 && n_same != n * (n - 1) / 2)
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "cuda: %d ranks share some devices: each needs its own, or all the same", n);
+    return QV_OK;
+}
+
+static qv_status connect_nccl(qv_cuda_backend *cuda, struct qv_cuda_comm *c, qv_nccl_id id)
+{
+    int result =
+        c->nccl->comm_init_rank(&c->comm, qv_comm_n_ranks(cuda->base.comm), id, cuda->base.rank);
+    return qv_nccl_check(c->nccl, result, "ncclCommInitRank");
+}
+
+static qv_status connect_shared(qv_cuda_backend *cuda, struct qv_cuda_comm *c)
+{
+    c->nccl = NULL;
+    cuda->base.not_recordable = true; /* barriers of the host order it */
+    for (int i = 0; i < 3; i++)
+        QV_CUDA_TRY(cudaEventCreateWithFlags(&c->mine.events[i], cudaEventDisableTiming));
+    qv_comm_publish(cuda->base.comm, cuda->base.rank, &c->mine);
+    QV_TRY(qv_comm_barrier(cuda->base.comm));
+    for (int32_t r = 0; r < qv_comm_n_ranks(cuda->base.comm); r++)
+        c->of[r] = qv_comm_published(cuda->base.comm, r);
+    return qv_comm_barrier(cuda->base.comm);
+}
+
+qv_status qv_cuda_connect(qv_backend *be)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    struct qv_cuda_comm *c = calloc(1, sizeof *c);
+    if (c == NULL)
+        return qv_fail(QV_ERR_NOMEM, "cuda: no memory for a group of ranks");
+    cuda->comm = c;
+    QV_CUDA_TRY(cudaSetDevice(cuda->device));
+    introduction mine = {.device = cuda->device};
+    qv_nccl_id id;
+    bool shared;
+    qv_status nccl = qv_nccl_load(&c->nccl); /* only needed when devices differ */
+    if (nccl == QV_OK && be->rank == 0)
+        QV_TRY(qv_nccl_check(c->nccl, c->nccl->get_unique_id(&mine.id), "ncclGetUniqueId"));
+    QV_TRY(meet(cuda, &mine, &shared, &id));
+    if (shared)
+        return connect_shared(cuda, c);
+    const qv_nccl *loaded;
+    QV_TRY(qv_nccl_load(&loaded)); /* says again why not */
+    return connect_nccl(cuda, c, id);
+}
+
+void qv_cuda_disconnect(qv_cuda_backend *cuda)
+{
+    struct qv_cuda_comm *c = cuda->comm;
+    if (c == NULL)
+        return;
+    if (c->comm != NULL)
+        (void)c->nccl->comm_destroy(c->comm);
+    for (int i = 0; i < 3; i++)
+        if (c->mine.events[i] != NULL)
+            (void)cudaEventDestroy(c->mine.events[i]);
+    free(c);
+    cuda->comm = NULL;
+}
+
+/* --- Wait --------------------------------------------------------------------------------- */
+
+/* The group has failed: give up what waits on the device, and say why. */
+static qv_status give_up(qv_cuda_backend *cuda)
+{
+    struct qv_cuda_comm *c = cuda->comm;
+    if (c->comm != NULL) {
+        (void)c->nccl->comm_abort(c->comm);
+        c->comm = NULL;
+    }
+    (void)cudaStreamSynchronize(cuda->stream);
+    return qv_comm_barrier(cuda->base.comm); /* which says who failed and why */
+}
+
+qv_status qv_cuda_wait(qv_cuda_backend *cuda)
+{
+    if (cuda->comm == NULL || cuda->comm->nccl == NULL) {
+        QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
+        return QV_OK;
+    }
+    for (int64_t i = 0;; i++) {
+        cudaError_t error = cudaStreamQuery(cuda->stream);
+        if (error == cudaSuccess)
+            return QV_OK;
+        if (error != cudaErrorNotReady)
+            return qv_cuda_fail(error, "waiting for the device");
+        if (qv_comm_first_failed(cuda->base.comm) >= 0)
+            return give_up(cuda);
+        if (i > 20000) /* some milliseconds: this is no step of decoding */
+            nanosleep(&(struct timespec){.tv_nsec = 20000}, NULL);
+    }
+}
+
+/* --- Collectives -------------------------------------------------------------------------- */
+
+static bool is_dense(const qv_tensor *t)
+{
+    return t->n_dims == 2 && (t->shape[0] <= 1 || t->stride[0] == t->shape[1]);
+}
+
+/* Record event `i`, and let the stream wait for everybody's. */
+static qv_status pass_point(qv_cuda_backend *cuda, int i)
+{
+    struct qv_cuda_comm *c = cuda->comm;
+    QV_CUDA_TRY(cudaEventRecord(c->mine.events[i], cuda->stream));
+    QV_TRY(qv_comm_barrier(cuda->base.comm));
+    for (int32_t r = 0; r < qv_comm_n_ranks(cuda->base.comm); r++)
+        if (r != cuda->base.rank)
+            QV_CUDA_TRY(cudaStreamWaitEvent(cuda->stream, c->of[r]->events[i], 0));
+    return QV_OK;
+}
+
+/* As CPU ranks do: each sums its part of the elements in its own tensor, then all copy the parts.
+ */
+static qv_status reduce_shared(qv_cuda_backend *cuda, qv_tensor x)
+{
+    struct qv_cuda_comm *c = cuda->comm;
+    int32_t n_ranks = qv_comm_n_ranks(cuda->base.comm), rank = cuda->base.rank;
+    int64_t n = x.shape[0] * x.shape[1];
+    void *data[QV_MAX_RANKS];
+    c->mine.x = x;
+    QV_TRY(pass_point(cuda, 0));
+    for (int32_t r = 0; r < n_ranks; r++)
+        data[r] = c->of[r]->x.data;
+    QV_TRY(qv_k_sum_ranks(data, n_ranks, x.data, n * rank / n_ranks, n * (rank + 1) / n_ranks,
+                          cuda->stream));
+    QV_TRY(pass_point(cuda, 1));
+    for (int32_t r = 0; r < n_ranks; r++) {
+        int64_t first = n * r / n_ranks, end = n * (r + 1) / n_ranks;
+        if (r != rank && end > first)
+            QV_CUDA_TRY(cudaMemcpyAsync((uint16_t *)x.data + first, (uint16_t *)data[r] + first,
+                                        (size_t)(end - first) * 2, cudaMemcpyDeviceToDevice,
+                                        cuda->stream));
+    }
+    return pass_point(cuda, 2);
+}
+
+qv_status qv_cuda_all_reduce(qv_backend *be, qv_tensor x)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    struct qv_cuda_comm *c = cuda->comm;
+    size_t n = (size_t)(x.shape[0] * x.shape[1]);
+    if (!is_dense(&x))
+        return qv_fail(QV_ERR_SHAPE, "cuda: all_reduce: rows must follow each other");
+    if (n == 0)
+        return QV_OK;
+    if (c->nccl == NULL)
+        return reduce_shared(cuda, x);
+    return qv_nccl_check(c->nccl,
+                         c->nccl->all_reduce(x.data, x.data, n, QV_NCCL_BFLOAT16, QV_NCCL_SUM,
+                                             c->comm, cuda->stream),
+                         "ncclAllReduce");
+}
+
+/* Columns [col, col + width) of `whole` from a dense block [rows, width]. */
+static qv_status put_columns(qv_cuda_backend *cuda, qv_tensor whole, int64_t col, const void *block,
+                             int64_t width)
+{
+    QV_CUDA_TRY(cudaMemcpy2DAsync((float *)whole.data + col,
+                                  (size_t)whole.stride[0] * sizeof(float), block,
+                                  (size_t)width * sizeof(float), (size_t)width * sizeof(float),
+                                  (size_t)whole.shape[0], cudaMemcpyDeviceToDevice, cuda->stream));
+    return QV_OK;
+}
+
+static qv_status gather_shared(qv_cuda_backend *cuda, qv_tensor part, qv_tensor whole)
+{
+    struct qv_cuda_comm *c = cuda->comm;
+    c->mine.x = part;
+    QV_TRY(pass_point(cuda, 0));
+    int64_t col = 0;
+    for (int32_t r = 0; r < qv_comm_n_ranks(cuda->base.comm) && cuda->base.rank == 0; r++) {
+        QV_TRY(put_columns(cuda, whole, col, c->of[r]->x.data, c->of[r]->x.shape[1]));
+        col += c->of[r]->x.shape[1];
+    }
+    return pass_point(cuda, 1);
+}
+
+/* All parts have the same width: the vocabulary is shared out evenly. */
+static qv_status gather_nccl(qv_cuda_backend *cuda, qv_tensor part, qv_tensor whole)
+{
+    struct qv_cuda_comm *c = cuda->comm;
+    const qv_nccl *nccl = c->nccl;
+    int32_t n_ranks = qv_comm_n_ranks(cuda->base.comm);
+    size_t n = (size_t)(part.shape[0] * part.shape[1]);
+    if (cuda->base.rank != 0)
+        return qv_nccl_check(
+            nccl, nccl->send(part.data, n, QV_NCCL_FLOAT32, 0, c->comm, cuda->stream), "ncclSend");
+    void *scratch;
+    QV_TRY(qv_cuda_scratch_require(cuda, n * sizeof(float) * (size_t)(n_ranks - 1), &scratch));
+    QV_TRY(qv_nccl_check(nccl, nccl->group_start(), "ncclGroupStart"));
+    int result = 0;
+    for (int32_t r = 1; r < n_ranks && result == 0; r++)
+        result = nccl->recv((float *)scratch + (size_t)(r - 1) * n, n, QV_NCCL_FLOAT32, r, c->comm,
+                            cuda->stream);
+    int end = nccl->group_end();
+    QV_TRY(qv_nccl_check(nccl, result ? result : end, "ncclRecv"));
+    QV_TRY(put_columns(cuda, whole, 0, part.data, part.shape[1]));
+    for (int32_t r = 1; r < n_ranks; r++)
+        QV_TRY(put_columns(cuda, whole, r * part.shape[1], (float *)scratch + (size_t)(r - 1) * n,
+                           part.shape[1]));
+    return QV_OK;
+}
+
+qv_status qv_cuda_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    if (!is_dense(&part))
+        return qv_fail(QV_ERR_SHAPE, "cuda: gather_cols: rows must follow each other");
+    if (part.shape[0] * part.shape[1] == 0)
+        return QV_OK;
+    return cuda->comm->nccl == NULL ? gather_shared(cuda, part, whole)
+                                    : gather_nccl(cuda, part, whole);
+}

@@ -27,20 +27,34 @@ static int64_t cost(size_t size)
 
 /* --- Table ------------------------------------------------------------------------------------*/
 
+static void init_caller(qv_callers *callers, qv_caller *caller)
+{
+    caller->callers = callers;
+    qv_list_init(&caller->jobs);
+    qv_list_init(&caller->spill);
+    qv_list_append(&callers->all, &caller->link);
+}
+
 qv_status qv_callers_init(qv_callers *callers, int64_t max_spill_bytes,
                           int64_t max_total_spill_bytes, qv_caller_send_fn *send, void *user)
 {
     *callers = (qv_callers){.max_spill_bytes = max_spill_bytes,
                             .max_total_spill_bytes = max_total_spill_bytes,
+                            .max_spill_messages = INT64_MAX,
                             .next_serial = 1,
                             .send = send,
                             .user = user};
     qv_list_init(&callers->all);
     qv_list_init(&callers->spilling);
     qv_list_init(&callers->gone);
+    qv_list_init(&callers->flow);
     qv_arena_init(&callers->scratch, 0, 0);
     callers->by_peer = qv_map_new(0);
-    return callers->by_peer != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for clients");
+    callers->nobody = calloc(1, sizeof *callers->nobody);
+    if (callers->by_peer == NULL || callers->nobody == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for clients");
+    init_caller(callers, callers->nobody);
+    return QV_OK;
 }
 
 void qv_callers_deinit(qv_callers *callers)
@@ -79,12 +93,9 @@ qv_caller *qv_callers_require(qv_callers *callers, const qv_mq_peer *peer)
         qv_map_remove_entry(callers->by_peer, entry);
         return NULL;
     }
-    caller->callers = callers;
+    init_caller(callers, caller);
     caller->peer = *peer;
     caller->serial = callers->next_serial++;
-    qv_list_init(&caller->jobs);
-    qv_list_init(&caller->spill);
-    qv_list_append(&callers->all, &caller->link);
     entry->value = caller;
     return caller;
 }
@@ -92,7 +103,7 @@ qv_caller *qv_callers_require(qv_callers *callers, const qv_mq_peer *peer)
 void qv_caller_release(qv_caller *caller)
 {
     bool is_used = caller->n_jobs + caller->n_dead > 0 || !qv_list_is_empty(&caller->spill);
-    if (!is_used && !caller->gone)
+    if (!is_used && !caller->gone && !qv_list_has(&caller->flow_link) && caller->serial != 0)
         qv_caller_free(caller);
 }
 
@@ -102,6 +113,7 @@ static void drop(qv_caller *caller, spilled *message)
 {
     qv_list_remove(&message->link);
     caller->spill_bytes -= cost(message->size);
+    caller->n_spilled--;
     caller->callers->spill_bytes -= cost(message->size);
     free(message);
     if (qv_list_is_empty(&caller->spill))
@@ -127,6 +139,7 @@ void qv_caller_free(qv_caller *caller)
     qv_map_remove(callers->by_peer, key, make_key(&caller->peer, key));
     qv_list_remove(&caller->link);
     qv_list_remove(&caller->gone_link);
+    qv_list_remove(&caller->flow_link);
     free(caller);
 }
 
@@ -146,6 +159,33 @@ static qv_status decode(qv_callers *callers, const spilled *message, qv_message 
                              &callers->scratch, out);
 }
 
+static void note_flow(qv_caller *caller)
+{
+    if (!qv_list_has(&caller->flow_link))
+        qv_list_append(&caller->callers->flow, &caller->flow_link);
+}
+
+static void choke(qv_caller *caller)
+{
+    const qv_callers *callers = caller->callers;
+    bool is_full = caller->spill_bytes > callers->max_spill_bytes / 2 ||
+                   caller->n_spilled > callers->max_spill_messages / 2;
+    if (!is_full || caller->choked)
+        return;
+    caller->choked = true;
+    note_flow(caller);
+}
+
+static void unchoke(qv_caller *caller)
+{
+    const qv_callers *callers = caller->callers;
+    if (!caller->choked || caller->spill_bytes > callers->max_spill_bytes / 8 ||
+        caller->n_spilled > callers->max_spill_messages / 8)
+        return;
+    caller->choked = false;
+    note_flow(caller);
+}
+
 /* Encode behind what waits. */
 static qv_status append(qv_caller *caller, uint64_t job, const qv_message *message, bool must,
                         uint64_t now_us)
@@ -155,10 +195,12 @@ static qv_status append(qv_caller *caller, uint64_t job, const qv_message *messa
     size_t size;
     QV_TRY(qv_message_encode(message, &callers->scratch, &data, &size));
     bool is_over = caller->spill_bytes + cost(size) > callers->max_spill_bytes ||
+                   caller->n_spilled >= callers->max_spill_messages ||
                    callers->spill_bytes + cost(size) > callers->max_total_spill_bytes;
     if (is_over && !must)
-        return qv_fail(QV_ERR_BUSY, "the client does not read: %lld bytes wait for it",
-                       (long long)caller->spill_bytes);
+        return qv_fail(QV_ERR_BUSY,
+                       "the client does not read: %lld messages of %lld bytes wait for it",
+                       (long long)caller->n_spilled, (long long)caller->spill_bytes);
     spilled *entry = malloc(sizeof *entry + size);
     if (entry == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for a message of %zu bytes", size);
@@ -170,8 +212,10 @@ static qv_status append(qv_caller *caller, uint64_t job, const qv_message *messa
         caller->stalled_us = now_us;
     }
     qv_list_append(&caller->spill, &entry->link);
+    caller->n_spilled++;
     caller->spill_bytes += cost(size);
     callers->spill_bytes += cost(size);
+    choke(caller);
     return QV_OK;
 }
 
@@ -276,6 +320,7 @@ static bool join_spilled(qv_caller *caller, uint64_t job, const qv_msg_tokens *t
     free(old);
     caller->spill_bytes += more;
     callers->spill_bytes += more;
+    choke(caller);
     return true;
 }
 
@@ -287,6 +332,8 @@ qv_status qv_caller_send(qv_caller *caller, uint64_t job, const qv_message *mess
     qv_callers *callers = caller->callers;
     if (joined != NULL)
         *joined = false;
+    if (caller->serial == 0)
+        return QV_OK;
     if (caller->gone)
         return QV_ERR_NOT_FOUND;
     if (qv_list_is_empty(&caller->spill)) {
@@ -342,13 +389,22 @@ void qv_callers_flush(qv_callers *callers, int64_t stalled_ms, uint64_t now_us)
 {
     QV_LIST_EACH(&callers->spilling, qv_caller, spill_link, caller)
     {
-        if (flush(caller))
+        if (flush(caller)) {
             caller->stalled_us = now_us;
+            caller->stalled = false;
+        }
         if (caller->gone)
             continue;
-        if (qv_list_is_empty(&caller->spill))
+        unchoke(caller);
+        if (qv_list_is_empty(&caller->spill)) {
             qv_caller_release(caller);
-        else if (now_us - caller->stalled_us >= (uint64_t)stalled_ms * MS)
-            qv_caller_lose(caller);
+        } else if (now_us - caller->stalled_us >= (uint64_t)stalled_ms * MS) {
+            caller->stalled_us = now_us;
+            if (caller->stalled || caller->n_jobs == 0)
+                qv_caller_lose(caller);
+            else
+                note_flow(caller);
+            caller->stalled = true;
+        }
     }
 }

@@ -3,11 +3,15 @@
  * A message that the socket cannot take now is kept, encoded, in the caller's spill queue and sent
  * in order when there is room. Tokens of the same stream are joined while they wait, so that a slow
  * reader costs little more than its text. The queue is bounded in bytes; a message that does not
- * fit is refused, and its request is failed by the owner. A caller who takes nothing for a long
- * time, or whose connection is gone, is given up.
+ * fit is refused, and its request is failed by the owner. It does not come to that as a rule: at
+ * half of the bound the caller is choked, and its owner stops what runs for it until most of it was
+ * read. A caller who takes nothing for a long time is stalled: its requests end, with an error that
+ * it finds when it reads again in the place of their pieces. One whose connection is gone, or who
+ * does not even take that, is given up.
  *
  * A caller exists while it has requests in flight or messages waiting. Peers with and without a
- * delimiter frame are different callers. Pure; one thread.
+ * delimiter frame are different callers. `nobody` is the caller of requests that go on without a
+ * client; what is sent to it is gone. Pure; one thread.
  */
 #ifndef QV_BROKER_CALLERS_H
 #define QV_BROKER_CALLERS_H
@@ -37,7 +41,11 @@ struct qv_caller {
     qv_list spill;      /* messages that wait */
     qv_list spill_link; /* in callers->spilling while there are any */
     int64_t spill_bytes;
+    int64_t n_spilled;
     uint64_t stalled_us; /* since when nothing could be sent */
+    bool stalled;        /* its requests were ended for that */
+    bool choked;         /* nothing should run for it */
+    qv_list flow_link;   /* in callers->flow: its state of choking or stalling changed */
 };
 
 /* How messages leave. OK: taken. BUSY: no room now. NOT_FOUND: the peer is gone. Anything else
@@ -46,9 +54,11 @@ typedef qv_status qv_caller_send_fn(void *user, const qv_mq_peer *peer, const qv
 
 struct qv_callers {
     qv_map *by_peer; /* id and delimiter → caller */
-    qv_list all, spilling, gone;
+    qv_list all, spilling, gone, flow;
+    qv_caller *nobody;
     uint64_t next_serial;
     int64_t max_spill_bytes;       /* of one caller */
+    int64_t max_spill_messages;    /* of one caller */
     int64_t max_total_spill_bytes; /* of all */
     int64_t spill_bytes;           /* of all, now */
     qv_caller_send_fn *send;
@@ -87,7 +97,9 @@ qv_status qv_caller_keep(qv_caller *caller, uint64_t job, const qv_message *mess
 /* Forget the waiting messages of a request. */
 void qv_caller_drop_spill(qv_caller *caller, uint64_t job);
 
-/* Send what waits, to everybody; callers that could take nothing for `stalled_ms` are given up. */
+/* Send what waits, to everybody. Callers that were choked and have room again, and those that could
+ * take nothing for `stalled_ms`, are put into callers->flow; stalled ones that still take nothing
+ * after that are given up. */
 void qv_callers_flush(qv_callers *callers, int64_t stalled_ms, uint64_t now_us);
 
 /* Note that a caller is gone: the owner finds it in callers->gone. */

@@ -32,15 +32,19 @@ qv_core_options qv_core_default_options(void)
         .worker_limits = {.max_bytes = 64 * MIB, .max_depth = 16, .max_nodes = 16 << 20},
         .heartbeat_ms = 1000,
         .timeout_ms = 5000,
-        .max_worker_losses = 3,
+        .max_worker_losses = 2,
         .max_queue_wait_ms = 300000,
         .cancel_confirm_ms = 2000,
         .orphan_timeout_ms = 60000,
         .max_spill_bytes = 8 * MIB,
+        .max_spill_messages = 16384,
         .max_total_spill_bytes = 512 * MIB,
         .stalled_client_ms = 60000,
         .startup_grace_ms = 3000,
         .max_explained = 4096,
+        .resume_ms = 30000,
+        .max_kept_bytes = 256 * MIB,
+        .store_timeout_ms = 5000,
     };
 }
 
@@ -124,7 +128,8 @@ qv_status qv_core_new(const qv_core_options *options, const qv_core_actions *act
     };
     qv_core_set_redis(core, "none");
     core->drains = qv_map_new(0);
-    if (core->drains == NULL) {
+    core->poison = qv_map_new(0);
+    if (core->drains == NULL || core->poison == NULL) {
         qv_core_free(core);
         return qv_fail(QV_ERR_NOMEM, "no memory for the broker");
     }
@@ -135,6 +140,9 @@ qv_status qv_core_new(const qv_core_options *options, const qv_core_actions *act
     if (status == QV_OK)
         status = qv_callers_init(&core->callers, options->max_spill_bytes,
                                  options->max_total_spill_bytes, send_to_client, core);
+    core->callers.max_spill_messages = options->max_spill_messages;
+    if (status == QV_OK)
+        status = qv_keep_init(&core->keep, options->max_kept_bytes);
     if (status == QV_OK)
         status = qv_explain_init(&core->explain, (uint32_t)options->max_explained);
     if (status != QV_OK) {
@@ -153,7 +161,9 @@ void qv_core_free(qv_core *core)
     qv_pool_deinit(&core->pool);
     qv_callers_deinit(&core->callers);
     qv_explain_deinit(&core->explain);
+    qv_keep_deinit(&core->keep);
     qv_map_free(core->drains, NULL);
+    qv_map_free(core->poison, NULL);
     qv_arena_deinit(&core->arena);
     free(core->redis);
     free(core);
@@ -218,6 +228,11 @@ void qv_core_tenant(qv_core *core, const char *name, const qv_tenant_want *want,
     qv_core_settle(core, now_us);
 }
 
+void qv_core_set_sender(qv_core *core, const qv_identity *sender)
+{
+    core->sender = sender;
+}
+
 void qv_core_drain(qv_core *core)
 {
     core->draining = true;
@@ -245,7 +260,7 @@ int64_t qv_core_spill_bytes(const qv_core *core)
 
 int64_t qv_core_n_jobs(const qv_core *core)
 {
-    return core->requests.n_queued + core->requests.n_running;
+    return core->requests.n_queued + core->requests.n_running + core->requests.n_parked;
 }
 
 /* --- Members ----------------------------------------------------------------------------------*/
@@ -290,14 +305,18 @@ static void requeue(qv_core *core, qv_job *job, uint64_t now_us)
 
 /* A job has lost its attempt: back to the queue, unless it was to end anyway or has lost too many.
  */
-static void move_job(qv_core *core, qv_job *job, bool is_loss, uint64_t now_us)
+static void move_job(qv_core *core, qv_job *job, bool is_loss, uint32_t n_suspects, uint64_t now_us)
 {
     if (job->abort != QV_ABORT_NONE) {
         qv_core_finish_aborted(core, job, now_us);
         return;
     }
     job->n_losses += is_loss;
-    if (job->n_losses >= (uint64_t)core->options.max_worker_losses) {
+    if (is_loss && n_suspects > 0 && !qv_core_may_go_on(core, job, n_suspects)) {
+        qv_core_quarantine(core, job, now_us);
+        return;
+    }
+    if (is_loss && n_suspects == 0 && job->n_losses >= (uint64_t)core->options.max_worker_losses) {
         char text[128];
         snprintf(text, sizeof text,
                  "%u workers were lost, or parts of their answers, while they ran this request",
@@ -316,7 +335,7 @@ void qv_core_retry(qv_core *core, qv_job *job, bool is_loss, uint64_t now_us)
         qv_attempt_free(job->attempt);
     else
         qv_attempt_orphan(job->attempt, now_us);
-    move_job(core, job, is_loss, now_us);
+    move_job(core, job, is_loss, 0, now_us);
 }
 
 void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, const char *why,
@@ -326,18 +345,36 @@ void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, c
     qv_core_event(core, what, NULL, member->id, why);
     qv_list_remove(&member->lost_link);
     qv_member_apply(member, QV_MEMBER_LOST);
+    uint32_t n_suspects = is_loss ? qv_core_count_suspects(core, member) : 0;
     while (!qv_list_is_empty(&member->attempts)) {
         qv_attempt *attempt = QV_LIST_ITEM(member->attempts.next, qv_attempt, member_link);
         qv_job *job = attempt->job;
         qv_attempt_free(attempt);
+        if (job != NULL && is_loss)
+            qv_core_blame(job, member);
         if (job != NULL)
-            move_job(core, job, is_loss, now_us);
+            move_job(core, job, is_loss, n_suspects, now_us);
     }
     qv_member_free(member);
     qv_placement_members_changed(&core->placement, now_us);
 }
 
 /* --- Dispatch ---------------------------------------------------------------------------------*/
+
+/* All tokens of a stream, from other brokers too. Count 0 without memory. */
+static qv_ints delivered(qv_core *core, const qv_job_stream *stream)
+{
+    qv_ints own = qv_answer_tokens(&stream->answer);
+    if (stream->n_prior == 0)
+        return own;
+    int32_t *all = QV_ARENA_ARRAY(&core->arena, int32_t, stream->n_prior + own.count);
+    if (all == NULL)
+        return (qv_ints){0};
+    memcpy(all, stream->prior, stream->n_prior * sizeof *all);
+    if (own.count > 0)
+        memcpy(all + stream->n_prior, own.data, own.count * sizeof *all);
+    return (qv_ints){all, stream->n_prior + own.count};
+}
 
 /* What each stream of a job that moves has delivered. Empty for one that has not begun. */
 static qv_status fill_resume(qv_core *core, const qv_job *job, qv_msg_run *run)
@@ -351,7 +388,7 @@ static qv_status fill_resume(qv_core *core, const qv_job *job, qv_msg_run *run)
         const qv_job_stream *stream = &job->streams[i];
         rows[i].index = i;
         rows[i].seq = stream->seq_in;
-        rows[i].tokens = qv_answer_tokens(&stream->answer);
+        rows[i].tokens = delivered(core, stream);
         qv_set(&rows[i], resume, finished, stream->finished);
     }
     run->resume.data = rows;
@@ -449,7 +486,9 @@ static void dispatch_job(qv_core *core, qv_job *job, uint64_t now_us)
         return;
     }
     qv_route route = choose(core, job, has_begun, now_us);
-    if (route.verdict == QV_ROUTE_SEND) {
+    if (route.verdict == QV_ROUTE_SEND && job->alone)
+        route.member = qv_core_place_alone(core, job, route.member);
+    if (route.verdict == QV_ROUTE_SEND && route.member != NULL) {
         QV_ASSERT(qv_member_credit(route.member) > 0);
         run_job(core, job, route.member, now_us);
         return;
@@ -514,24 +553,22 @@ static void drop_caller(qv_core *core, qv_caller *caller, uint64_t now_us)
 {
     core->stats.clients_lost += caller->n_jobs > 0;
     qv_list_remove(&caller->gone_link);
-    QV_LIST_EACH(&caller->jobs, qv_job, caller_link, job)
-    {
-        qv_core_abort(core, job, "cancelled", now_us);
-        qv_job_end(job, QV_JOB_FAIL, now_us);
-        qv_explain_ended(&core->explain, job, "its client is gone", now_us);
-        core->stats.ended[QV_JOB_FAILED]++;
-    }
+    qv_list_remove(&caller->flow_link);
+    qv_core_lose_client(core, caller, now_us);
     qv_requests_bury(&core->requests);
     qv_caller_free(caller);
 }
 
 void qv_core_settle(qv_core *core, uint64_t now_us)
 {
+    qv_list *flow = &core->callers.flow;
     qv_list *gone = &core->callers.gone, *lost = &core->lost, *dirty = &core->pool.dirty;
     for (;;) {
         dispatch(core, now_us);
         if (!qv_list_is_empty(gone)) {
             drop_caller(core, QV_LIST_ITEM(gone->next, qv_caller, gone_link), now_us);
+        } else if (!qv_list_is_empty(flow)) {
+            qv_core_on_flow(core, QV_LIST_ITEM(flow->next, qv_caller, flow_link), now_us);
         } else if (!qv_list_is_empty(lost)) {
             qv_member *member = QV_LIST_ITEM(lost->next, qv_member, lost_link);
             qv_core_remove_member(core, member, "worker_lost", member->lost_why, true, now_us);
@@ -553,7 +590,10 @@ static void on_timer(qv_core *core, qv_job *job, uint64_t now_us)
                      0); /* a job whose client turns out to be gone stays until it is settled */
     if (job->abort != QV_ABORT_NONE) {
         qv_core_finish_aborted(core, job, now_us);
-    } else if (job->state != QV_JOB_QUEUED || (is_late && qv_job_has_begun(job))) {
+    } else if (job->state == QV_JOB_PARKED && !is_late) {
+        qv_core_on_parked_timer(core, job, now_us);
+    } else if ((job->state != QV_JOB_QUEUED && job->state != QV_JOB_PARKED) ||
+               (is_late && qv_job_has_begun(job))) {
         qv_core_begin_abort(core, job, QV_ABORT_DEADLINE, now_us);
     } else if (is_late) {
         qv_core_fail_job(core, job, QV_CODE_DEADLINE,
@@ -644,6 +684,7 @@ void qv_core_tick(qv_core *core, uint64_t now_us)
         }
     }
     tick_orphans(core, now_us);
+    qv_keep_tick(&core->keep, now_us);
     qv_requests_tick(&core->requests, now_us);
     qv_measure_tick(&core->pool, now_us);
     if (now_us - core->second_us >= 1000 * QV_MS) {
@@ -661,8 +702,11 @@ void qv_core_tick(qv_core *core, uint64_t now_us)
 void qv_core_fail_all(qv_core *core, uint64_t now_us)
 {
     QV_MAP_EACH(core->requests.by_id, entry)
-    qv_core_fail_job(core, entry->value, QV_CODE_OVERLOADED, "the broker is stopping", 1000,
-                     now_us);
+    {
+        qv_job *job = entry->value;
+        if (!job->durable || job->park == QV_PARK_STORING)
+            qv_core_fail_job(core, job, QV_CODE_OVERLOADED, "the broker is stopping", 1000, now_us);
+    }
     qv_core_settle(core, now_us);
 }
 

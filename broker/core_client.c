@@ -172,6 +172,8 @@ static bool check_submit(qv_core *core, const qv_mq_peer *peer, const qv_msg_sub
     }
     if (status == QV_OK)
         status = qv_submit_check(submit);
+    if (status == QV_OK && submit->resume.count > 0 && !stream)
+        status = qv_fail(QV_ERR_ARG, "resume: only an answer that is streamed can go on");
     if (status == QV_OK && peer->delimiter && !stream && submit->n > 1)
         status =
             qv_fail(QV_ERR_ARG, "n: %lld answers do not fit into the one reply of a REQ socket",
@@ -181,13 +183,50 @@ static bool check_submit(qv_core *core, const qv_mq_peer *peer, const qv_msg_sub
     return status == QV_OK;
 }
 
-static bool tell_accepted(qv_core *core, qv_job *job, const qv_strs *warnings, uint64_t now_us)
+bool qv_core_tell_accepted(qv_core *core, qv_job *job, const qv_strs *warnings, uint64_t now_us)
 {
     qv_message message = {.type = QV_MSG_ACCEPTED};
     message.accepted.id = (qv_str){job->id, job->id_size};
+    qv_set(&message.accepted, accepted, seed, job->seed);
+    qv_set(&message.accepted, accepted, broker, qv_str_from(core->options.id));
     if (warnings->count > 0)
         qv_set(&message.accepted, accepted, warnings, *warnings);
     return qv_core_deliver(core, job, &message, true, now_us, NULL);
+}
+
+/* A durable id that there is already names the same request: the client gets that one. */
+static bool join_durable(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
+                         uint64_t now_us)
+{
+    qv_msg_resume_request all = {.id = submit->id, .tenant = submit->tenant, .seq = -1};
+    qv_job *job = qv_core_find_durable(core, submit->tenant, submit->id);
+    const qv_caller *caller = qv_callers_find(&core->callers, peer);
+    if (job != NULL && job->caller == caller) {
+        qv_strs none = {0};
+        if (job->park != QV_PARK_STORING)
+            qv_core_tell_accepted(core, job, &none, now_us);
+        return true;
+    }
+    if (job != NULL) {
+        qv_core_attach(core, peer, job, &all, now_us);
+        return true;
+    }
+    const qv_kept *kept = qv_keep_find(&core->keep, submit->tenant, submit->id);
+    if (kept == NULL || !kept->durable)
+        return false;
+    qv_core_replay_kept(core, peer, kept, &all, now_us);
+    return true;
+}
+
+static void refuse_poison(qv_core *core, const qv_mq_peer *peer, const qv_msg_submit *submit,
+                          const char *fingerprint, uint64_t now_us)
+{
+    core->stats.refused_poison++;
+    const char *text = qv_arena_printf(
+        &core->arena, "workers were lost under a request like this: it is quarantined as %s",
+        fingerprint);
+    qv_core_refuse(core, peer, submit->id, QV_CODE_QUARANTINED, text != NULL ? text : "quarantined",
+                   0, now_us);
 }
 
 static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
@@ -195,11 +234,18 @@ static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *m
 {
     const qv_msg_submit *submit = &message->submit;
     core->stats.submits++;
+    if (submit->durable && join_durable(core, peer, submit, now_us))
+        return;
 
     /* A REQ socket reads one reply: unless it asks for a stream it gets the last message only. */
     bool stream = submit->stream && (!peer->delimiter || qv_has(submit, submit, stream));
     if (!check_submit(core, peer, submit, stream, now_us))
         return;
+    char fingerprint[QV_FINGERPRINT_SIZE];
+    if (qv_core_is_poison(core, submit, fingerprint)) {
+        refuse_poison(core, peer, submit, fingerprint, now_us);
+        return;
+    }
     qv_group *group = find_group(core, peer, submit, now_us);
     if (group == NULL)
         return;
@@ -221,6 +267,8 @@ static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *m
     job->stream = stream;
     if (group != core->pool.base)
         group->n_ready > 0 ? core->stats.adapter_hits++ : core->stats.adapter_misses++;
+    job->durable = submit->durable;
+    job->resumable = job->durable || (core->options.resume_ms > 0 && !peer->delimiter);
     job->is_aliased = !qv_str_equal(submit->adapter, group->name);
     qv_core_estimate(core, job, submit, (qv_str){group->name, (uint32_t)group->name_size});
     qv_explain_accepted(&core->explain, job, submit->adapter);
@@ -231,19 +279,52 @@ static void on_submit(qv_core *core, const qv_mq_peer *peer, const qv_message *m
         return;
     }
     qv_strs warnings = make_warnings(core, &message->unknown_keys);
-    if (peer->delimiter && !stream)
-        keep_warnings(job, &warnings);
-    else if (!tell_accepted(core, job, &warnings, now_us))
-        return;
-    uint64_t at = now_us + (uint64_t)core->options.max_queue_wait_ms * QV_MS;
-    if (job->deadline_us != 0 && job->deadline_us < at)
-        at = job->deadline_us;
-    if (qv_job_set_timer(job, at) != QV_OK || qv_job_enqueue(job) != QV_OK) {
-        qv_core_fail_job(core, job, QV_CODE_INTERNAL, qv_error(), 0, now_us);
+    if (job->n_finished == job->n) {
+        qv_core_fail_job(core, job, QV_CODE_BAD_REQUEST, "resume: every stream has ended", 0,
+                         now_us);
         return;
     }
-    if (group->n_ready == 0)
-        qv_group_touch(group);
+    bool is_one_shot = peer->delimiter && !stream;
+    if (is_one_shot || job->durable)
+        keep_warnings(job, &warnings);
+    if (job->durable)
+        qv_core_begin_store(core, job, now_us);
+    else if (is_one_shot || qv_core_tell_accepted(core, job, &warnings, now_us))
+        qv_core_begin_queue(core, job, now_us);
+}
+
+qv_status qv_core_readmit(qv_core *core, const qv_msg_submit *submit, const qv_durable *durable,
+                          uint64_t age_ms, uint64_t now_us)
+{
+    qv_group *group = qv_pool_find_group(&core->pool, submit->adapter.data, submit->adapter.size);
+    bool is_early =
+        group == NULL && (!core->wants_known || core->pool.n_members[QV_MEMBER_READY] == 0);
+    if (is_early)
+        return qv_fail(QV_ERR_BUSY, "adapter '%.*s' is not known yet", (int)submit->adapter.size,
+                       submit->adapter.data);
+    if (group == NULL) /* it fails there, and its client is told */
+        group = qv_pool_require_group(&core->pool, submit->adapter.data, submit->adapter.size);
+    else if (group->n_split > 0)
+        group = resolve_split(core, group, submit, now_us);
+    qv_tenant *tenant =
+        qv_fair_require_tenant(&core->requests.fair, submit->tenant.data, submit->tenant.size);
+    if (group == NULL || tenant == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for a stored request");
+    qv_job *job;
+    QV_TRY(qv_requests_accept(&core->requests, core->callers.nobody, group, tenant, submit,
+                              durable->submit.data, durable->submit.size, durable->seed, now_us,
+                              &job));
+    core->stats.adopted++;
+    job->durable = job->resumable = true;
+    job->stream = submit->stream;
+    job->is_aliased = !qv_str_equal(submit->adapter, group->name);
+    if (job->deadline_us != 0)
+        job->deadline_us =
+            job->deadline_us > age_ms * QV_MS ? job->deadline_us - age_ms * QV_MS : 1;
+    qv_core_estimate(core, job, submit, (qv_str){group->name, (uint32_t)group->name_size});
+    qv_explain_accepted(&core->explain, job, submit->adapter);
+    qv_core_begin_queue(core, job, now_us);
+    return QV_OK;
 }
 
 /* --- cancel -----------------------------------------------------------------------------------*/
@@ -259,7 +340,8 @@ static void on_cancel(qv_core *core, const qv_mq_peer *peer, const qv_msg_cancel
         qv_core_begin_abort(core, own, QV_ABORT_CANCEL, now_us); /* its `done` confirms */
         return;
     }
-    qv_job *other = qv_requests_find_any(&core->requests, cancel->id.data, cancel->id.size);
+    const char *of = core->sender != NULL && !core->sender->operate ? core->sender->tenant : NULL;
+    qv_job *other = qv_requests_find_any(&core->requests, of, cancel->id.data, cancel->id.size);
     if (other == NULL) {
         const char *text =
             qv_arena_printf(&core->arena, "no request with id '%.*s' is in flight, or several are",
@@ -304,15 +386,51 @@ static void on_explain(qv_core *core, const qv_mq_peer *peer, qv_str id, uint64_
     }
 }
 
-void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+/* --- rights -----------------------------------------------------------------------------------*/
+
+/* What a sender may do, and on whose behalf; `tenant` NULL: the message has none. */
+static bool authorize(qv_core *core, const qv_mq_peer *peer, qv_message *message, uint64_t now_us)
+{
+    const qv_identity *sender = core->sender;
+    if (sender == NULL)
+        return true;
+    qv_msg_type type = message->type;
+    bool of_all = type == QV_MSG_STATUS_REQUEST || type == QV_MSG_EXPLAIN_REQUEST;
+    bool may =
+        of_all ? sender->operate : sender->submit || (sender->operate && type == QV_MSG_CANCEL);
+    qv_str *tenant = type == QV_MSG_SUBMIT   ? &message->submit.tenant
+                     : type == QV_MSG_RESUME ? &message->resume_request.tenant
+                                             : NULL;
+    bool is_own = tenant == NULL || tenant->size == 0 || qv_str_equal(*tenant, sender->tenant);
+    if (may && is_own) {
+        if (tenant != NULL)
+            *tenant = qv_str_from(sender->tenant);
+        return true;
+    }
+    core->stats.unauthorized++;
+    const char *text =
+        !may ? qv_arena_printf(&core->arena, "this key may not %s", qv_message_type_name(type))
+             : qv_arena_printf(&core->arena, "this key is of tenant '%s', not of '%.*s'",
+                               sender->tenant, (int)tenant->size, tenant->data);
+    qv_core_refuse(core, peer, message->id, QV_CODE_UNAUTHORIZED, text != NULL ? text : "refused",
+                   0, now_us);
+    return false;
+}
+
+void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, qv_message *message,
                            const void *data, size_t size, uint64_t now_us)
 {
+    if (!authorize(core, peer, message, now_us))
+        return;
     switch (message->type) {
     case QV_MSG_SUBMIT:
         on_submit(core, peer, message, data, size, now_us);
         break;
     case QV_MSG_CANCEL:
         on_cancel(core, peer, &message->cancel, now_us);
+        break;
+    case QV_MSG_RESUME:
+        qv_core_on_resume(core, peer, &message->resume_request, now_us);
         break;
     case QV_MSG_STATUS_REQUEST:
         on_status(core, peer, now_us);

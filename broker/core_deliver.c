@@ -1,6 +1,7 @@
 /* What clients are told, and how requests end. */
 #include "broker/core_internal.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* --- Outside of requests ----------------------------------------------------------------------*/
@@ -16,8 +17,8 @@ void qv_core_reply(qv_core *core, const qv_mq_peer *peer, const qv_message *mess
     qv_caller_release(caller);
 }
 
-static qv_message make_error(qv_core *core, qv_str id, qv_code code, const char *text,
-                             int64_t retry_ms)
+qv_message qv_core_make_error(qv_core *core, qv_str id, qv_code code, const char *text,
+                              int64_t retry_ms)
 {
     qv_message message = {.type = QV_MSG_ERROR};
     if (id.size > 0)
@@ -33,7 +34,7 @@ static qv_message make_error(qv_core *core, qv_str id, qv_code code, const char 
 void qv_core_refuse(qv_core *core, const qv_mq_peer *peer, qv_str id, qv_code code,
                     const char *text, int64_t retry_ms, uint64_t now_us)
 {
-    qv_message message = make_error(core, id, code, text, retry_ms);
+    qv_message message = qv_core_make_error(core, id, code, text, retry_ms);
     qv_core_reply(core, peer, &message, now_us);
 }
 
@@ -52,12 +53,29 @@ bool qv_job_has_begun(const qv_job *job)
     return false;
 }
 
+/* Keep the bytes of a message that ends a stream or a job. */
+static void keep_encoded(qv_core *core, const qv_message *message, char **out, size_t *out_size)
+{
+    const void *data;
+    size_t size;
+    qv_arena_mark mark = qv_arena_get_mark(&core->arena);
+    if (qv_message_encode(message, &core->arena, &data, &size) == QV_OK &&
+        (*out = malloc(size)) != NULL) {
+        memcpy(*out, data, size);
+        *out_size = size;
+    }
+    qv_arena_rewind(&core->arena, mark);
+}
+
 static void end_job(qv_core *core, qv_job *job, qv_job_event how, uint64_t now_us)
 {
     if (job->dispatched_us != 0)
         qv_fair_settle(job, qv_fair_cost(job->n_prompt, (double)job->n_out));
     core->stats.finished_deadline += job->abort == QV_ABORT_DEADLINE && how == QV_JOB_FINISH;
+    qv_core_end_durable(core, job);
     qv_job_end(job, how, now_us);
+    if (job->resumable && core->options.resume_ms > 0)
+        qv_keep_take(&core->keep, job, now_us + (uint64_t)core->options.resume_ms * QV_MS);
     if (how != QV_JOB_FAIL)
         qv_explain_ended(&core->explain, job, NULL, now_us);
     core->stats.ended[job->state]++;
@@ -92,8 +110,10 @@ void qv_core_fail_job(qv_core *core, qv_job *job, qv_code code, const char *text
 {
     qv_core_abort(core, job, "cancelled", now_us);
     qv_caller_drop_spill(job->caller, job->serial);
-    qv_message message = make_error(core, job_id(job), code, text, retry_ms);
+    qv_message message = qv_core_make_error(core, job_id(job), code, text, retry_ms);
     qv_caller_send(job->caller, job->serial, &message, true, now_us, NULL);
+    if (job->resumable)
+        keep_encoded(core, &message, &job->error, &job->error_size);
     char error[sizeof((qv_explain_record *)0)->error];
     snprintf(error, sizeof error, "%s: %s", qv_code_name(code), text);
     end_job(core, job, QV_JOB_FAIL, now_us);
@@ -112,15 +132,15 @@ static qv_status fill_warnings(qv_core *core, const qv_job *job, const qv_msg_de
                                qv_msg_done *done)
 {
     uint32_t n_delta = delta != NULL ? delta->warnings.count : 0;
-    uint32_t n = job->warnings.count + n_delta;
+    uint32_t n_own = job->warnings_told ? 0 : job->warnings.count;
+    uint32_t n = n_own + n_delta;
     if (n == 0)
         return QV_OK;
     qv_str *rows = QV_ARENA_ARRAY(&core->arena, qv_str, n);
     if (rows == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for %u warnings", n);
     for (uint32_t i = 0; i < n; i++)
-        rows[i] = i < job->warnings.count ? job->warnings.data[i]
-                                          : delta->warnings.data[i - job->warnings.count];
+        rows[i] = i < n_own ? job->warnings.data[i] : delta->warnings.data[i - n_own];
     qv_set(done, done, warnings, ((qv_strs){rows, n}));
     return QV_OK;
 }
@@ -176,7 +196,10 @@ bool qv_core_finish_stream(qv_core *core, qv_job *job, uint32_t index, qv_str re
     }
     /* A `done` that holds no answer is small, and there are few. */
     bool is_small = job->stream && !qv_has(done, done, prompt_logprobs);
-    if (!qv_core_deliver(core, job, &message, is_small, now_us, NULL))
+    if (job->resumable)
+        keep_encoded(core, &message, &stream->done, &stream->done_size);
+    if (!qv_core_deliver(core, job, &message, is_small || job->resumable, now_us, NULL) &&
+        (job->entry == NULL || !job->resumable))
         return false;
     stream->finished = true;
     stream->seq_out++;
@@ -204,7 +227,7 @@ void qv_core_begin_abort(qv_core *core, qv_job *job, qv_job_abort reason, uint64
     if (job->abort != QV_ABORT_NONE)
         return;
     job->abort = reason;
-    if (job->state == QV_JOB_QUEUED) {
+    if (job->state == QV_JOB_QUEUED || job->state == QV_JOB_PARKED) {
         qv_core_finish_aborted(core, job, now_us);
         return;
     }

@@ -4,6 +4,9 @@
  *   core_client.c   messages of clients
  *   core_worker.c   messages of workers
  *   core_deliver.c  what clients are told, and how requests end
+ *   core_resume.c   clients that are slow, gone or back; requests that may not run now
+ *   core_durable.c  requests that are kept in Redis
+ *   core_poison.c   requests under which workers die
  *   core_status.c   `status`, and the checks
  *   core_explain.c  `explain`, and estimates
  *
@@ -27,6 +30,9 @@ struct qv_core {
     qv_pool pool;
     qv_requests requests;
     qv_callers callers;
+    qv_keep keep;
+    qv_map *poison; /* fingerprints */
+    const qv_identity *sender;
     qv_placement placement;
     qv_explain explain;
     qv_arena arena;  /* of the event at hand */
@@ -69,11 +75,82 @@ void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, c
  * delivered. `is_loss` counts it among the lost workers, of which a job survives only so many. */
 void qv_core_retry(qv_core *core, qv_job *job, bool is_loss, uint64_t now_us);
 
+/* --- core_resume.c ----------------------------------------------------------------------------*/
+
+/* Stop a job that has not ended until something happens, or until until_us (0 = never); what it
+ * delivered stays. */
+void qv_core_park(qv_core *core, qv_job *job, qv_job_park why, uint64_t until_us, uint64_t now_us);
+void qv_core_unpark(qv_core *core, qv_job *job, uint64_t now_us);
+void qv_core_on_parked_timer(qv_core *core, qv_job *job, uint64_t now_us);
+
+/* A new job goes to its queue, unless its client must read first. */
+void qv_core_begin_queue(qv_core *core, qv_job *job, uint64_t now_us);
+
+/* A caller in callers->flow is choked, has room again, or is stalled. */
+void qv_core_on_flow(qv_core *core, qv_caller *caller, uint64_t now_us);
+
+/* The jobs of a caller that is gone: dropped, or kept for its return. */
+void qv_core_lose_client(qv_core *core, qv_caller *caller, uint64_t now_us);
+
+/* The last seq of a stream that a client says it has; -1 = none. */
+int64_t qv_core_have(const qv_msg_resume_request *request, uint32_t index);
+
+/* Give a job to a client that comes for it, and tell it again what it does not have. */
+void qv_core_attach(qv_core *core, const qv_mq_peer *peer, qv_job *job,
+                    const qv_msg_resume_request *request, uint64_t now_us);
+void qv_core_replay_kept(qv_core *core, const qv_mq_peer *peer, const qv_kept *kept,
+                         const qv_msg_resume_request *request, uint64_t now_us);
+void qv_core_on_resume(qv_core *core, const qv_mq_peer *peer, const qv_msg_resume_request *request,
+                       uint64_t now_us);
+
+/* There is no such request here; `broker` (may be NULL) is where it is. */
+void qv_core_refuse_unknown(qv_core *core, const qv_mq_peer *peer, qv_str id, const char *broker,
+                            uint64_t now_us);
+
+/* --- core_durable.c ---------------------------------------------------------------------------*/
+
+/* Write a new job to Redis; it is accepted when that has succeeded. */
+void qv_core_begin_store(qv_core *core, qv_job *job, uint64_t now_us);
+
+/* A job has ended: store what it delivered, if it is durable. */
+void qv_core_end_durable(qv_core *core, qv_job *job);
+
+qv_job *qv_core_find_durable(const qv_core *core, qv_str tenant, qv_str id);
+
+/* core_client.c: say `accepted`; and take a stored job in again. */
+bool qv_core_tell_accepted(qv_core *core, qv_job *job, const qv_strs *warnings, uint64_t now_us);
+qv_status qv_core_readmit(qv_core *core, const qv_msg_submit *submit, const qv_durable *durable,
+                          uint64_t age_ms, uint64_t now_us);
+
+/* --- core_poison.c ----------------------------------------------------------------------------*/
+
+/* Whether this is quarantined; its fingerprint. */
+bool qv_core_is_poison(qv_core *core, const qv_msg_submit *submit,
+                       char fingerprint[QV_FINGERPRINT_SIZE]);
+
+/* Jobs on a member for which its loss would be one too many. */
+uint32_t qv_core_count_suspects(const qv_core *core, const qv_member *member);
+
+/* Note that a member was lost under a job. */
+void qv_core_blame(qv_job *job, const qv_member *member);
+
+/* Whether a job that has just lost a worker may run again, having shared it with so many suspects
+ * (itself included). */
+bool qv_core_may_go_on(const qv_core *core, qv_job *job, uint32_t n_suspects);
+
+void qv_core_quarantine(qv_core *core, qv_job *job, uint64_t now_us);
+
+/* Where a suspect may run instead of on the member that was chosen; NULL: nowhere now. */
+qv_member *qv_core_place_alone(qv_core *core, const qv_job *job, qv_member *chosen);
+
 /* --- core_deliver.c ---------------------------------------------------------------------------*/
 
 /* An `error` to a peer; `id` may be empty. retry_ms 0 = leave out. */
 void qv_core_refuse(qv_core *core, const qv_mq_peer *peer, qv_str id, qv_code code,
                     const char *text, int64_t retry_ms, uint64_t now_us);
+
+qv_message qv_core_make_error(qv_core *core, qv_str id, qv_code code, const char *text,
+                              int64_t retry_ms);
 
 /* Answer a peer outside of any request. */
 void qv_core_reply(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
@@ -107,7 +184,7 @@ bool qv_job_has_begun(const qv_job *job);
 /* --- the rest ---------------------------------------------------------------------------------*/
 
 /* Handlers, without the settling. */
-void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
+void qv_core_handle_client(qv_core *core, const qv_mq_peer *peer, qv_message *message,
                            const void *data, size_t size, uint64_t now_us);
 void qv_core_handle_worker(qv_core *core, const qv_mq_peer *peer, const qv_message *message,
                            uint64_t now_us);

@@ -190,12 +190,14 @@ static qv_status check_jobs(const qv_core *core, size_t n_attempts)
     {
         const qv_job *job = entry->value;
         bool is_running = job->state == QV_JOB_DISPATCHED || job->state == QV_JOB_STREAMING;
-        CHECK(is_running || job->state == QV_JOB_QUEUED, "%s: %s but in flight", job->id,
-              qv_job_state_name(job->state));
+        CHECK(is_running || job->state == QV_JOB_QUEUED || job->state == QV_JOB_PARKED,
+              "%s: %s but in flight", job->id, qv_job_state_name(job->state));
         CHECK(is_running == (job->attempt != NULL), "%s: %s, attempt %p", job->id,
               qv_job_state_name(job->state), (const void *)job->attempt);
         CHECK(!is_running || job->attempt->job == job, "%s: attempt of another", job->id);
         CHECK(job->n_finished < job->n, "%s: all streams ended but in flight", job->id);
+        CHECK((job->state == QV_JOB_PARKED) == (job->park != QV_PARK_NONE), "%s: %s, parked %d",
+              job->id, qv_job_state_name(job->state), job->park);
         CHECK(!job->caller->gone, "%s: its client is gone", job->id);
         running += is_running;
         bytes += (int64_t)job->bytes;
@@ -224,7 +226,8 @@ static qv_status check_callers(const qv_core *core)
         size_t n = count_list(&caller->jobs);
         CHECK((int64_t)n == caller->n_jobs, "a client has %zu jobs, counted %lld", n,
               (long long)caller->n_jobs);
-        CHECK(n > 0 || !qv_list_is_empty(&caller->spill), "a client without anything is kept");
+        CHECK(n > 0 || !qv_list_is_empty(&caller->spill) || caller->serial == 0,
+              "a client without anything is kept");
         CHECK((caller->spill_bytes > 0) == qv_list_has(&caller->spill_link),
               "a client with %lld bytes spilled, listed %d", (long long)caller->spill_bytes,
               qv_list_has(&caller->spill_link));

@@ -187,13 +187,13 @@ static qv_status keep_prompt_logprobs(qv_job *job, qv_job_stream *stream, const 
 static qv_status keep_delta(qv_job *job, qv_job_stream *stream, const qv_msg_delta *delta)
 {
     bool is_last = delta->finish_reason.size > 0 && job->n_finished + 1 == job->n;
-    if (job->stream && is_last)
+    if (job->stream && is_last && !job->resumable)
         return QV_OK; /* nobody will take over from here */
     qv_answer *answer = &stream->answer;
     size_t before = answer->used_bytes;
     qv_msg_delta kept = *delta;
     kept.seq = answer->next_seq;
-    if (job->stream) {
+    if (job->stream && !job->resumable) {
         kept.text = (qv_str){0};
         kept.logprobs = (qv_reals){0};
         kept.top_logprobs = (qv_tops){0};
@@ -204,7 +204,7 @@ static qv_status keep_delta(qv_job *job, qv_job_stream *stream, const qv_msg_del
     return qv_job_grow(job, answer->used_bytes - before);
 }
 
-/* Pass the content of a delta on to a client that streams. False: the job has ended. */
+/* Pass the content of a delta on to a client that streams. False: the job has ended, or will. */
 static bool forward(qv_core *core, qv_job *job, qv_job_stream *stream, const qv_msg_delta *delta,
                     uint64_t now_us)
 {
@@ -219,10 +219,20 @@ static bool forward(qv_core *core, qv_job *job, qv_job_stream *stream, const qv_
         qv_set(tokens, tokens, logprobs, delta->logprobs);
     if (qv_has(delta, delta, top_logprobs))
         qv_set(tokens, tokens, top_logprobs, delta->top_logprobs);
-    bool joined;
-    if (!qv_core_deliver(core, job, &message, false, now_us, &joined))
+    /* The numbers of a durable request must be the same when it runs again: a piece is a message.
+     */
+    bool joined = false;
+    bool is_had = stream->seq_out <= stream->have;
+    bool is_sent = is_had || qv_core_deliver(core, job, &message, false, now_us,
+                                             job->durable ? NULL : &joined);
+    if (!is_sent && (job->entry == NULL || !job->resumable))
         return false;
+    /* A client that turns out to be gone may come back for this message. */
     stream->seq_out += !joined;
+    if (job->resumable && qv_job_note_bound(job, stream, joined) != QV_OK) {
+        qv_core_fail_job(core, job, QV_CODE_OVERLOADED, qv_error(), 0, now_us);
+        return false;
+    }
     return true;
 }
 

@@ -401,7 +401,7 @@ void qv_fair_tick(qv_fair *fair)
 {
     QV_LIST_EACH(&fair->all, qv_tenant, link, tenant)
     {
-        bool is_idle = tenant->n_queued == 0 && tenant->n_running == 0;
+        bool is_idle = tenant->n_queued + tenant->n_running + tenant->n_parked == 0;
         QV_LIST_EACH(&tenant->all_lanes, qv_lane, tenant_link, lane)
         if (lane->jobs.n == 0 && (is_idle || lane->counter <= tenant->virtual_now))
             free_lane(lane);

@@ -73,6 +73,7 @@ struct qv_tenant {
     uint32_t n_lanes;
 
     int64_t n_queued, n_running;
+    int64_t n_parked;   /* jobs that are neither, but will be */
     double queued_cost; /* of the requests that wait */
     double served;      /* cost of all requests ever, set right at their end */
 };

@@ -77,6 +77,11 @@ static void update_credit(qv_member *member)
         wake_groups_of(member);
 }
 
+void qv_member_wake(qv_member *member)
+{
+    wake_groups_of(member);
+}
+
 static void recount(qv_group *group)
 {
     group->n_ready = group->n_loading = 0;

@@ -80,6 +80,7 @@ struct qv_member {
     uint64_t idle_us; /* since when it has said that it runs nothing, and sent nothing; 0 = not */
 
     qv_list attempts;      /* of qv_attempt.member_link */
+    uint32_t n_alone;      /* attempts of suspects, at most one */
     int64_t n_attempts;    /* never more than capacity */
     bool paused;           /* it refused work for lack of room: nothing new until its heartbeat */
     int64_t credit;        /* as counted in pool->free_credit */
@@ -243,6 +244,9 @@ void qv_group_free(qv_group *group);
 
 /* Have its waiting requests be looked at again. */
 void qv_group_wake(qv_group *group);
+
+/* The same for whatever waits for this member. */
+void qv_member_wake(qv_member *member);
 
 /* Have placement look at it and its record be published. */
 void qv_group_touch(qv_group *group);

@@ -13,22 +13,25 @@
 #define NEVER QV_JOB_STATE_COUNT
 
 static const unsigned char transitions[QV_JOB_STATE_COUNT][QV_JOB_EVENT_COUNT] = {
-    /* DISPATCH, PROGRESS, REQUEUE, FINISH, CANCEL, FAIL */
+    /* DISPATCH, PROGRESS, REQUEUE, FINISH, CANCEL, FAIL, PARK, UNPARK */
     [QV_JOB_QUEUED] = {QV_JOB_DISPATCHED, NEVER, NEVER, QV_JOB_DONE, QV_JOB_CANCELLED,
-                       QV_JOB_FAILED},
+                       QV_JOB_FAILED, QV_JOB_PARKED, NEVER},
     [QV_JOB_DISPATCHED] = {NEVER, QV_JOB_STREAMING, QV_JOB_QUEUED, QV_JOB_DONE, QV_JOB_CANCELLED,
-                           QV_JOB_FAILED},
+                           QV_JOB_FAILED, QV_JOB_PARKED, NEVER},
     [QV_JOB_STREAMING] = {NEVER, QV_JOB_STREAMING, QV_JOB_QUEUED, QV_JOB_DONE, QV_JOB_CANCELLED,
-                          QV_JOB_FAILED},
-    [QV_JOB_DONE] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
-    [QV_JOB_FAILED] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
-    [QV_JOB_CANCELLED] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
+                          QV_JOB_FAILED, QV_JOB_PARKED, NEVER},
+    [QV_JOB_PARKED] = {NEVER, NEVER, NEVER, QV_JOB_DONE, QV_JOB_CANCELLED, QV_JOB_FAILED, NEVER,
+                       QV_JOB_QUEUED},
+    [QV_JOB_DONE] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
+    [QV_JOB_FAILED] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
+    [QV_JOB_CANCELLED] = {NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER},
 };
 
 static const char *const state_names[QV_JOB_STATE_COUNT] = {
     [QV_JOB_QUEUED] = "queued",       [QV_JOB_DISPATCHED] = "dispatched",
-    [QV_JOB_STREAMING] = "streaming", [QV_JOB_DONE] = "done",
-    [QV_JOB_FAILED] = "failed",       [QV_JOB_CANCELLED] = "cancelled",
+    [QV_JOB_STREAMING] = "streaming", [QV_JOB_PARKED] = "parked",
+    [QV_JOB_DONE] = "done",           [QV_JOB_FAILED] = "failed",
+    [QV_JOB_CANCELLED] = "cancelled",
 };
 
 const char *qv_job_state_name(qv_job_state state)
@@ -58,6 +61,9 @@ void qv_job_apply(qv_job *job, qv_job_event event)
     int n_running = is_running(next) - is_running(job->state);
     job->requests->n_queued += (next == QV_JOB_QUEUED) - (job->state == QV_JOB_QUEUED);
     job->requests->n_running += n_running;
+    int n_parked = (next == QV_JOB_PARKED) - (job->state == QV_JOB_PARKED);
+    job->requests->n_parked += n_parked;
+    job->tenant->n_parked += n_parked;
     if (n_running != 0)
         qv_fair_running(job, n_running);
     job->state = next;
@@ -78,7 +84,8 @@ qv_status qv_requests_init(qv_requests *requests, const qv_requests_limits *limi
     qv_list_init(&requests->dead);
     qv_list_init(&requests->orphans);
     requests->by_id = qv_map_new(0);
-    if (requests->by_id == NULL)
+    requests->by_name = qv_map_new(0);
+    if (requests->by_id == NULL || requests->by_name == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for requests");
     return qv_fair_init(&requests->fair);
 }
@@ -94,6 +101,7 @@ void qv_requests_deinit(qv_requests *requests)
     qv_attempt_free(attempt);
     qv_heap_deinit(&requests->timers);
     qv_map_free(requests->by_id, NULL);
+    qv_map_free(requests->by_name, NULL);
     qv_fair_deinit(&requests->fair);
     for (uint32_t i = 0; i < requests->n_slots; i++)
         free(requests->attempts[i]);
@@ -109,14 +117,71 @@ typedef struct {
     size_t size;
 } id_key;
 
-static id_key make_key(const qv_caller *caller, const char *id, size_t size)
+static id_key make_key(uint64_t serial, const char *id, size_t size)
 {
     id_key key;
     size_t n = size < QV_JOB_ID_MAX ? size : QV_JOB_ID_MAX;
-    memcpy(key.bytes, &caller->serial, sizeof caller->serial);
-    memcpy(key.bytes + sizeof caller->serial, id, n);
-    key.size = sizeof caller->serial + n;
+    memcpy(key.bytes, &serial, sizeof serial);
+    memcpy(key.bytes + sizeof serial, id, n);
+    key.size = sizeof serial + n;
     return key;
+}
+
+/* Jobs without a client may have the same id: there their own serial stands for it. */
+static id_key job_key(const qv_job *job, const qv_caller *caller)
+{
+    return caller->serial != 0 ? make_key(caller->serial, job->id, job->id_size)
+                               : make_key(0, (const char *)&job->serial, sizeof job->serial);
+}
+
+qv_job_name qv_job_name_of(qv_str tenant, qv_str id)
+{
+    qv_job_name key;
+    size_t n = tenant.size < QV_TENANT_MAX_NAME ? tenant.size : QV_TENANT_MAX_NAME;
+    size_t m = id.size < QV_JOB_ID_MAX ? id.size : QV_JOB_ID_MAX;
+    if (n > 0)
+        memcpy(key.bytes, tenant.data, n);
+    key.bytes[n] = '\0';
+    memcpy(key.bytes + n + 1, id.data, m);
+    key.size = n + 1 + m;
+    return key;
+}
+
+static qv_job_name job_name(const qv_job *job)
+{
+    return qv_job_name_of((qv_str){job->owner, job->owner_size}, (qv_str){job->id, job->id_size});
+}
+
+/* Errors: NOMEM. */
+static qv_status link_name(qv_job *job)
+{
+    qv_job_name key = job_name(job);
+    qv_map_entry *entry = qv_map_require(job->requests->by_name, key.bytes, key.size);
+    if (entry == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for a request");
+    job->name_next = entry->value;
+    if (job->name_next != NULL)
+        job->name_next->name_prev = job;
+    entry->value = job;
+    return QV_OK;
+}
+
+static void unlink_name(qv_job *job)
+{
+    if (job->name_next != NULL)
+        job->name_next->name_prev = job->name_prev;
+    if (job->name_prev != NULL) {
+        job->name_prev->name_next = job->name_next;
+        return;
+    }
+    qv_job_name key = job_name(job);
+    qv_map_entry *entry = qv_map_find(job->requests->by_name, key.bytes, key.size);
+    if (entry == NULL || entry->value != job)
+        return;
+    if (job->name_next != NULL)
+        entry->value = job->name_next;
+    else
+        qv_map_remove_entry(job->requests->by_name, entry);
 }
 
 static qv_status check_limits(const qv_requests *requests, const qv_caller *caller,
@@ -174,6 +239,9 @@ static void free_job(qv_job *job)
     for (uint32_t i = 0; i < job->n; i++) {
         qv_job_stream *stream = &job->streams[i];
         qv_answer_deinit(&stream->answer);
+        free(stream->prior);
+        free(stream->bounds);
+        free(stream->done);
         free(stream->prompt_logprobs.data);
         free(stream->prompt_top_logprobs.start);
         free(stream->prompt_top_logprobs.token);
@@ -182,35 +250,67 @@ static void free_job(qv_job *job)
     if (job->streams != &job->one)
         free(job->streams);
     free(job->warnings.data);
+    free(job->error);
     free(job);
+}
+
+/* A submit that goes on where another broker stopped: what that one delivered. Errors: NOMEM. */
+static qv_status set_prior(qv_job *job, const qv_msg_submit *submit)
+{
+    for (uint32_t i = 0; i < job->n; i++)
+        job->streams[i].have = -1;
+    for (uint32_t i = 0; i < submit->resume.count; i++) {
+        const qv_msg_resume *row = &submit->resume.data[i];
+        qv_job_stream *stream = &job->streams[row->index];
+        stream->seq_in = stream->seq_out = stream->base_seq = row->seq;
+        stream->have = row->seq - 1;
+        stream->n_tokens = row->tokens.count;
+        stream->finished = row->finished;
+        job->n_finished += row->finished;
+        stream->n_prior = row->tokens.count;
+        stream->prior = malloc((row->tokens.count + 1) * sizeof *stream->prior);
+        if (stream->prior == NULL)
+            return qv_fail(QV_ERR_NOMEM, "no memory for %u tokens", row->tokens.count);
+        if (row->tokens.count > 0)
+            memcpy(stream->prior, row->tokens.data, row->tokens.count * sizeof *stream->prior);
+    }
+    return QV_OK;
 }
 
 qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group *group,
                              qv_tenant *tenant, const qv_msg_submit *submit, const void *data,
                              size_t size, uint64_t seed, uint64_t now_us, qv_job **out)
 {
-    id_key key = make_key(caller, submit->id.data, submit->id.size);
-    if (qv_map_find(requests->by_id, key.bytes, key.size) != NULL)
+    id_key key = make_key(caller->serial, submit->id.data, submit->id.size);
+    if (caller->serial != 0 && qv_map_find(requests->by_id, key.bytes, key.size) != NULL)
         return qv_fail(QV_ERR_EXISTS, "id '%.*s' is in flight already", (int)submit->id.size,
                        submit->id.data);
     int64_t bytes = (int64_t)(sizeof(qv_job) + size +
                               (size_t)(submit->n > 1 ? submit->n : 0) * sizeof(qv_job_stream));
     QV_TRY(check_limits(requests, caller, group, tenant, bytes));
     qv_job *job = new_job(submit, data, size);
+    if (job != NULL) {
+        job->requests = requests;
+        job->serial = requests->next_serial++;
+        job->owner_size = (uint8_t)submit->tenant.size;
+        if (submit->tenant.size > 0)
+            memcpy(job->owner, submit->tenant.data, submit->tenant.size);
+        key = job_key(job, caller);
+    }
     qv_map_entry *entry = job != NULL ? qv_map_require(requests->by_id, key.bytes, key.size) : NULL;
-    if (entry == NULL) {
+    if (entry == NULL || set_prior(job, submit) != QV_OK || link_name(job) != QV_OK) {
+        if (entry != NULL)
+            qv_map_remove_entry(requests->by_id, entry);
         if (job != NULL)
             free_job(job);
         return qv_fail(QV_ERR_NOMEM, "no memory for a request of %zu bytes", size);
     }
     entry->value = job;
     job->entry = entry;
-    job->requests = requests;
     job->caller = caller;
     job->group = group;
     job->tenant = tenant;
     job->rank_us = (int64_t)now_us - job->priority * QV_FAIR_PRIORITY_US;
-    job->serial = requests->next_serial++;
     job->seed = qv_has(submit, submit, seed) ? submit->seed : seed;
     job->received_us = now_us;
     if (qv_has(submit, submit, deadline_ms))
@@ -232,23 +332,77 @@ qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group 
 qv_job *qv_requests_find(const qv_requests *requests, const qv_caller *caller, const char *id,
                          size_t size)
 {
-    id_key key = make_key(caller, id, size);
+    id_key key = make_key(caller->serial, id, size);
     return qv_map_get(requests->by_id, key.bytes, key.size);
 }
 
-qv_job *qv_requests_find_any(const qv_requests *requests, const char *id, size_t size)
+qv_job *qv_requests_find_any(const qv_requests *requests, const char *tenant, const char *id,
+                             size_t size)
 {
     qv_job *found = NULL;
     QV_MAP_EACH(requests->by_id, entry)
     {
         qv_job *job = entry->value;
-        if (job->id_size != size || memcmp(job->id, id, size) != 0)
+        if (job->id_size != size || memcmp(job->id, id, size) != 0 ||
+            (tenant != NULL && strcmp(tenant, job->owner) != 0))
             continue;
         if (found != NULL)
             return NULL;
         found = job;
     }
     return found;
+}
+
+qv_job *qv_requests_find_name(const qv_requests *requests, qv_str tenant, qv_str id)
+{
+    qv_job_name key = qv_job_name_of(tenant, id);
+    return qv_map_get(requests->by_name, key.bytes, key.size);
+}
+
+qv_status qv_job_give(qv_job *job, qv_caller *caller)
+{
+    qv_requests *requests = job->requests;
+    if (job->caller == caller)
+        return QV_OK;
+    id_key key = job_key(job, caller);
+    if (qv_map_find(requests->by_id, key.bytes, key.size) != NULL)
+        return qv_fail(QV_ERR_EXISTS, "id '%s' is in flight already", job->id);
+    qv_map_entry *entry = qv_map_require(requests->by_id, key.bytes, key.size);
+    if (entry == NULL)
+        return qv_fail(QV_ERR_NOMEM, "no memory for a request");
+    entry->value = job;
+    qv_map_remove_entry(requests->by_id, job->entry);
+    job->entry = entry;
+    qv_caller *old = job->caller;
+    qv_list_remove(&job->caller_link);
+    old->n_jobs--;
+    old->bytes -= (int64_t)job->bytes;
+    job->caller = caller;
+    qv_list_append(&caller->jobs, &job->caller_link);
+    caller->n_jobs++;
+    caller->bytes += (int64_t)job->bytes;
+    return QV_OK;
+}
+
+qv_status qv_job_note_bound(qv_job *job, qv_job_stream *stream, bool joined)
+{
+    const qv_answer *answer = &stream->answer;
+    qv_bound bound = {(uint32_t)answer->n_tokens, (uint32_t)answer->text_size};
+    if (joined && stream->n_bounds > 0) {
+        stream->bounds[stream->n_bounds - 1] = bound;
+        return QV_OK;
+    }
+    if (stream->n_bounds == stream->bounds_capacity) {
+        uint32_t capacity = stream->bounds_capacity > 0 ? 2 * stream->bounds_capacity : 16;
+        QV_TRY(qv_job_grow(job, (capacity - stream->bounds_capacity) * sizeof bound));
+        qv_bound *grown = realloc(stream->bounds, capacity * sizeof *grown);
+        if (grown == NULL)
+            return qv_fail(QV_ERR_NOMEM, "no memory for the messages of an answer");
+        stream->bounds = grown;
+        stream->bounds_capacity = capacity;
+    }
+    stream->bounds[stream->n_bounds++] = bound;
+    return QV_OK;
 }
 
 /* --- Life -------------------------------------------------------------------------------------*/
@@ -282,6 +436,7 @@ void qv_job_end(qv_job *job, qv_job_event how, uint64_t now_us)
     job->timer_us = 0;
     qv_map_remove_entry(requests->by_id, job->entry);
     job->entry = NULL;
+    unlink_name(job);
     qv_list_remove(&job->caller_link);
     job->caller->n_jobs--;
     job->caller->n_dead++;
@@ -363,6 +518,8 @@ qv_status qv_attempt_new(qv_job *job, qv_member *member, uint64_t now_us, qv_att
     for (uint32_t i = 0; i < job->n; i++)
         attempt->finished |= (uint64_t)job->streams[i].finished << i;
     attempt->n_left = job->n - job->n_finished;
+    attempt->alone = job->alone;
+    member->n_alone += job->alone;
     qv_list_append(&member->attempts, &attempt->member_link);
     qv_member_add_attempt(member, 1);
     member->n_dispatched++;
@@ -398,6 +555,10 @@ void qv_attempt_free(qv_attempt *attempt)
     qv_list_remove(&attempt->orphan_link);
     qv_list_remove(&attempt->member_link);
     attempt->member->work -= attempt->work;
+    if (attempt->alone) {
+        attempt->member->n_alone--;
+        qv_member_wake(attempt->member);
+    }
     qv_member_add_attempt(attempt->member, -1);
     if (attempt->member->n_attempts == 0)
         attempt->member->work = 0; /* sums of floats drift */

@@ -36,6 +36,7 @@ typedef enum {
     QV_JOB_QUEUED,
     QV_JOB_DISPATCHED, /* sent to a worker, nothing came back yet */
     QV_JOB_STREAMING,
+    QV_JOB_PARKED,    /* it may not run now: see qv_job_park */
     QV_JOB_DONE,      /* every stream ended with `done` */
     QV_JOB_FAILED,    /* ended with `error`, or without anybody to tell */
     QV_JOB_CANCELLED, /* ended with `done`, finish_reason `cancelled` */
@@ -49,6 +50,8 @@ typedef enum {
     QV_JOB_FINISH,   /* its last stream ended; in the queue too, by a deadline, once it has begun */
     QV_JOB_CANCEL,   /* its client's cancel took effect */
     QV_JOB_FAIL,
+    QV_JOB_PARK,   /* it may not run for a while */
+    QV_JOB_UNPARK, /* now it may: back to the queue */
     QV_JOB_EVENT_COUNT
 } qv_job_event;
 
@@ -58,9 +61,22 @@ const char *qv_job_state_name(qv_job_state state); /* "queued" */
 bool qv_job_next(qv_job_state state, qv_job_event event, qv_job_state *next);
 
 /* Why a running job was asked to stop; it then ends with that finish_reason. */
+/* Why a job is parked. */
+typedef enum {
+    QV_PARK_NONE,
+    QV_PARK_STORING, /* durable: not yet known to be in Redis */
+    QV_PARK_AWAY,    /* its client is gone and may come back (`resume`) */
+    QV_PARK_SLOW,    /* its client does not read: too much waits for it */
+} qv_job_park;
+
 typedef enum { QV_ABORT_NONE, QV_ABORT_CANCEL, QV_ABORT_DEADLINE } qv_job_abort;
 
 /* --- Jobs -------------------------------------------------------------------------------------*/
+
+/* After a message to the client: how much of the answer it and those before it carried. */
+typedef struct {
+    uint32_t n_tokens, text_size;
+} qv_bound;
 
 typedef struct {
     int64_t seq_in;  /* the seq that the worker's next delta must carry */
@@ -68,9 +84,20 @@ typedef struct {
     bool finished;
     int64_t n_tokens; /* delivered */
 
-    /* What was delivered, for a worker that takes over and for whole answers. A streamed job keeps
-     * tokens only; the answer's other parts stay empty. */
+    /* What was delivered: for a worker that takes over, for whole answers, and for a client that
+     * comes back. A streamed job that cannot be resumed keeps tokens only. */
     qv_answer answer;
+
+    /* What another broker delivered before (`resume` of a submit); the answer begins behind it. */
+    int32_t *prior; /* [n_prior], owned */
+    uint32_t n_prior;
+    int64_t base_seq; /* of the answer's first message */
+
+    int64_t have;     /* the client has messages up to this seq, from before; -1 = none */
+    qv_bound *bounds; /* [n_bounds] one per message, from base_seq on; owned */
+    uint32_t n_bounds, bounds_capacity;
+    char *done; /* [done_size] the encoded `done`, once the stream has ended; owned */
+    size_t done_size;
 
     /* Of the prompt; owned copies until `done`, NULL or 0 where not asked for. */
     qv_reals prompt_logprobs;
@@ -81,13 +108,15 @@ struct qv_job {
     qv_job_state state;
     qv_requests *requests;
     qv_caller *caller;
-    qv_list caller_link; /* in caller->jobs */
-    qv_map_entry *entry; /* in requests->by_id */
+    qv_list caller_link;           /* in caller->jobs */
+    qv_job *name_next, *name_prev; /* others of the same tenant and id, newest first */
+    qv_map_entry *entry;           /* in requests->by_id */
     qv_group *group;
     qv_attempt *attempt; /* NULL unless DISPATCHED or STREAMING */
 
     qv_tenant *tenant;
-    qv_lane *lane;    /* while it waits */
+    char owner[QV_TENANT_MAX_NAME + 1]; /* the tenant as it was named */
+    qv_lane *lane;                      /* while it waits */
     int64_t rank_us;  /* its place in the lane: arrival, earlier by its priority */
     double cost;      /* expected (broker/fair.h) */
     double charged;   /* to the tenant so far */
@@ -102,24 +131,32 @@ struct qv_job {
     int32_t priority;
     uint32_t n, n_finished; /* streams */
     bool stream;
+    bool durable;   /* it is in Redis, or about to be */
+    bool resumable; /* what it delivers is kept, so that its client may come back */
+    bool alone;     /* suspect: never beside another suspect (broker/core.c) */
+    qv_job_park park;
     bool is_aliased; /* the submit names another adapter, which stands for the group's */
     qv_job_abort abort;
     uint32_t n_losses;                   /* workers lost under it */
+    char killed[2 * (QV_ID_MAX + 1)];    /* the first of them */
     uint32_t n_refusals;                 /* workers that did not hold the adapter after all */
     char digest[QV_POOL_DIGEST_MAX + 1]; /* of the adapter that began to answer; "" before */
     qv_strs warnings;                    /* for `done` where nothing said them before; owned */
+    bool warnings_told;
 
     uint64_t received_us, dispatched_us, first_token_us; /* 0 = not yet */
     uint64_t deadline_us;                                /* 0 = none */
     uint64_t timer_us;    /* when something must happen if nothing does */
     uint32_t timer_place; /* in requests->timers */
     uint32_t queue_place; /* in lane->jobs */
-    qv_list dead_link;    /* in requests->dead: ended, freed at the end of the event */
+    char *error;          /* [error_size] the encoded `error` that ended it; owned */
+    size_t error_size;
+    qv_list dead_link; /* in requests->dead: ended, freed at the end of the event */
 
     size_t bytes;           /* counted for the caller and in all */
     qv_job_stream *streams; /* [n]; `one` or owned */
     qv_job_stream one;
-    uint8_t id_size;
+    uint8_t id_size, owner_size;
     char id[QV_JOB_ID_MAX + 1];
     size_t submit_size;
     char submit[]; /* [submit_size] the client's message as it came */
@@ -136,6 +173,7 @@ struct qv_attempt {
     uint64_t first_us;   /* its first delta; 0 = not yet */
     uint64_t active_us;  /* dispatched, or heard of last */
     double work;         /* counted in member->work */
+    bool alone;          /* counted in member->n_alone */
     uint64_t orphan_us;
     uint64_t finished; /* bit per stream that ended in this attempt */
     uint32_t n_left;   /* streams that have not */
@@ -155,9 +193,10 @@ typedef struct {
 
 struct qv_requests {
     qv_requests_limits limits;
-    qv_fair fair;   /* who waits */
-    qv_map *by_id;  /* caller serial and id → job */
-    qv_heap timers; /* jobs with a timer */
+    qv_fair fair;    /* who waits */
+    qv_map *by_id;   /* caller serial and id → job; of one without a client: 0 and its serial */
+    qv_map *by_name; /* tenant and id → the newest job, and from there the others */
+    qv_heap timers;  /* jobs with a timer */
     qv_list dead;
 
     qv_attempt **attempts; /* [n_slots], owned; kept when they are free */
@@ -168,8 +207,8 @@ struct qv_requests {
     qv_list orphans;
     uint32_t n_orphans;
 
-    int64_t n_queued, n_running; /* running: DISPATCHED and STREAMING */
-    int64_t bytes;               /* held by all jobs */
+    int64_t n_queued, n_running, n_parked; /* running: DISPATCHED and STREAMING */
+    int64_t bytes;                         /* held by all jobs */
 
     /* Throughput, for retry_after_ms: jobs ended in this second and, smoothed, per second before.
      */
@@ -193,10 +232,31 @@ qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group 
                              qv_tenant *tenant, const qv_msg_submit *submit, const void *data,
                              size_t size, uint64_t seed, uint64_t now_us, qv_job **out);
 
-/* The job of a client by its id, or of any client (NULL if there are none or several). */
+/* The job of a client by its id, or of any client of a tenant (NULL: of all);
+ * NULL if there are none or several. */
 qv_job *qv_requests_find(const qv_requests *requests, const qv_caller *caller, const char *id,
                          size_t size);
-qv_job *qv_requests_find_any(const qv_requests *requests, const char *id, size_t size);
+qv_job *qv_requests_find_any(const qv_requests *requests, const char *tenant, const char *id,
+                             size_t size);
+
+/* Tenant and id in one key. */
+typedef struct {
+    char bytes[QV_TENANT_MAX_NAME + 1 + QV_JOB_ID_MAX];
+    size_t size;
+} qv_job_name;
+
+qv_job_name qv_job_name_of(qv_str tenant, qv_str id);
+
+/* The newest job of a tenant with this id, whoever its client is; NULL if there is none. */
+qv_job *qv_requests_find_name(const qv_requests *requests, qv_str tenant, qv_str id);
+
+/* Give a job to another client (callers->nobody: to none). Errors: EXISTS (the client has a job of
+ * this id), NOMEM; nothing has changed then. */
+qv_status qv_job_give(qv_job *job, qv_caller *caller);
+
+/* Note that a message to the client carried the answer up to its present end; `joined`: together
+ * with the one before. Errors: NOMEM, BUSY (max_bytes). */
+qv_status qv_job_note_bound(qv_job *job, qv_job_stream *stream, bool joined);
 
 /* Apply an event, which must be allowed. */
 void qv_job_apply(qv_job *job, qv_job_event event);

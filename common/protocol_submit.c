@@ -131,6 +131,34 @@ static qv_status check_n(const qv_msg_submit *submit)
     return QV_OK;
 }
 
+/* A request that goes on names each of its streams once. */
+static qv_status check_resume(const qv_msg_submit *submit)
+{
+    uint64_t seen = 0;
+    if (submit->resume.count == 0)
+        return QV_OK;
+    if (submit->resume.count != (uint64_t)submit->n)
+        return qv_fail(QV_ERR_ARG, "resume: %u streams of %lld", submit->resume.count,
+                       (long long)submit->n);
+    if (!qv_has(submit, submit, seed))
+        return qv_fail(QV_ERR_ARG, "resume: an answer can only go on with its seed");
+    if (submit->durable)
+        return qv_fail(QV_ERR_ARG, "resume: a durable request goes on by itself");
+    for (uint32_t i = 0; i < submit->resume.count; i++) {
+        const qv_msg_resume *row = &submit->resume.data[i];
+        if (row->index >= submit->n || (seen >> row->index & 1) != 0)
+            return qv_fail(QV_ERR_ARG, "resume[%u].index: %lld is no stream, or named twice", i,
+                           (long long)row->index);
+        seen |= UINT64_C(1) << row->index;
+        if (row->seq > INT32_MAX || (submit->max_tokens > 0 && !row->finished &&
+                                     row->tokens.count >= (uint64_t)submit->max_tokens))
+            return qv_fail(QV_ERR_ARG, "resume[%u]: %u tokens of at most %lld, seq %lld", i,
+                           row->tokens.count, (long long)submit->max_tokens, (long long)row->seq);
+        QV_TRY(check_token_ids("resume.tokens", row->tokens));
+    }
+    return QV_OK;
+}
+
 qv_status qv_submit_check(const qv_msg_submit *submit)
 {
     if (submit->adapter.size > 0)
@@ -141,5 +169,6 @@ qv_status qv_submit_check(const qv_msg_submit *submit)
     for (uint32_t i = 0; i < submit->stop.count; i++)
         if (submit->stop.data[i].size == 0)
             return qv_fail(QV_ERR_ARG, "stop[%u]: empty", i);
-    return check_n(submit);
+    QV_TRY(check_n(submit));
+    return check_resume(submit);
 }

@@ -79,6 +79,7 @@ typedef struct {
         int32_t version;
         bool done;
     } streams[MAX_N];
+    const char *tenant; /* a literal */
 } ticket;
 
 typedef struct {
@@ -257,6 +258,33 @@ static void client_connect(client *c, int i)
     snprintf(c->name, sizeof c->name, "client%d-%u", i, ++c->generation);
 }
 
+/* Come back over a new connection and ask for what was not read of the old one. */
+static void client_return(sim *s, client *c, int i)
+{
+    inbox_clear(&c->box);
+    c->gone = c->busy = false;
+    snprintf(c->name, sizeof c->name, "client%d-%u", i, ++c->generation);
+    c->n_ids = 0;
+    QV_MAP_EACH(c->tickets, entry)
+    {
+        ticket *t = entry->value;
+        if (t->ended || t->delimiter || t->n_duplicates > 0) {
+            qv_map_remove_entry(c->tickets, entry);
+            free(t);
+            continue;
+        }
+        int32_t have[MAX_N];
+        for (uint32_t k = 0; k < t->n; k++)
+            have[k] = (int32_t)t->streams[k].next_seq - 1 + t->streams[k].done;
+        qv_message message;
+        qv_message_init(&message, QV_MSG_RESUME);
+        message.resume_request.id = qv_str_from(t->id);
+        qv_set(&message.resume_request, resume_request, seqs, ((qv_ints){have, t->n}));
+        qv_set(&message.resume_request, resume_request, tenant, qv_str_from(t->tenant));
+        from_client(s, c, false, &message);
+    }
+}
+
 static ticket *any_ticket(sim *s, const client *c)
 {
     int64_t n = (int64_t)qv_map_count(c->tickets);
@@ -289,7 +317,7 @@ static void client_submit(sim *s, client *c)
         t->n_duplicates++;
     }
     submit->id = qv_str_from(t->id);
-    qv_set(submit, submit, prompt, qv_str_from("tell me"));
+    qv_set(submit, submit, prompt, qv_str_from(t->id)); /* none is like another that was poison */
     qv_set(submit, submit, seed, t->seed);
     qv_set(submit, submit, n, t->n);
     qv_set(submit, submit, stream, t->stream);
@@ -300,7 +328,9 @@ static void client_submit(sim *s, client *c)
     if (chance(s, 0.2))
         qv_set(submit, submit, priority, pick(s, 5) - 2);
     static const char *const tenants[] = {"", "acme", "zeta"};
-    qv_set(submit, submit, tenant, qv_str_from(tenants[pick(s, 3)]));
+    if (t->tenant == NULL)
+        t->tenant = tenants[pick(s, 3)];
+    qv_set(submit, submit, tenant, qv_str_from(t->tenant));
     from_client(s, c, t->delimiter, &message);
 }
 
@@ -411,6 +441,8 @@ static void client_read(sim *s, client *c)
             memset(t->streams, 0, sizeof t->streams);
         }
         cr_assert(!t->ended, "%s accepted after its end", t->id);
+        if (message.accepted.resumed && t->accepted)
+            break;
         t->accepted = true;
         for (uint32_t i = 0; i < t->n; i++)
             t->streams[i].version = -1;
@@ -870,8 +902,12 @@ static void one_event(sim *s)
         s->now_us += (uint64_t)(1 + pick(s, dice < 690 ? 500 : 20)) * 1000;
         qv_core_tick(s->core, s->now_us);
     }
-    if (c->gone && chance(s, 0.02))
-        client_connect(c, (int)(c - s->clients));
+    if (c->gone && chance(s, 0.02)) {
+        if (chance(s, 0.5))
+            client_return(s, c, (int)(c - s->clients));
+        else
+            client_connect(c, (int)(c - s->clients));
+    }
 }
 
 static int64_t total_capacity(const sim *s)
@@ -999,6 +1035,9 @@ static void run(uint64_t seed, uint64_t n_events, qv_core_stats *total)
     total->gaps += stats->gaps;
     total->workers_lost += stats->workers_lost;
     total->clients_lost += stats->clients_lost;
+    total->resumed += stats->resumed;
+    total->choked += stats->choked;
+    total->quarantined += stats->quarantined;
     total->tokens += s.n_moved_tokens;
     for (int i = 0; i < QV_JOB_STATE_COUNT; i++)
         total->ended[i] += stats->ended[i];
@@ -1033,14 +1072,17 @@ Test(core, keeps_its_promises_under_random_events, .timeout = 3600)
         run(seed, n_events, &total);
     fprintf(stderr,
             "%llu events: %llu accepted, %llu done, %llu failed, %llu cancelled, %llu moved with "
-            "%llu tokens, %llu ghosts, %llu late, %llu gaps, %llu workers and %llu clients lost\n",
+            "%llu tokens, %llu ghosts, %llu late, %llu gaps, %llu workers and %llu clients lost, "
+            "%llu resumed, %llu clients choked, %llu quarantined\n",
             (unsigned long long)(n_seeds * n_events), (unsigned long long)total.accepted,
             (unsigned long long)total.ended[QV_JOB_DONE],
             (unsigned long long)total.ended[QV_JOB_FAILED],
             (unsigned long long)total.ended[QV_JOB_CANCELLED], (unsigned long long)total.moved,
             (unsigned long long)total.tokens, (unsigned long long)total.ghosts,
             (unsigned long long)total.late, (unsigned long long)total.gaps,
-            (unsigned long long)total.workers_lost, (unsigned long long)total.clients_lost);
+            (unsigned long long)total.workers_lost, (unsigned long long)total.clients_lost,
+            (unsigned long long)total.resumed, (unsigned long long)total.choked,
+            (unsigned long long)total.quarantined);
 
     /* The faults really happened. */
     cr_assert_gt(total.moved, 10);

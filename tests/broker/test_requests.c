@@ -45,6 +45,7 @@ static const qv_msg_tokens *expect_tokens(world *w, const char *client, int64_t 
 #define D QV_JOB_DONE
 #define F QV_JOB_FAILED
 #define C QV_JOB_CANCELLED
+#define P QV_JOB_PARKED
 
 Test(job, every_edge_of_the_transition_table)
 {
@@ -57,7 +58,9 @@ Test(job, every_edge_of_the_transition_table)
         {Q, QV_JOB_FAIL, F},     {X, QV_JOB_PROGRESS, S}, {X, QV_JOB_REQUEUE, Q},
         {X, QV_JOB_FINISH, D},   {X, QV_JOB_CANCEL, C},   {X, QV_JOB_FAIL, F},
         {S, QV_JOB_PROGRESS, S}, {S, QV_JOB_REQUEUE, Q},  {S, QV_JOB_FINISH, D},
-        {S, QV_JOB_CANCEL, C},   {S, QV_JOB_FAIL, F},
+        {S, QV_JOB_CANCEL, C},   {S, QV_JOB_FAIL, F},     {Q, QV_JOB_PARK, P},
+        {X, QV_JOB_PARK, P},     {S, QV_JOB_PARK, P},     {P, QV_JOB_UNPARK, Q},
+        {P, QV_JOB_FINISH, D},   {P, QV_JOB_CANCEL, C},   {P, QV_JOB_FAIL, F},
     };
     size_t n = 0;
     for (qv_job_state from = 0; from < QV_JOB_STATE_COUNT; from++) {
@@ -634,24 +637,6 @@ Test(request, goes_on_elsewhere_with_no_token_lost_or_repeated)
     world_free(w);
 }
 
-Test(request, that_loses_three_workers_fails)
-{
-    world *w = world_new(NULL);
-    world_submit(w, "c1", "a", NULL, NULL);
-    world_expect(w, "c1", QV_MSG_ACCEPTED);
-    for (int i = 0; i < 3; i++) {
-        cr_assert_eq(qv_core_n_jobs(w->core), 1);
-        char worker[8];
-        snprintf(worker, sizeof worker, "w%d", i);
-        world_join(w, worker, 4, 0, NULL);
-        world_expect(w, worker, QV_MSG_RUN);
-        world_pass(w, 5100);
-    }
-    expect_error(w, "c1", "WORKER_LOST");
-    cr_assert_eq(qv_core_n_jobs(w->core), 0);
-    world_free(w);
-}
-
 Test(request, a_gap_in_the_deltas_moves_it)
 {
     world *w = world_new(NULL);
@@ -726,10 +711,12 @@ Test(client, gone_has_its_requests_aborted)
     world_set_reply(w, "c1", QV_ERR_NOT_FOUND);
     world_delta(w, "w1", epoch, request, 0, 0, "x", NULL);
     cr_assert_eq(world_expect(w, "w1", QV_MSG_ABORT)->abort.request, request);
-    cr_assert_eq(qv_core_n_jobs(w->core), 0);
+    cr_assert_eq(qv_core_requests(w->core)->n_running, 0);
     cr_assert_eq(qv_core_get_stats(w->core)->clients_lost, 1);
     world_delta(w, "w1", epoch, request, 0, 1, NULL, "cancelled");
     cr_assert_eq(qv_core_pool(w->core)->free_credit, 1);
+    world_pass(w, 30000);
+    cr_assert_eq(qv_core_n_jobs(w->core), 0, "it did not come back");
     world_free(w);
 }
 
@@ -765,31 +752,51 @@ Test(client, slow_gets_its_tokens_joined_and_in_order)
     world_free(w);
 }
 
-Test(client, slow_beyond_the_bound_loses_the_request_but_not_the_broker)
+Test(client, slow_stops_its_own_streams_only_and_loses_nothing)
 {
     qv_core_options options = qv_core_default_options();
     options.max_spill_bytes = 20000;
     world *w = world_new(&options);
     uint64_t epoch = world_join(w, "w1", 4, 0, NULL);
     world_submit(w, "c1", "a", NULL, NULL);
+    world_submit(w, "c2", "b", NULL, NULL);
     world_expect(w, "c1", QV_MSG_ACCEPTED);
-    uint64_t request = world_expect(w, "w1", QV_MSG_RUN)->run.request;
+    world_expect(w, "c2", QV_MSG_ACCEPTED);
+    uint64_t a = world_expect(w, "w1", QV_MSG_RUN)->run.request;
+    uint64_t b = world_expect(w, "w1", QV_MSG_RUN)->run.request;
     world_set_reply(w, "c1", QV_ERR_BUSY);
     char text[101];
     memset(text, 'x', 100);
     text[100] = '\0';
     int seq = 0;
-    while (qv_core_n_jobs(w->core) > 0 && seq < 1000) {
-        world_delta(w, "w1", epoch, request, 0, seq++, text, NULL);
-        cr_assert_leq(qv_core_spill_bytes(w->core), 21000);
+    while (qv_core_requests(w->core)->n_parked == 0 && seq < 1000) {
+        world_delta(w, "w1", epoch, a, 0, seq++, text, NULL);
+        cr_assert_leq(qv_core_spill_bytes(w->core), 20000);
     }
     cr_assert_lt(seq, 1000);
-    cr_assert_gt(seq, 150, "joined tokens cost little more than their text");
-    world_expect(w, "w1", QV_MSG_ABORT);
+    cr_assert_gt(seq, 75, "joined tokens cost little more than their text");
+    cr_assert_eq(world_expect(w, "w1", QV_MSG_ABORT)->abort.request, a, "the worker is free of it");
+    world_delta(w, "w1", epoch, a, 0, seq, "late", NULL); /* was on its way */
+    world_delta(w, "w1", epoch, b, 0, 0, "B", "stop");
+    expect_tokens(w, "c2", 0, 0, "B");
+    expect_done(w, "c2", 1, "stop");
+
+    /* It reads: the request goes on behind what was delivered. */
     world_set_reply(w, "c1", QV_OK);
     world_pass(w, 10);
-    expect_error(w, "c1", "OVERLOADED");
-    cr_assert(world_is_silent(w, "c1"), "what the request had waiting is dropped");
+    const qv_msg_run *again = &world_expect(w, "w1", QV_MSG_RUN)->run;
+    cr_assert_eq(again->resume.data[0].seq, seq);
+    cr_assert_eq(again->resume.data[0].tokens.count, seq);
+    world_delta(w, "w1", epoch, again->request, 0, seq, "end", "stop");
+    size_t n_text = 0;
+    int64_t next = 0;
+    const qv_message *message;
+    while ((message = world_take(w, "c1")) != NULL && message->type == QV_MSG_TOKENS) {
+        cr_assert_eq(message->tokens.seq, next++);
+        n_text += message->tokens.text.size;
+    }
+    cr_assert_eq(n_text, 100 * (size_t)seq + 3);
+    cr_assert(message != NULL && message->type == QV_MSG_DONE);
     world_free(w);
 }
 
@@ -842,7 +849,7 @@ Test(client, whose_messages_could_not_be_sent_after_all_is_gone)
     cr_assert_eq(qv_core_n_jobs(w->core), 1);
     qv_core_client_gone(w->core, &peer, w->now_us);
     world_expect(w, "w1", QV_MSG_ABORT);
-    cr_assert_eq(qv_core_n_jobs(w->core), 0);
+    cr_assert_eq(qv_core_requests(w->core)->n_running, 0);
     qv_mq_peer worker = world_peer("w1");
     qv_core_worker_gone(w->core, &worker, w->now_us);
     world_check(w);
@@ -863,6 +870,28 @@ Test(client, that_takes_nothing_for_long_is_given_up)
         world_pass(w, 1000);
     }
     cr_assert_eq(qv_core_n_jobs(w->core), 0);
+    cr_assert_gt(qv_core_spill_bytes(w->core), 0, "the error waits for it");
+    world_set_reply(w, "c1", QV_OK);
+    world_pass(w, 10);
+    world_expect(w, "c1", QV_MSG_ACCEPTED);
+    expect_error(w, "c1", "OVERLOADED");
+    cr_assert(world_is_silent(w, "c1"), "and nothing else does");
+    cr_assert_eq(qv_core_spill_bytes(w->core), 0);
+    world_free(w);
+}
+
+Test(client, that_does_not_even_read_the_error_is_given_up)
+{
+    world *w = world_new(NULL);
+    uint64_t epoch = world_join(w, "w1", 4, 0, NULL);
+    world_submit(w, "c1", "a", NULL, NULL);
+    uint64_t request = world_expect(w, "w1", QV_MSG_RUN)->run.request;
+    world_set_reply(w, "c1", QV_ERR_BUSY);
+    world_delta(w, "w1", epoch, request, 0, 0, "x", NULL);
+    for (int i = 0; i < 122; i++) {
+        world_beat(w, "w1", epoch, false);
+        world_pass(w, 1000);
+    }
     cr_assert_eq(qv_core_spill_bytes(w->core), 0);
     world_free(w);
 }

@@ -81,6 +81,52 @@ static void event(void *user, const char *what, const char *adapter, const char 
     w->events = all;
 }
 
+static qv_str keep(world *w, qv_str text)
+{
+    return (qv_str){qv_arena_strndup(&w->arena, text.data, text.size), text.size};
+}
+
+static qv_durable keep_durable(world *w, const qv_durable *durable)
+{
+    return (qv_durable){.tenant = keep(w, durable->tenant),
+                        .id = keep(w, durable->id),
+                        .submit = keep(w, durable->submit),
+                        .seed = durable->seed,
+                        .serial = durable->serial};
+}
+
+static qv_status store(void *user, const qv_durable *durable)
+{
+    world *w = user;
+    if (w->store_reply != QV_OK)
+        return qv_fail(w->store_reply, "Redis is away");
+    w->stored = keep_durable(w, durable);
+    w->n_stored++;
+    return QV_OK;
+}
+
+static void finish(void *user, const qv_durable *durable, const void *answer, size_t size)
+{
+    world *w = user;
+    w->finished = keep_durable(w, durable);
+    w->answer = answer != NULL ? keep(w, (qv_str){answer, (uint32_t)size}) : (qv_str){0};
+    w->n_finished++;
+}
+
+static bool look_up(void *user, const qv_mq_peer *peer, const qv_msg_resume_request *request)
+{
+    (void)peer, (void)request;
+    ((world *)user)->n_looked_up++;
+    return true;
+}
+
+static void quarantine(void *user, const qv_poison *poison)
+{
+    world *w = user;
+    snprintf(w->fingerprint, sizeof w->fingerprint, "%s", poison->fingerprint);
+    w->n_quarantined++;
+}
+
 static void observe(void *user, qv_core_duration duration, uint64_t us)
 {
     (void)user, (void)duration, (void)us;
@@ -101,6 +147,10 @@ world *world_new(const qv_core_options *options)
                                      .publish = publish,
                                      .retract = retract,
                                      .event = event,
+                                     .store = store,
+                                     .finish = finish,
+                                     .look_up = look_up,
+                                     .quarantine = quarantine,
                                      .observe = observe};
     if (qv_core_new(options ? options : &defaults, &actions, w->now_us, &w->core) != QV_OK)
         abort();

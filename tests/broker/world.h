@@ -26,6 +26,13 @@ struct world {
     qv_map *replies;   /* name → qv_status + 1 of sends to it; absent = OK */
     qv_map *published; /* adapter → state, reason and replicas as text, owned */
     char *events;      /* one a line: "what adapter worker why" */
+
+    /* What was said to Redis last; texts live in the arena. */
+    qv_status store_reply;
+    qv_durable stored, finished;
+    qv_str answer; /* packed; data NULL: it was forgotten */
+    int n_stored, n_finished, n_looked_up, n_quarantined;
+    char fingerprint[QV_FINGERPRINT_SIZE];
 };
 
 /* A world with default options, or what `options` says. Aborts without memory. */

@@ -1,0 +1,227 @@
+#include "broker/keep.h"
+
+#include "common/msgpack_io.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#define PACKED_LIMITS                                                                              \
+    ((qv_protocol_limits){.max_bytes = UINT32_MAX, .max_depth = 32, .max_nodes = UINT32_MAX})
+
+qv_status qv_keep_init(qv_keep *keep, int64_t max_bytes)
+{
+    *keep = (qv_keep){.max_bytes = max_bytes, .by_name = qv_map_new(0)};
+    qv_list_init(&keep->all);
+    return keep->by_name != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for kept requests");
+}
+
+void qv_keep_deinit(qv_keep *keep)
+{
+    if (keep->by_name == NULL)
+        return;
+    QV_LIST_EACH(&keep->all, qv_kept, link, kept)
+    qv_keep_drop(keep, kept);
+    qv_map_free(keep->by_name, NULL);
+    *keep = (qv_keep){0};
+}
+
+static void free_kept(qv_kept *kept)
+{
+    for (uint32_t i = 0; i < kept->n; i++) {
+        qv_answer_deinit(&kept->streams[i].answer);
+        free(kept->streams[i].bounds);
+        free(kept->streams[i].done);
+    }
+    free(kept->streams);
+    free(kept->error);
+    free(kept);
+}
+
+void qv_keep_drop(qv_keep *keep, qv_kept *kept)
+{
+    keep->bytes -= (int64_t)kept->bytes;
+    qv_list_remove(&kept->link);
+    qv_map_remove_entry(keep->by_name, kept->entry);
+    free_kept(kept);
+}
+
+qv_kept *qv_keep_find(const qv_keep *keep, qv_str tenant, qv_str id)
+{
+    qv_job_name name = qv_job_name_of(tenant, id);
+    return qv_map_get(keep->by_name, name.bytes, name.size);
+}
+
+/* A stream's part of what is kept; the rest stays with the job. */
+static size_t take_stream(qv_job_stream *from, qv_job_stream *to)
+{
+    *to = (qv_job_stream){.answer = from->answer,
+                          .base_seq = from->base_seq,
+                          .bounds = from->bounds,
+                          .n_bounds = from->n_bounds,
+                          .done = from->done,
+                          .done_size = from->done_size};
+    qv_answer_init(&from->answer, from->answer.max_bytes);
+    from->bounds = NULL;
+    from->n_bounds = from->bounds_capacity = 0;
+    from->done = NULL;
+    from->done_size = 0;
+    return sizeof *to + to->answer.used_bytes + to->n_bounds * sizeof *to->bounds + to->done_size;
+}
+
+void qv_keep_take(qv_keep *keep, qv_job *job, uint64_t until_us)
+{
+    qv_str tenant = {job->owner, job->owner_size}, id = {job->id, job->id_size};
+    qv_kept *old = qv_keep_find(keep, tenant, id);
+    if (old != NULL)
+        qv_keep_drop(keep, old);
+    qv_kept *kept = calloc(1, sizeof *kept);
+    qv_job_name name = qv_job_name_of(tenant, id);
+    if (kept != NULL)
+        kept->streams = calloc(job->n, sizeof *kept->streams);
+    if (kept == NULL || kept->streams == NULL ||
+        (kept->entry = qv_map_require(keep->by_name, name.bytes, name.size)) == NULL) {
+        if (kept != NULL)
+            free_kept(kept);
+        return;
+    }
+    kept->entry->value = kept;
+    kept->until_us = until_us;
+    kept->stream = job->stream;
+    kept->durable = job->durable;
+    kept->id_size = job->id_size;
+    memcpy(kept->id, job->id, sizeof kept->id);
+    kept->n = job->n;
+    kept->bytes = sizeof *kept + name.size + job->error_size;
+    for (uint32_t i = 0; i < job->n; i++)
+        kept->bytes += take_stream(&job->streams[i], &kept->streams[i]);
+    kept->error = job->error;
+    kept->error_size = job->error_size;
+    job->error = NULL;
+    job->error_size = 0;
+    keep->bytes += (int64_t)kept->bytes;
+    qv_list_append(&keep->all, &kept->link);
+    while (keep->bytes > keep->max_bytes)
+        qv_keep_drop(keep, QV_LIST_ITEM(keep->all.next, qv_kept, link));
+}
+
+void qv_keep_tick(qv_keep *keep, uint64_t now_us)
+{
+    QV_LIST_EACH(&keep->all, qv_kept, link, kept)
+    {
+        if (kept->until_us > now_us)
+            break;
+        qv_keep_drop(keep, kept);
+    }
+}
+
+/* --- Messages of an answer --------------------------------------------------------------------*/
+
+void qv_stream_message(const qv_job_stream *stream, qv_str id, uint32_t index, uint32_t i,
+                       qv_message *out)
+{
+    const qv_answer *answer = &stream->answer;
+    qv_bound from = i > 0 ? stream->bounds[i - 1] : (qv_bound){0}, to = stream->bounds[i];
+    uint32_t n = to.n_tokens - from.n_tokens;
+    *out = (qv_message){.type = QV_MSG_TOKENS};
+    qv_msg_tokens *tokens = &out->tokens;
+    tokens->id = id;
+    tokens->index = index;
+    tokens->seq = stream->base_seq + i;
+    tokens->text = (qv_str){answer->text + from.text_size, to.text_size - from.text_size};
+    tokens->tokens = (qv_ints){answer->tokens + from.n_tokens, n};
+    if (answer->n_logprobs > 0 && n > 0)
+        qv_set(tokens, tokens, logprobs, ((qv_reals){answer->logprobs + from.n_tokens, n}));
+    if (answer->n_tops > 0 && n > 0)
+        qv_set(tokens, tokens, top_logprobs,
+               ((qv_tops){.count = n,
+                          .start = answer->top_start + from.n_tokens,
+                          .token = answer->top_tokens,
+                          .logprob = answer->top_logprobs}));
+}
+
+static uint32_t count_messages(const qv_job *job)
+{
+    uint32_t n = job->error != NULL;
+    for (uint32_t i = 0; i < job->n; i++)
+        n += (job->stream ? job->streams[i].n_bounds : 0) + (job->streams[i].done != NULL);
+    return n;
+}
+
+static void pack_bytes(qv_msgpack_writer *writer, const void *data, size_t size)
+{
+    msgpack_pack_bin(&writer->packer, size);
+    msgpack_pack_bin_body(&writer->packer, data, size);
+}
+
+qv_status qv_answer_pack(const qv_job *job, qv_arena *arena, const void **data, size_t *size)
+{
+    qv_str id = {job->id, job->id_size};
+    qv_arena scratch;
+    qv_arena_init(&scratch, 0, 0);
+    qv_msgpack_writer writer;
+    qv_msgpack_writer_init(&writer, arena);
+    msgpack_pack_array(&writer.packer, count_messages(job));
+    qv_status status = QV_OK;
+    for (uint32_t i = 0; i < job->n && status == QV_OK; i++) {
+        const qv_job_stream *stream = &job->streams[i];
+        for (uint32_t k = 0; job->stream && k < stream->n_bounds && status == QV_OK; k++) {
+            qv_message message;
+            const void *bytes;
+            size_t n;
+            qv_arena_reset(&scratch);
+            qv_stream_message(stream, id, i, k, &message);
+            status = qv_message_encode(&message, &scratch, &bytes, &n);
+            if (status == QV_OK)
+                pack_bytes(&writer, bytes, n);
+        }
+        if (stream->done != NULL)
+            pack_bytes(&writer, stream->done, stream->done_size);
+    }
+    if (job->error != NULL)
+        pack_bytes(&writer, job->error, job->error_size);
+    qv_arena_deinit(&scratch);
+    QV_TRY(status);
+    QV_TRY(qv_msgpack_writer_finish(&writer));
+    *data = writer.data;
+    *size = writer.size;
+    return QV_OK;
+}
+
+/* Whether the client has it; an error is always told. */
+static bool is_had(const qv_message *message, const int32_t *have, uint32_t n_have)
+{
+    bool is_tokens = message->type == QV_MSG_TOKENS;
+    if (!is_tokens && message->type != QV_MSG_DONE)
+        return false;
+    uint64_t index = (uint64_t)(is_tokens ? message->tokens.index : message->done.index);
+    int64_t seq = is_tokens ? message->tokens.seq : message->done.seq;
+    return index < n_have && seq <= have[index];
+}
+
+qv_status qv_answer_unpack(const void *data, size_t size, const int32_t *have, uint32_t n_have,
+                           qv_arena *arena,
+                           qv_status (*each)(void *user, const qv_message *message), void *user)
+{
+    qv_reader reader = qv_reader_init(data, size);
+    qv_item item;
+    QV_TRY(qv_reader_next(&reader, &item));
+    if (item.kind != QV_ITEM_ARRAY)
+        return qv_fail(QV_ERR_FORMAT, "a stored answer is no array");
+    qv_protocol_limits limits = PACKED_LIMITS;
+    for (uint32_t i = 0, n = item.size; i < n; i++) {
+        QV_TRY(qv_reader_next(&reader, &item));
+        if (item.kind != QV_ITEM_BIN)
+            return qv_fail(QV_ERR_FORMAT, "message %u of a stored answer is no bytes", i);
+        qv_arena_mark mark = qv_arena_get_mark(arena);
+        qv_message message = {0};
+        QV_TRY(qv_message_decode(item.data, item.size, QV_TO_CLIENT, &limits, arena, &message));
+        if (message.type != QV_MSG_TOKENS && message.type != QV_MSG_DONE &&
+            message.type != QV_MSG_ERROR)
+            return qv_fail(QV_ERR_FORMAT, "message %u of a stored answer is a '%s'", i,
+                           qv_message_type_name(message.type));
+        if (!is_had(&message, have, n_have))
+            QV_TRY(each(user, &message));
+        qv_arena_rewind(arena, mark);
+    }
+    return QV_OK;
+}

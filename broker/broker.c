@@ -6,6 +6,7 @@
 #include "broker/functions.h"
 #include "broker/outgoing.h"
 #include "broker/peers.h"
+#include "broker/store.h"
 #include "common/clock.h"
 #include "common/log.h"
 #include "common/registry.h"
@@ -22,6 +23,7 @@
 #define TICK_MS        10   /* how fine deadlines are */
 #define REPORT_MS      1000 /* metrics, the lease of quiver:broker */
 #define LINGER_MS      1000 /* last messages to clients and workers */
+#define LEASE_MS       3000 /* of quiver:broker: others take over after that */
 #define LEAVE_MS       500  /* for Redis to take our leases back */
 #define MAX_PLACE_ROWS 256
 #define MAX_PEERS      64 /* other brokers that count */
@@ -32,6 +34,7 @@ struct qv_broker {
     zloop_t *loop;
     qv_mq *frontend, *backend;
     qv_registry *registry; /* NULL without Redis */
+    qv_store *store;       /* the same */
     qv_outgoing outgoing;  /* of the batch at hand */
     qv_arena arena;        /* of a message that is sent outside of batches */
     bool in_batch;
@@ -150,6 +153,34 @@ static void event(void *user, const char *what, const char *adapter, const char 
                  why != NULL ? ": " : "", why != NULL ? why : "");
     if (broker->registry != NULL)
         qv_registry_event(broker->registry, what, adapter, worker, "%s", why != NULL ? why : "");
+}
+
+static qv_status store(void *user, const qv_durable *durable)
+{
+    qv_broker *broker = user;
+    return broker->store != NULL ? qv_store_put(broker->store, durable)
+                                 : qv_fail(QV_ERR_UNSUPPORTED,
+                                           "durable: this broker has no Redis to keep requests in");
+}
+
+static void finish(void *user, const qv_durable *durable, const void *answer, size_t size)
+{
+    qv_broker *broker = user;
+    if (broker->store != NULL)
+        qv_store_finish(broker->store, durable, answer, size);
+}
+
+static bool look_up(void *user, const qv_mq_peer *peer, const qv_msg_resume_request *request)
+{
+    qv_broker *broker = user;
+    return broker->store != NULL && qv_store_look_up(broker->store, peer, request);
+}
+
+static void quarantine(void *user, const qv_poison *poison)
+{
+    qv_broker *broker = user;
+    if (broker->store != NULL)
+        qv_store_quarantine(broker->store, poison);
 }
 
 static void observe(void *user, qv_core_duration duration, uint64_t us)
@@ -303,6 +334,7 @@ static qv_status open_registry(qv_broker *broker)
     qv_core_set_redis(broker->core, "connecting");
     qv_registry_options options = {.url = broker->options.redis,
                                    .who = broker->options.core.id,
+                                   .lease_ms = LEASE_MS,
                                    .watch = true,
                                    .up = on_redis_up,
                                    .down = on_redis_down,
@@ -313,7 +345,14 @@ static qv_status open_registry(qv_broker *broker)
                                    .functions = qv_redis_functions,
                                    .synced = on_synced,
                                    .user = broker};
-    return qv_registry_new(broker->loop, &options, &broker->registry);
+    QV_TRY(qv_registry_new(broker->loop, &options, &broker->registry));
+    const qv_store_options store_options = {.url = broker->options.redis,
+                                            .broker = broker->options.core.id,
+                                            .frontend = qv_broker_frontend(broker),
+                                            .lease_ms = LEASE_MS,
+                                            .keep_ms = broker->options.durable_keep_ms,
+                                            .core = broker->core};
+    return qv_store_new(broker->loop, &store_options, &broker->store);
 }
 
 /* --- Time -------------------------------------------------------------------------------------*/
@@ -494,6 +533,10 @@ qv_status qv_broker_open(const qv_broker_options *options, qv_broker **out)
                                      .publish = publish,
                                      .retract = retract,
                                      .event = event,
+                                     .store = store,
+                                     .finish = finish,
+                                     .look_up = look_up,
+                                     .quarantine = quarantine,
                                      .observe = observe};
     qv_status status = qv_broker_metrics_init(&broker->metrics, options->metrics);
     if (status == QV_OK)
@@ -528,6 +571,8 @@ void qv_broker_close(qv_broker *broker)
 {
     if (broker == NULL)
         return;
+    qv_store_free(broker->store);
+    broker->store = NULL;
     qv_registry_free(broker->registry);
     zloop_destroy(&broker->loop);
     broker->registry = NULL;

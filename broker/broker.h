@@ -17,6 +17,7 @@ typedef struct {
     const char *frontend; /* where clients connect; several parted by commas; port * = a free one */
     const char *backend;  /* where workers connect */
     const char *redis;    /* URL; NULL = no registry: workers' own adapters only */
+    int64_t durable_keep_ms;   /* the answer of a durable request stays in Redis for so long */
     int64_t drain_timeout_ms;  /* a stop waits so long for what is in flight */
     int64_t max_message_bytes; /* a peer that sends more is cut off; above the core's own limits */
     int64_t client_queue; /* messages that ZeroMQ holds for a client before it counts as slow */

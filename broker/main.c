@@ -18,6 +18,7 @@ typedef struct {
     int64_t heartbeat_ms, timeout_ms, drain_timeout_ms, max_worker_losses;
     int64_t max_message_bytes, max_queued, max_queued_per_adapter, max_queue_wait_ms;
     int64_t max_client_requests, max_client_bytes, max_bytes, max_answer_bytes;
+    int64_t resume_ms, max_kept_bytes, durable_keep_ms, max_spill_messages;
     int64_t client_queue, max_spill_bytes, max_total_spill_bytes, stalled_client_ms,
         cancel_confirm_ms;
     int64_t load_backoff_ms, load_timeout_ms, surplus_ms, adapter_grace_ms, startup_grace_ms;
@@ -99,9 +100,11 @@ static const qv_option table[] = {
               "A worker that is silent for this time is lost: its requests go on elsewhere. For "
               "half of it, it gets no new ones.",
               .section = WORKERS, .min = 20, .max = 6000000),
-    QV_OPTION(settings, max_worker_losses, INT, "max-worker-losses", "N", "3",
-              "A request under which so many workers were lost fails with WORKER_LOST.",
-              .section = WORKERS, .min = 1, .max = 1000),
+    QV_OPTION(
+        settings, max_worker_losses, INT, "max-worker-losses", "N", "2",
+        "A request under which so many workers were lost is quarantined: it fails, and so does "
+        "whatever asks for the same, until it is deleted from quiver:quarantine.",
+        .section = WORKERS, .min = 1, .max = 1000),
     QV_OPTION(settings, cancel_confirm_ms, DURATION, "cancel-confirm", "TIME", "2s",
               "A cancel or deadline that the worker does not confirm by then is confirmed by the "
               "broker.",
@@ -131,14 +134,28 @@ static const qv_option table[] = {
     QV_OPTION(settings, client_queue, INT, "client-queue", "N", "4096",
               "Messages that the socket holds for one client before it counts as slow.",
               .section = CLIENTS, .min = 1, .max = 1 << 24),
-    QV_OPTION(settings, max_spill_bytes, SIZE, "max-spill", "SIZE", "8M",
-              "Messages kept for one client that does not read; then its requests fail.",
-              .section = CLIENTS, .min = 4096),
+    QV_OPTION(
+        settings, max_spill_bytes, SIZE, "max-spill", "SIZE", "8M",
+        "Messages kept for one client that does not read. At half of it the client's requests "
+        "stop, and go on when it reads.",
+        .section = CLIENTS, .min = 4096),
+    QV_OPTION(settings, max_spill_messages, INT, "max-spill-messages", "N", "16384",
+              "The same in messages.", .section = CLIENTS, .min = 16, .max = 1 << 24),
     QV_OPTION(settings, max_total_spill_bytes, SIZE, "max-total-spill", "SIZE", "512M",
               "The same for all clients together.", .section = CLIENTS, .min = 4096),
     QV_OPTION(settings, stalled_client_ms, DURATION, "client-timeout", "TIME", "1m",
               "A client that reads nothing for this time while messages wait for it is given up.",
               .section = CLIENTS, .min = 1),
+    QV_OPTION(
+        settings, resume_ms, DURATION, "resume-window", "TIME", "30s",
+        "A client that lost its connection can come back for its requests (`resume`) for this "
+        "time; so long ended answers are kept too. 0 = not at all.",
+        .section = CLIENTS),
+    QV_OPTION(settings, max_kept_bytes, SIZE, "max-kept", "SIZE", "256M",
+              "Memory for that; beyond it the oldest goes.", .section = CLIENTS, .min = 4096),
+    QV_OPTION(settings, durable_keep_ms, DURATION, "durable-keep", "TIME", "1h",
+              "The answer of a durable request stays in Redis for this time.", .section = CLIENTS,
+              .min = 1000),
     QV_OPTION(settings, metrics_port, INT, "metrics-port", "PORT", "0",
               "Serve /metrics, /healthz and /readyz over HTTP on this port; 0 = not at all.",
               .section = LOGGING, .min = 0, .max = 65535),
@@ -262,6 +279,9 @@ static qv_status fill(const settings *set, const char *id, qv_metrics *metrics,
     core.max_worker_losses = set->max_worker_losses;
     core.max_queue_wait_ms = set->max_queue_wait_ms;
     core.cancel_confirm_ms = set->cancel_confirm_ms;
+    core.resume_ms = set->resume_ms;
+    core.max_kept_bytes = set->max_kept_bytes;
+    core.max_spill_messages = set->max_spill_messages;
     core.max_spill_bytes = set->max_spill_bytes;
     core.max_total_spill_bytes = set->max_total_spill_bytes;
     core.stalled_client_ms = set->stalled_client_ms;
@@ -274,6 +294,7 @@ static qv_status fill(const settings *set, const char *id, qv_metrics *metrics,
         .frontend = set->frontend,
         .backend = set->backend,
         .redis = strcmp(set->redis, "none") == 0 ? NULL : set->redis,
+        .durable_keep_ms = set->durable_keep_ms,
         .drain_timeout_ms = set->drain_timeout_ms,
         .max_message_bytes = cut_off > (int64_t)worker_bytes ? cut_off : (int64_t)worker_bytes,
         .client_queue = set->client_queue,

@@ -27,6 +27,7 @@ enum {
 /* A request in the engine. */
 typedef struct {
     uint64_t number, own_number, epoch;
+    uint32_t session;
     uint32_t n_streams; /* that have not ended */
 } running;
 
@@ -47,10 +48,12 @@ struct qv_engine_thread {
 
     /* The engine thread's. */
     qv_engine *engine;
-    uint64_t epoch;
-    qv_map *by_own_number; /* -> running; owned */
-    qv_map *by_number;     /* the same, of this epoch only */
-    qv_msg_delta *deltas;  /* [deltas_capacity] of the message that is being made */
+    uint64_t epochs[QV_MAX_SESSIONS];   /* 0 = no session */
+    qv_map *by_number[QV_MAX_SESSIONS]; /* -> running, of the session's epoch only */
+    qv_map *by_own_number;              /* -> running; owned */
+    uint32_t session;                   /* that `deltas` are for */
+    size_t n_ghosts[QV_MAX_SESSIONS];   /* of epochs before, aborted and not yet ended */
+    qv_msg_delta *deltas;               /* [deltas_capacity] of the message that is being made */
     size_t n_deltas, deltas_capacity;
     qv_arena arena; /* of one message */
     qv_counter *errors[QV_CODE_COUNT];
@@ -151,7 +154,7 @@ static qv_status encode(qv_engine_thread *t, qv_msg_delta *deltas, size_t n, qv_
     qv_message message = {.type = QV_MSG_STEP};
     const void *data;
     size_t size;
-    message.step.epoch = t->epoch;
+    message.step.epoch = t->epochs[t->session];
     message.step.deltas.data = deltas;
     message.step.deltas.count = (uint32_t)n;
     qv_arena_reset(&t->arena);
@@ -159,8 +162,11 @@ static qv_status encode(qv_engine_thread *t, qv_msg_delta *deltas, size_t n, qv_
     if (size > t->options.max_message_bytes)
         return qv_fail(QV_ERR_LIMIT, "a step has %zu bytes, more than %zu", size,
                        t->options.max_message_bytes);
-    *out =
-        (qv_report){.type = QV_REPORT_STEP, .epoch = t->epoch, .data = malloc(size), .size = size};
+    *out = (qv_report){.type = QV_REPORT_STEP,
+                       .session = t->session,
+                       .epoch = t->epochs[t->session],
+                       .data = malloc(size),
+                       .size = size};
     if (out->data == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for a step of %zu bytes", size);
     memcpy(out->data, data, size);
@@ -179,8 +185,8 @@ static qv_msg_delta too_large(const qv_msg_delta *delta)
 
 static void forget(qv_engine_thread *t, running *r)
 {
-    if (qv_map_get_u64(t->by_number, r->number) == r)
-        qv_map_remove_u64(t->by_number, r->number);
+    if (qv_map_get_u64(t->by_number[r->session], r->number) == r)
+        qv_map_remove_u64(t->by_number[r->session], r->number);
     qv_map_remove_u64(t->by_own_number, r->own_number);
     free(r);
 }
@@ -188,7 +194,7 @@ static void forget(qv_engine_thread *t, running *r)
 /* A request of this session gets an error of ours: end what still runs of it, without a word. */
 static void drop_request(qv_engine_thread *t, uint64_t number)
 {
-    running *r = qv_map_get_u64(t->by_number, number);
+    running *r = qv_map_get_u64(t->by_number[t->session], number);
     if (r == NULL)
         return; /* that was its last delta */
     qv_engine_abort(t->engine, r->own_number, "cancelled");
@@ -243,15 +249,15 @@ static void count_error(qv_engine_thread *t, qv_str code)
             qv_counter_add(t->errors[i], 1);
 }
 
-/* Take one delta of the engine into the message that is being made. True when its request ended
- * with it. */
+/* Take one delta of the engine into the message that is being made for t->session. True when its
+ * request ended with it. */
 static bool take_delta(qv_engine_thread *t, const qv_msg_delta *delta, running **out)
 {
     running *r = qv_map_get_u64(t->by_own_number, delta->request);
     *out = r;
-    if (r == NULL) /* it ended before, with an error of ours */
+    if (r == NULL || r->session != t->session) /* it ended before, with an error of ours */
         return false;
-    if (r->epoch == t->epoch) {
+    if (r->epoch == t->epochs[r->session]) {
         qv_msg_delta renamed = *delta;
         renamed.request = r->number;
         if (!add_delta(t, &renamed))
@@ -272,27 +278,36 @@ static void send_result(qv_engine_thread *t, const qv_step_result *result)
     size_t n_ended = 0;
     for (uint32_t i = 0; i < result->n_adapters; i++)
         report_adapter(t, &result->adapters[i]);
-    t->n_deltas = 0;
-    for (uint32_t i = 0; i < result->n_deltas; i++) {
-        running *r;
-        if (take_delta(t, &result->deltas[i], &r)) {
-            forget(t, r);
-            n_ended++;
+    for (t->session = 0; t->session < QV_MAX_SESSIONS; t->session++) {
+        if (qv_map_count(t->by_number[t->session]) == 0 && t->n_ghosts[t->session] == 0)
+            continue;
+        t->n_deltas = 0;
+        for (uint32_t i = 0; i < result->n_deltas; i++) {
+            running *r;
+            if (take_delta(t, &result->deltas[i], &r)) {
+                t->n_ghosts[t->session] -= r->epoch != t->epochs[t->session];
+                forget(t, r);
+                n_ended++;
+            }
         }
+        if (t->n_deltas > 0)
+            send_deltas(t, t->deltas, t->n_deltas);
     }
-    if (t->n_deltas > 0)
-        send_deltas(t, t->deltas, t->n_deltas);
     atomic_fetch_sub_explicit(&t->n_requests, n_ended, memory_order_release);
 }
 
 /* --- commands -------------------------------------------------------------------------------- */
 
-static void begin_session(qv_engine_thread *t, uint64_t epoch)
+static void begin_session(qv_engine_thread *t, uint32_t session, uint64_t epoch)
 {
-    QV_MAP_EACH(t->by_own_number, entry)
-    qv_engine_abort(t->engine, qv_map_key_u64(entry), "cancelled");
-    qv_map_clear(t->by_number, NULL);
-    t->epoch = epoch;
+    QV_MAP_EACH(t->by_number[session], entry)
+    {
+        const running *r = entry->value;
+        qv_engine_abort(t->engine, r->own_number, "cancelled");
+        t->n_ghosts[session]++;
+    }
+    qv_map_clear(t->by_number[session], NULL);
+    t->epochs[session] = epoch;
 }
 
 /* Whether the engine has this version of an adapter (digest NULL: any, also none yet). */
@@ -310,6 +325,7 @@ static void refuse(qv_engine_thread *t, const qv_command *c, qv_code code, const
     qv_set(&error, delta, error_code, qv_str_from(qv_code_name(code)));
     qv_set(&error, delta, error_message, qv_str_from(text));
     qv_counter_add(t->errors[code], 1);
+    t->session = c->session;
     send_deltas(t, &error, 1);
     atomic_fetch_sub_explicit(&t->n_requests, 1, memory_order_release);
 }
@@ -322,12 +338,13 @@ static bool remember(qv_engine_thread *t, const qv_command *c)
     *r = (running){.number = c->number,
                    .own_number = c->own_number,
                    .epoch = c->epoch,
+                   .session = c->session,
                    .n_streams = c->n_streams};
     if (qv_map_set_u64(t->by_own_number, r->own_number, r) != QV_OK) {
         free(r);
         return false;
     }
-    if (qv_map_set_u64(t->by_number, r->number, r) != QV_OK) {
+    if (qv_map_set_u64(t->by_number[r->session], r->number, r) != QV_OK) {
         qv_map_remove_u64(t->by_own_number, r->own_number);
         free(r);
         return false;
@@ -337,9 +354,9 @@ static bool remember(qv_engine_thread *t, const qv_command *c)
 
 static void run(qv_engine_thread *t, qv_command *c)
 {
-    if (c->epoch != t->epoch) { /* the session ended while it was in the ring */
+    if (c->epoch != t->epochs[c->session]) { /* the session ended while it was in the ring */
         atomic_fetch_sub_explicit(&t->n_requests, 1, memory_order_release);
-    } else if (qv_map_get_u64(t->by_number, c->number) != NULL) {
+    } else if (qv_map_get_u64(t->by_number[c->session], c->number) != NULL) {
         qv_warn("request %" PRIu64 " came twice, the second is ignored", c->number);
         atomic_fetch_sub_explicit(&t->n_requests, 1, memory_order_release);
     } else if (c->name != NULL && !has_version(t, c->name, c->digest)) {
@@ -390,14 +407,14 @@ static void obey(qv_engine_thread *t, qv_command *c)
 {
     switch (c->type) {
     case QV_COMMAND_SESSION:
-        begin_session(t, c->epoch);
+        begin_session(t, c->session, c->epoch);
         break;
     case QV_COMMAND_RUN:
         run(t, c);
         break;
     case QV_COMMAND_ABORT: {
-        const running *r = qv_map_get_u64(t->by_number, c->number);
-        if (r != NULL && c->epoch == t->epoch)
+        const running *r = qv_map_get_u64(t->by_number[c->session], c->number);
+        if (r != NULL && c->epoch == t->epochs[c->session])
             qv_engine_abort(t->engine, r->own_number, c->reason);
         break;
     }
@@ -492,7 +509,8 @@ static void free_thread(qv_engine_thread *t)
     while (t->reports != NULL && qv_ring_pop(t->reports, &r))
         qv_report_deinit(&r);
     qv_engine_close(t->engine);
-    qv_map_free(t->by_number, NULL);
+    for (int i = 0; i < QV_MAX_SESSIONS; i++)
+        qv_map_free(t->by_number[i], NULL);
     qv_map_free(t->by_own_number, free);
     qv_ring_free(t->commands);
     qv_ring_free(t->reports);
@@ -508,8 +526,10 @@ static qv_status init_thread(qv_engine_thread *t)
     QV_TRY(qv_ring_new(COMMANDS, sizeof(qv_command), &t->commands));
     QV_TRY(qv_ring_new(REPORTS, sizeof(qv_report), &t->reports));
     t->by_own_number = qv_map_new(256);
-    t->by_number = qv_map_new(256);
-    if (t->by_own_number == NULL || t->by_number == NULL)
+    bool has_maps = t->by_own_number != NULL;
+    for (int i = 0; i < QV_MAX_SESSIONS; i++)
+        has_maps = (t->by_number[i] = qv_map_new(0)) != NULL && has_maps;
+    if (!has_maps)
         return qv_fail(QV_ERR_NOMEM, "no memory for the engine thread");
     t->room_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (t->room_fd < 0)

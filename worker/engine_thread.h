@@ -1,10 +1,10 @@
 /* The engine thread: runs an engine for the I/O thread. Commands go in and reports come out through
  * two rings; nothing else is shared but the numbers in qv_engine_view.
  *
- * The broker's numbers of requests are only unique within one session with it. So requests have
+ * A broker's numbers of requests are only unique within one session with it. So requests have
  * numbers of our own inside the engine, and this is where the two meet: what a step gave becomes
- * one encoded `step` message with the broker's numbers and the session's epoch. When the session
- * changes, everything that still runs is aborted and whatever comes of it is dropped here.
+ * one encoded `step` message a session, with its broker's numbers and its epoch. When a session
+ * changes, what still runs of it is aborted and whatever comes of it is dropped here.
  *
  * start, push, pop, stop and join belong to one thread, the I/O thread's or the one before and
  * after it. Reports are never dropped: while nobody takes them, the engine waits.
@@ -18,10 +18,13 @@
 
 typedef struct qv_engine_thread qv_engine_thread;
 
+/* Brokers that the worker is registered with at once; each has a number below this. */
+#define QV_MAX_SESSIONS 8
+
 /* --- Commands -------------------------------------------------------------------------------- */
 
 typedef enum {
-    QV_COMMAND_SESSION, /* from now on `epoch` counts; abort what runs (0 = no session) */
+    QV_COMMAND_SESSION, /* of `session` `epoch` counts now; abort its requests (0 = it is over) */
     QV_COMMAND_RUN,     /* a request */
     QV_COMMAND_ABORT,   /* end the request that the broker calls `number` */
     QV_COMMAND_LOAD,    /* an adapter */
@@ -30,6 +33,7 @@ typedef enum {
 
 typedef struct {
     qv_command_type type;
+    uint32_t session; /* SESSION, RUN, ABORT */
     uint64_t epoch;
     uint64_t number;     /* RUN, ABORT: the broker's */
     uint64_t own_number; /* RUN: the request's in the engine; never used twice */
@@ -55,6 +59,7 @@ typedef enum {
 
 typedef struct {
     qv_report_type type;
+    uint32_t session;          /* STEP: whose requests they are */
     uint64_t epoch;            /* STEP */
     void *data;                /* STEP; owned */
     size_t size;               /* STEP */

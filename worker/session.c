@@ -52,6 +52,7 @@ struct qv_session {
     uint64_t n_ghosts, n_malformed;
 
     backlog *first, **end;
+    size_t backlog_bytes;
 };
 
 static int on_socket(zloop_t *loop, zsock_t *socket, void *arg);
@@ -67,6 +68,7 @@ static void drop_backlog(qv_session *s)
         s->first = next;
     }
     s->end = &s->first;
+    s->backlog_bytes = 0;
 }
 
 /* Note that the session is over; settle() acts on it. */
@@ -92,6 +94,7 @@ static void flush_backlog(qv_session *s)
         s->first = sent->next;
         if (s->first == NULL)
             s->end = &s->first;
+        s->backlog_bytes -= sent->size;
         free(sent->data);
         free(sent);
     }
@@ -113,6 +116,10 @@ void qv_session_send(qv_session *session, void *data, size_t size)
     *item = (backlog){.data = data, .size = size};
     *session->end = item;
     session->end = &item->next;
+    session->backlog_bytes += size;
+    if (session->options.max_backlog_bytes > 0 &&
+        session->backlog_bytes > session->options.max_backlog_bytes)
+        lose(session, "the broker does not read");
 }
 
 qv_status qv_session_send_message(qv_session *session, const qv_message *message)

@@ -22,6 +22,7 @@ typedef struct qv_session qv_session;
 typedef struct {
     int64_t register_timeout_ms; /* for a connection and a `welcome`; then the next broker */
     size_t max_message_bytes;    /* a broker that sends a larger one is disconnected */
+    size_t max_backlog_bytes;    /* a broker for which so much waits is given up; 0 = no limit */
 
     /* Fill what the worker is into `ready`; texts live until the next call into the session. */
     void (*fill_ready)(qv_msg_ready *ready, qv_arena *arena, void *user);

@@ -78,11 +78,11 @@ static const char *const phase_words[] = {
     [QV_ADAPTER_UNLOADED] = "unloaded",
 };
 
-static void tell_adapter(qv_worker *w, const qv_adapter_event *event)
+static void tell_adapter(qv_session *session, const qv_adapter_event *event)
 {
     qv_message message = {.type = QV_MSG_ADAPTER_STATE};
     qv_msg_adapter_state *state = &message.adapter_state;
-    state->epoch = qv_session_epoch(w->session);
+    state->epoch = qv_session_epoch(session);
     state->name = qv_str_from(event->name);
     state->state = qv_str_from(phase_words[event->phase]);
     if (event->path != NULL)
@@ -98,7 +98,7 @@ static void tell_adapter(qv_worker *w, const qv_adapter_event *event)
     }
     if (event->phase == QV_ADAPTER_FAILED)
         qv_set(state, adapter_state, error_code, qv_str_from(qv_code_name(event->code)));
-    if (qv_session_send_message(w->session, &message) != QV_OK)
+    if (qv_session_send_message(session, &message) != QV_OK)
         qv_err("the state of adapter %s is not reported: %s", event->name, qv_error());
 }
 
@@ -124,8 +124,9 @@ void qv_worker_on_adapter(qv_worker *worker, const qv_adapter_event *event)
 {
     note_adapter(worker, event);
     log_adapter(worker, event);
-    if (qv_session_epoch(worker->session) != 0)
-        tell_adapter(worker, event);
+    for (size_t i = 0; i < worker->n_links; i++)
+        if (qv_session_epoch(worker->links[i].session) != 0)
+            tell_adapter(worker->links[i].session, event);
 }
 
 void qv_worker_fill_adapters(const qv_worker *worker, qv_msg_ready *ready, qv_arena *arena)

@@ -24,6 +24,15 @@ typedef struct {
     qv_gauge *registered, *silence, *in_flight, *redis_up;
 } worker_metrics;
 
+/* A place for a session with one broker. */
+typedef struct {
+    struct qv_worker *worker;
+    qv_session *session; /* NULL: not in use yet */
+    uint32_t number;
+    char *endpoint;             /* owned; NULL: of no broker now */
+    char broker[QV_ID_MAX + 1]; /* its id while there is a session, else "" */
+} worker_link;
+
 struct qv_worker {
     qv_worker_options options;
     char id[QV_ID_MAX + 1];
@@ -47,12 +56,12 @@ struct qv_worker {
 
     /* The I/O thread's. */
     zloop_t *loop;
-    qv_session *session;
+    worker_link links[QV_MAX_SESSIONS];
+    size_t n_links;        /* that were ever used */
     qv_registry *registry; /* NULL: no Redis */
     qv_map *held;          /* name -> held_adapter */
     qv_arena arena;        /* of one submit */
     uint64_t next_number;  /* of requests in the engine */
-    char broker[QV_ID_MAX + 1];
     bool discovering;
     bool draining, leaving, left; /* `left`: the lease is gone, or nobody is there to confirm it */
     bool ended;
@@ -62,6 +71,7 @@ struct qv_worker {
     uint64_t tick_ms;         /* of the last tick */
     bool takes_reports;       /* the engine's fd is in the loop */
     uint64_t rate_ms, rate_tokens;
+    double rate; /* tokens per second */
 };
 
 /* The thread that owns the loop, the session and the registry. `arg` is the qv_worker. */

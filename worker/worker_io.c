@@ -12,7 +12,8 @@
 enum {
     TICK_MS = 20,
     RECORD_MS = 1000,   /* between writes of the lease's fields */
-    DISCOVER_MS = 500,  /* between look-ups of brokers while there is none */
+    DISCOVER_MS = 500,  /* between look-ups of brokers */
+    RATE_MS = 400,      /* over which tokens per second are measured at least */
     LEAVE_MS = 1000,    /* for Redis to confirm that the lease is gone */
     LATE_MS = 1000,     /* a tick later than this says that we slept, not the engine */
     STALLS_TO_DIE = 10, /* a step of so many stall timeouts ends the worker */
@@ -41,7 +42,8 @@ static void end_with(qv_worker *w, qv_status status, const char *reason)
                                                  : QV_LOG_ERROR;
     QV_LOG_PRINTF(level, NULL, "worker %s ends: %s", w->id, reason);
     atomic_store_explicit(&w->is_registered, false, memory_order_relaxed);
-    qv_session_close(w->session, reason);
+    for (size_t i = 0; i < w->n_links; i++)
+        qv_session_close(w->links[i].session, reason);
     qv_engine_thread_stop(w->engine);
     if (w->registry == NULL) {
         w->left = true;
@@ -62,7 +64,7 @@ static int64_t most_adapters(const qv_engine *engine)
 
 static void fill_ready(qv_msg_ready *ready, qv_arena *arena, void *user)
 {
-    qv_worker *w = user;
+    qv_worker *w = ((worker_link *)user)->worker;
     const qv_engine *engine = qv_engine_thread_engine(w->engine);
     const qv_engine_options *options = qv_engine_get_options(engine);
     ready->worker = qv_str_from(w->id);
@@ -91,21 +93,22 @@ static uint64_t load_u64(const atomic_ullong *value)
     return atomic_load_explicit(value, memory_order_relaxed);
 }
 
-/* Tokens per second since the last call. */
+/* Tokens per second of late. */
 static double token_rate(qv_worker *w)
 {
     uint64_t now = qv_now_ms();
+    if (now - w->rate_ms < RATE_MS)
+        return w->rate;
     uint64_t tokens = load_u64(&qv_engine_thread_view(w->engine)->generated);
-    double rate =
-        now > w->rate_ms ? (double)(tokens - w->rate_tokens) * 1e3 / (double)(now - w->rate_ms) : 0;
+    w->rate = (double)(tokens - w->rate_tokens) * 1e3 / (double)(now - w->rate_ms);
     w->rate_ms = now;
     w->rate_tokens = tokens;
-    return rate;
+    return w->rate;
 }
 
 static bool fill_heartbeat(qv_msg_heartbeat *heartbeat, void *user)
 {
-    qv_worker *w = user;
+    qv_worker *w = ((worker_link *)user)->worker;
     const qv_engine_view *view = qv_engine_thread_view(w->engine);
     if (atomic_load_explicit(&w->is_stalled, memory_order_relaxed))
         return false;
@@ -128,11 +131,22 @@ static void command(qv_worker *w, qv_command c)
     end_with(w, QV_ERR_INTERNAL, "the engine takes no commands");
 }
 
+static size_t n_registered(const qv_worker *w)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < w->n_links; i++)
+        n += qv_session_epoch(w->links[i].session) != 0;
+    return n;
+}
+
 static void begin_session(const char *broker, void *user)
 {
-    qv_worker *w = user;
-    snprintf(w->broker, sizeof w->broker, "%s", broker);
-    command(w, (qv_command){.type = QV_COMMAND_SESSION, .epoch = qv_session_epoch(w->session)});
+    worker_link *link = user;
+    qv_worker *w = link->worker;
+    snprintf(link->broker, sizeof link->broker, "%s", broker);
+    command(w, (qv_command){.type = QV_COMMAND_SESSION,
+                            .session = link->number,
+                            .epoch = qv_session_epoch(link->session)});
     qv_counter_add(w->counts.registrations, 1);
     atomic_store_explicit(&w->is_registered, true, memory_order_relaxed);
     w->record_ms = 0;
@@ -142,33 +156,34 @@ static void begin_session(const char *broker, void *user)
 static void end_session(const char *why, void *user)
 {
     (void)why;
-    qv_worker *w = user;
-    w->broker[0] = 0;
-    command(w, (qv_command){.type = QV_COMMAND_SESSION, .epoch = 0});
-    atomic_store_explicit(&w->is_registered, false, memory_order_relaxed);
+    worker_link *link = user;
+    qv_worker *w = link->worker;
+    link->broker[0] = 0;
+    command(w, (qv_command){.type = QV_COMMAND_SESSION, .session = link->number, .epoch = 0});
+    atomic_store_explicit(&w->is_registered, n_registered(w) > 0, memory_order_relaxed);
     w->record_ms = 0;
 }
 
 static bool has_room(void *user)
 {
-    const qv_worker *w = user;
+    const qv_worker *w = ((worker_link *)user)->worker;
     return qv_engine_thread_has_room(w->engine);
 }
 
 /* --- the broker's messages ------------------------------------------------------------------- */
 
 /* A request that does not reach the engine. */
-static void refuse(qv_worker *w, uint64_t number, qv_code code, const char *text)
+static void refuse(worker_link *link, uint64_t number, qv_code code, const char *text)
 {
     qv_message message = {.type = QV_MSG_STEP};
     qv_msg_delta delta = {.request = number};
     qv_set(&delta, delta, error_code, qv_str_from(qv_code_name(code)));
     qv_set(&delta, delta, error_message, qv_str_from(text));
-    message.step.epoch = qv_session_epoch(w->session);
+    message.step.epoch = qv_session_epoch(link->session);
     message.step.deltas.data = &delta;
     message.step.deltas.count = 1;
-    qv_counter_add(w->counts.refused, 1);
-    if (qv_session_send_message(w->session, &message) != QV_OK)
+    qv_counter_add(link->worker->counts.refused, 1);
+    if (qv_session_send_message(link->session, &message) != QV_OK)
         qv_err("request %" PRIu64 ": the refusal is not reported: %s", number, qv_error());
 }
 
@@ -198,15 +213,16 @@ static char *dup_str(qv_str text)
     return text.size > 0 ? strndup(text.data, text.size) : NULL;
 }
 
-static void on_run(qv_worker *w, const qv_msg_run *run)
+static void on_run(worker_link *link, const qv_msg_run *run)
 {
+    qv_worker *w = link->worker;
     qv_message message;
     qv_request *request = NULL;
     qv_code code;
     qv_counter_add(w->counts.requests, 1);
     qv_status status = decode_submit(w, run, &message);
     if (status != QV_OK) {
-        refuse(w, run->request, qv_code_of_status(status), qv_error());
+        refuse(link, run->request, qv_code_of_status(status), qv_error());
         return;
     }
     qv_msg_submit *submit = &message.submit;
@@ -216,10 +232,11 @@ static void on_run(qv_worker *w, const qv_msg_run *run)
     status = qv_request_new(qv_engine_thread_engine(w->engine), submit, number, run->seed,
                             run->resume.data, run->resume.count, &request, &code);
     if (status != QV_OK) {
-        refuse(w, run->request, code, qv_error());
+        refuse(link, run->request, code, qv_error());
         return;
     }
     qv_command c = {.type = QV_COMMAND_RUN,
+                    .session = link->number,
                     .epoch = run->epoch,
                     .number = run->request,
                     .own_number = number,
@@ -231,28 +248,31 @@ static void on_run(qv_worker *w, const qv_msg_run *run)
     }
     if (!qv_engine_thread_push(w->engine, &c)) {
         qv_command_deinit(&c);
-        refuse(w, run->request, QV_CODE_OVERLOADED, "the worker has no room for another request");
+        refuse(link, run->request, QV_CODE_OVERLOADED,
+               "the worker has no room for another request");
     }
 }
 
-static void on_abort(qv_worker *w, const qv_msg_abort *abort)
+static void on_abort(worker_link *link, const qv_msg_abort *abort)
 {
     bool deadline = qv_str_equal(abort->reason, "deadline");
-    command(w, (qv_command){.type = QV_COMMAND_ABORT,
-                            .epoch = abort->epoch,
-                            .number = abort->request,
-                            .reason = deadline ? "deadline" : "cancelled"});
+    command(link->worker, (qv_command){.type = QV_COMMAND_ABORT,
+                                       .session = link->number,
+                                       .epoch = abort->epoch,
+                                       .number = abort->request,
+                                       .reason = deadline ? "deadline" : "cancelled"});
 }
 
 static void on_broker_message(const qv_message *message, void *user)
 {
-    qv_worker *w = user;
+    worker_link *link = user;
+    qv_worker *w = link->worker;
     switch (message->type) {
     case QV_MSG_RUN:
-        on_run(w, &message->run);
+        on_run(link, &message->run);
         break;
     case QV_MSG_ABORT:
-        on_abort(w, &message->abort);
+        on_abort(link, &message->abort);
         break;
     case QV_MSG_LOAD_ADAPTER:
         command(w, (qv_command){.type = QV_COMMAND_LOAD,
@@ -268,6 +288,76 @@ static void on_broker_message(const qv_message *message, void *user)
     default:
         break;
     }
+}
+
+/* --- brokers --------------------------------------------------------------------------------- */
+
+/* A place for another session. NULL: there are too many, or no memory. */
+static worker_link *new_link(qv_worker *w)
+{
+    for (size_t i = 0; i < w->n_links; i++)
+        if (w->links[i].endpoint == NULL && qv_session_is_seeking(w->links[i].session))
+            return &w->links[i];
+    if (w->n_links == QV_MAX_SESSIONS) {
+        qv_fail(QV_ERR_LIMIT, "more than %d brokers", QV_MAX_SESSIONS);
+        return NULL;
+    }
+    worker_link *link = &w->links[w->n_links];
+    *link = (worker_link){.worker = w, .number = (uint32_t)w->n_links};
+    qv_session_options options = {.register_timeout_ms = w->options.register_timeout_ms,
+                                  .max_message_bytes = (size_t)w->options.max_message_bytes,
+                                  .max_backlog_bytes = 2 * (size_t)w->options.max_message_bytes,
+                                  .fill_ready = fill_ready,
+                                  .fill_heartbeat = fill_heartbeat,
+                                  .joined = begin_session,
+                                  .left = end_session,
+                                  .message = on_broker_message,
+                                  .has_room = has_room,
+                                  .user = link};
+    if (qv_session_new(w->loop, &options, &link->session) != QV_OK)
+        return NULL;
+    w->n_links++;
+    return link;
+}
+
+static bool is_among(const char *endpoint, const char *const *endpoints, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(endpoint, endpoints[i]) == 0)
+            return true;
+    return false;
+}
+
+static bool is_linked(const qv_worker *w, const char *endpoint)
+{
+    for (size_t i = 0; i < w->n_links; i++)
+        if (w->links[i].endpoint != NULL && strcmp(w->links[i].endpoint, endpoint) == 0)
+            return true;
+    return false;
+}
+
+/* Register with all of these brokers. One that is not among them any more is let go of once there
+ * is no session with it. Errors: NOMEM, LIMIT. */
+static qv_status connect_to(qv_worker *w, const char *const *endpoints, size_t n)
+{
+    for (size_t i = 0; i < w->n_links; i++) {
+        worker_link *link = &w->links[i];
+        if (link->endpoint == NULL || qv_session_epoch(link->session) != 0 ||
+            is_among(link->endpoint, endpoints, n))
+            continue;
+        free(link->endpoint);
+        link->endpoint = NULL;
+        QV_TRY(qv_session_set_brokers(link->session, NULL, 0));
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (is_linked(w, endpoints[i]))
+            continue;
+        worker_link *link = new_link(w);
+        if (link == NULL || (link->endpoint = strdup(endpoints[i])) == NULL)
+            return link != NULL ? qv_fail(QV_ERR_NOMEM, "no memory for a broker") : QV_ERR_LIMIT;
+        QV_TRY(qv_session_set_brokers(link->session, &endpoints[i], 1));
+    }
+    return QV_OK;
 }
 
 /* --- the engine's reports -------------------------------------------------------------------- */
@@ -290,8 +380,19 @@ static void on_opened(qv_worker *w)
         qv_registry_event(w->registry, "worker_started", NULL, w->id, "%s", w->model);
     load_first_adapters(w);
     if (w->options.brokers.n > 0 &&
-        qv_session_set_brokers(w->session, w->options.brokers.items, w->options.brokers.n) != QV_OK)
+        connect_to(w, w->options.brokers.items, w->options.brokers.n) != QV_OK)
         end_with(w, QV_ERR_NOMEM, qv_error());
+}
+
+static void send_step(qv_worker *w, qv_report *report)
+{
+    if (report->session >= w->n_links)
+        return;
+    qv_session *session = w->links[report->session].session;
+    if (report->epoch == 0 || report->epoch != qv_session_epoch(session))
+        return;
+    qv_session_send(session, report->data, report->size);
+    report->data = NULL;
 }
 
 static void on_report(qv_worker *w, qv_report *report)
@@ -301,10 +402,7 @@ static void on_report(qv_worker *w, qv_report *report)
         on_opened(w);
         break;
     case QV_REPORT_STEP:
-        if (report->epoch != 0 && report->epoch == qv_session_epoch(w->session)) {
-            qv_session_send(w->session, report->data, report->size);
-            report->data = NULL;
-        }
+        send_step(w, report);
         break;
     case QV_REPORT_ADAPTER:
         qv_worker_on_adapter(w, report->adapter);
@@ -330,14 +428,27 @@ static void poll_reports(qv_worker *w, bool wanted)
     }
 }
 
+static bool has_backlog(const qv_worker *w)
+{
+    bool has = false;
+    for (size_t i = 0; i < w->n_links; i++)
+        has = has || qv_session_has_backlog(w->links[i].session);
+    return has;
+}
+
+/* One broker that does not read makes the engine wait; of several none may hold up the others. */
+static bool has_to_wait(const qv_worker *w)
+{
+    return n_registered(w) == 1 && has_backlog(w);
+}
+
 /* Pass on what the engine says. While the broker does not take it, the engine has to wait. */
 static void take_reports(qv_worker *w)
 {
     qv_report report;
-    while (!w->leaving && !qv_session_has_backlog(w->session) &&
-           qv_engine_thread_pop(w->engine, &report))
+    while (!w->leaving && !has_to_wait(w) && qv_engine_thread_pop(w->engine, &report))
         on_report(w, &report);
-    poll_reports(w, !w->leaving && !qv_session_has_backlog(w->session));
+    poll_reports(w, !w->leaving && !has_to_wait(w));
 }
 
 static int end_or_go_on(qv_worker *w)
@@ -365,7 +476,7 @@ static void on_brokers(qv_status status, const qv_broker_address *brokers, size_
     const char **endpoints = calloc(n, sizeof *endpoints);
     for (size_t i = 0; endpoints != NULL && i < n; i++)
         endpoints[i] = brokers[i].backend;
-    if (endpoints != NULL && qv_session_set_brokers(w->session, endpoints, n) != QV_OK)
+    if (endpoints != NULL && connect_to(w, endpoints, n) != QV_OK)
         qv_err("the brokers in Redis are not used: %s", qv_error());
     free(endpoints);
 }
@@ -374,7 +485,7 @@ static void discover(qv_worker *w, uint64_t now)
 {
     bool wanted = w->registry != NULL && w->options.brokers.n == 0 &&
                   atomic_load_explicit(&w->is_open, memory_order_relaxed) &&
-                  qv_session_is_seeking(w->session) && qv_registry_is_up(w->registry);
+                  qv_registry_is_up(w->registry);
     if (!wanted || w->discovering || now < w->discover_ms)
         return;
     w->discover_ms = now + DISCOVER_MS;
@@ -395,13 +506,17 @@ static void write_record(qv_worker *w)
 {
     const qv_engine *engine = qv_engine_thread_engine(w->engine);
     const qv_engine_view *view = qv_engine_thread_view(w->engine);
-    char adapters[4096];
+    char adapters[4096], brokers[QV_MAX_SESSIONS * (QV_ID_MAX + 1)] = "";
+    for (size_t i = 0, used = 0; i < w->n_links; i++)
+        if (w->links[i].broker[0] != 0)
+            used += (size_t)snprintf(brokers + used, sizeof brokers - used, "%s%s",
+                                     used > 0 ? " " : "", w->links[i].broker);
     qv_worker_list_adapters(w, adapters, sizeof adapters);
     qv_worker_record record = {.state = state_word(w),
                                .model = w->model,
                                .backend = w->options.engine.backend,
                                .version = QV_VERSION,
-                               .broker = w->broker[0] != 0 ? w->broker : NULL,
+                               .broker = brokers[0] != 0 ? brokers : NULL,
                                .capacity = -1,
                                .adapter_slots = -1,
                                .free_slots = -1,
@@ -458,7 +573,8 @@ static void begin_drain(qv_worker *w)
     atomic_store_explicit(&w->is_draining, true, memory_order_relaxed);
     w->drain_until_ms = qv_now_ms() + (uint64_t)w->options.drain_timeout_ms;
     qv_info("draining, requests in flight: %zu", qv_engine_thread_n_requests(w->engine));
-    qv_session_heartbeat(w->session);
+    for (size_t i = 0; i < w->n_links; i++)
+        qv_session_heartbeat(w->links[i].session);
     w->record_ms = 0;
 }
 
@@ -467,7 +583,7 @@ static void check_drain(qv_worker *w, uint64_t now)
     size_t n = qv_engine_thread_n_requests(w->engine);
     if (n == 0)
         take_reports(w); /* all there are: the last ones were pushed before the count fell */
-    if (n == 0 && !qv_session_has_backlog(w->session)) {
+    if (n == 0 && !has_backlog(w)) {
         end_with(w, QV_OK, "drained");
     } else if (now >= w->drain_until_ms) {
         char reason[128];
@@ -478,8 +594,13 @@ static void check_drain(qv_worker *w, uint64_t now)
 
 static void update_gauges(qv_worker *w)
 {
-    qv_gauge_set(w->counts.registered, qv_session_epoch(w->session) != 0);
-    qv_gauge_set(w->counts.silence, (double)qv_session_silence_ms(w->session) * 1e-3);
+    uint64_t silence_ms = 0;
+    for (size_t i = 0; i < w->n_links; i++) {
+        uint64_t ms = qv_session_silence_ms(w->links[i].session);
+        silence_ms = ms > silence_ms ? ms : silence_ms;
+    }
+    qv_gauge_set(w->counts.registered, (double)n_registered(w));
+    qv_gauge_set(w->counts.silence, (double)silence_ms * 1e-3);
     qv_gauge_set(w->counts.in_flight, (double)qv_engine_thread_n_requests(w->engine));
     qv_gauge_set(w->counts.redis_up, w->registry != NULL && qv_registry_is_up(w->registry));
 }
@@ -522,21 +643,11 @@ static int on_order(zloop_t *loop, zmq_pollitem_t *item, void *arg)
 
 static qv_status open_io(qv_worker *w)
 {
-    qv_session_options session = {.register_timeout_ms = w->options.register_timeout_ms,
-                                  .max_message_bytes = (size_t)w->options.max_message_bytes,
-                                  .fill_ready = fill_ready,
-                                  .fill_heartbeat = fill_heartbeat,
-                                  .joined = begin_session,
-                                  .left = end_session,
-                                  .message = on_broker_message,
-                                  .has_room = has_room,
-                                  .user = w};
     w->loop = zloop_new();
     w->held = qv_map_new(0);
     if (w->loop == NULL || w->held == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory for the I/O thread");
     zloop_set_nonstop(w->loop, true); /* signals are the program's */
-    QV_TRY(qv_session_new(w->loop, &session, &w->session));
     if (qv_worker_has_redis(&w->options)) {
         qv_registry_options registry = {
             .url = w->options.redis, .who = w->id, .lease_ms = w->options.lease_ms};
@@ -561,7 +672,10 @@ void *qv_worker_io_main(void *arg)
         w->text = strdup(qv_error());
     }
     qv_registry_free(w->registry);
-    qv_session_free(w->session);
+    for (size_t i = 0; i < w->n_links; i++) {
+        qv_session_free(w->links[i].session);
+        free(w->links[i].endpoint);
+    }
     zloop_destroy(&w->loop);
     qv_map_free(w->held, qv_worker_free_held);
     qv_arena_deinit(&w->arena);

@@ -57,11 +57,12 @@ def wait_until(what, condition, seconds=START_S):
 class Pool:
     """Processes of one pool. Use as a context manager."""
 
-    def __init__(self, workers=1, adapters=(), redis=True, broker_args=(), worker_args=(), model=DEMO):
+    def __init__(self, workers=1, brokers=1, adapters=(), redis=True, broker_args=(), worker_args=(), model=DEMO):
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="quiver-test-"))
         self.model = model
-        self.frontend = f"tcp://127.0.0.1:{free_port()}"
-        self.backend = f"tcp://127.0.0.1:{free_port()}"
+        self.frontends = [f"tcp://127.0.0.1:{free_port()}" for _ in range(brokers)]
+        self.backends = [f"tcp://127.0.0.1:{free_port()}" for _ in range(brokers)]
+        self.frontend, self.backend = self.frontends[0], self.backends[0]
         self.redis_port = free_port() if redis else None
         self.redis_url = f"redis://127.0.0.1:{self.redis_port}" if redis else "none"
         self.broker_args, self.worker_args = list(broker_args), list(worker_args)
@@ -72,7 +73,8 @@ class Pool:
         try:
             if self.redis_port:
                 self.start_redis()
-            self.start_broker()
+            for i in range(len(self.frontends)):
+                self.start_broker(i)
             for i in range(self.n_workers):
                 self.start_worker(f"w{i + 1}", wait=False)
             for i in range(self.n_workers):
@@ -119,17 +121,18 @@ class Pool:
         )  # fmt: skip
         wait_until("redis-server answers", lambda: self.redis("PING", check=False) == "PONG")
 
-    def start_broker(self):
+    def start_broker(self, number=0, wait=True):
         self._start(
-            "broker", BIN / "quiver-broker", "--frontend", self.frontend, "--backend", self.backend,
-            "--redis", self.redis_url, "--id", "b1", *self.broker_args,
+            f"broker{number + 1}" if number else "broker", BIN / "quiver-broker", "--frontend", self.frontends[number],
+            "--backend", self.backends[number], "--redis", self.redis_url, "--id", f"b{number + 1}", *self.broker_args,
         )  # fmt: skip
-        wait_until("the broker answers", self.status)
+        if wait:
+            wait_until("the broker answers", lambda: self.status(number))
 
     def start_worker(self, name, *args, wait=True):
         self._start(
             name, BIN / "quiver-worker", "--id", name, "--model", self.model, "--threads", 1,
-            "--broker", self.backend, "--redis", self.redis_url, *self.worker_args, *args,
+            *[word for backend in self.backends for word in ("--broker", backend)], "--redis", self.redis_url, *self.worker_args, *args,
         )  # fmt: skip
         if wait:
             self.wait_worker(name)
@@ -148,11 +151,11 @@ class Pool:
     # --- questions
 
     def client(self, **kwargs):
-        return Client(self.frontend, **{"timeout": 30, **kwargs})
+        return Client(kwargs.pop("endpoint", self.frontends), **{"timeout": 30, **kwargs})
 
-    def status(self):
+    def status(self, number=0):
         try:
-            with self.client(timeout=1) as client:
+            with self.client(endpoint=self.frontends[number], timeout=1) as client:
                 return client.status()
         except TimeoutError:
             return None

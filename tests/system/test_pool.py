@@ -150,7 +150,7 @@ class Answers(unittest.TestCase):
     def test_a_client_that_vanishes_frees_its_slot(self):
         client = self.pool.client()
         next(client.stream(chat(SENTENCE), **dict(LONG, max_tokens=3500)))
-        client._socket.close(linger=0)  # as if it were killed: no cancel is sent
+        client._detach()  # as if it were killed: no cancel is sent
         wait_until("nothing is in flight", lambda: self.pool.status()["in_flight"] == 0)
 
 

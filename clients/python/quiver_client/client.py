@@ -1,13 +1,16 @@
-"""The synchronous client: one DEALER socket, any number of requests on it. One thread at a time."""
+"""The synchronous client: a DEALER socket a broker, any number of requests on it. One thread at a time."""
 
 import time
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 import msgpack
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from .errors import ProtocolError, QuiverError
+from .flow import Flow
 from .types import Answer, Delta, Request, submit_map
+from .wire import EVENTS, Endpoints, Keys, configure, endpoint_list, note_event
 
 
 class Stream:
@@ -56,23 +59,32 @@ class Stream:
 
 
 class Client:
-    """A connection to a broker.
+    """Connections to one or more brokers of a pool.
 
-    endpoint  the broker's client endpoint
-    timeout   seconds without any message from the broker after which TimeoutError is raised
+    endpoint  a broker's client endpoint, or a list of them: requests are spread, and go on at
+              another broker when one is lost
+    timeout   seconds without any message from a broker after which TimeoutError is raised
+    keys      for brokers that authenticate: (the broker's public key, our public, our secret key),
+              each as 40 characters; or one such tuple per endpoint
     """
 
     def __init__(
         self,
-        endpoint: str = "tcp://127.0.0.1:5555",
+        endpoint: Endpoints = "tcp://127.0.0.1:5555",
         timeout: float = 60.0,
         context: Optional[zmq.Context] = None,
+        keys: Keys = None,
     ):
-        self.endpoint = endpoint
+        self.endpoints = endpoint_list(endpoint)
+        self.endpoint = ",".join(self.endpoints)
         self.timeout = timeout
-        self._socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
-        self._socket.linger = 0
-        self._socket.connect(endpoint)
+        self._links = []
+        for number, one in enumerate(self.endpoints):
+            socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
+            configure(socket, number, keys)
+            self._links.append((socket, socket.get_monitor_socket(EVENTS)))
+            socket.connect(one)
+        self._flow = Flow(self.endpoints)
         self._streams: Dict[str, Stream] = {}
         self._status: List[Dict[str, Any]] = []
         self._explained: Dict[str, Optional[Dict[str, Any]]] = {}
@@ -84,35 +96,44 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; requests in flight are cancelled."""
-        if self._socket.closed:
-            return
-        pending = list(self._streams)
+        """Close the connections; requests in flight are cancelled, durable ones go on."""
+        pending = [i for i, e in self._flow.entries.items() if not e.message.get("durable")]
         for request_id in pending:
             self._abandon(request_id)
-        self._socket.close(linger=200 if pending else 0)  # let the cancels leave
+        self._detach(200 if pending else 0)  # let the cancels leave
+
+    def _detach(self, linger: int = 0) -> None:
+        """Close the connections as they are, as if the program were killed."""
+        for socket, monitor in self._links:
+            if not socket.closed:
+                socket.disable_monitor()
+                monitor.close(linger=0)
+                socket.close(linger=linger)
 
     def stream(self, prompt: Any = None, **fields: Any) -> Stream:
         """Submit a request and return its Stream. Keyword arguments are the protocol's fields."""
         message = submit_map(prompt, **fields)
-        if message["id"] in self._streams:
-            raise ValueError(f"request id {message['id']!r} is in flight already")
-        stream = Stream(self, Request(message))
-        self._streams[message["id"]] = stream
-        self._send(message)
-        return stream
+        return self._begin(message)
 
     def generate(self, prompt: Any = None, **fields: Any) -> Answer:
         """Submit a request and wait for its (first) answer."""
         fields.setdefault("stream", False)
         return self.stream(prompt, **fields).answer()
 
+    def resume(self, request_id: str, seqs: Sequence[int] = (-1,), **fields: Any) -> Stream:
+        """The stream of a request that was submitted elsewhere or earlier, behind the last `seq`
+        that is known of each of its answers (-1: from the start)."""
+        message = {"type": "submit", "id": request_id, "n": len(seqs), **fields}
+        return self._begin(message, seqs)
+
     def cancel(self, request_id: str) -> None:
-        self._send({"type": "cancel", "id": request_id})
+        self._connect()
+        self._flow.cancel(request_id)
+        self._flush()
 
     def status(self) -> Dict[str, Any]:
-        """The broker's view of workers, adapters and queues."""
-        self._send({"type": "status"})
+        """A broker's view of workers, adapters and queues."""
+        self._ask({"type": "status"})
         while not self._status:
             self._receive()
         return self._status.pop(0)
@@ -120,7 +141,7 @@ class Client:
     def explain(self, request_id: str) -> Dict[str, Any]:
         """Why a recent request went where it went: scores, waits, attempts."""
         self._explained[request_id] = None
-        self._send({"type": "explain", "id": request_id})
+        self._ask({"type": "explain", "id": request_id})
         while self._explained[request_id] is None:
             self._receive()
         message = self._explained.pop(request_id)
@@ -128,39 +149,94 @@ class Client:
             raise QuiverError(message["code"], message["message"], request_id)
         return message
 
-    def _send(self, message: Dict[str, Any]) -> None:
-        if not self._socket.poll(int(self.timeout * 1000), zmq.POLLOUT):
-            raise TimeoutError(f"no broker takes messages at {self.endpoint} for {self.timeout} s")
-        self._socket.send(msgpack.packb(message, use_bin_type=True))
+    # --- connections
+
+    def _begin(self, message: Dict[str, Any], seqs: Sequence[int] = ()) -> Stream:
+        if message["id"] in self._streams:
+            raise ValueError(f"request id {message['id']!r} is in flight already")
+        self._connect()
+        if seqs:
+            entry = self._flow.resume(message, list(seqs), time.monotonic())
+        else:
+            entry = self._flow.submit(message, time.monotonic())
+        stream = self._streams[message["id"]] = Stream(self, entry.request)
+        self._flush()
+        return stream
+
+    def _connect(self) -> None:
+        """Wait until some broker is there."""
+        deadline = time.monotonic() + self.timeout
+        while not any(self._flow.up):
+            if not self._wait(deadline):
+                raise TimeoutError(f"no broker takes messages at {self.endpoint} for {self.timeout} s")
+
+    def _ask(self, message: Dict[str, Any]) -> None:
+        self._connect()
+        self._send(self._flow.any_link(), message)
+
+    def _send(self, link: int, message: Dict[str, Any]) -> None:
+        socket = self._links[link][0]
+        try:
+            socket.send(msgpack.packb(message, use_bin_type=True), flags=zmq.NOBLOCK)
+        except zmq.Again:  # the connection is gone, or full: as if it were lost
+            self._flow.disconnected(link, time.monotonic())
+
+    def _flush(self) -> None:
+        while self._flow.out:
+            self._send(*self._flow.out.pop(0))
+
+    def _wait(self, deadline: float) -> bool:
+        """Take what comes on any connection until then; False: nothing did."""
+        poller = zmq.Poller()
+        for socket, monitor in self._links:
+            poller.register(socket, zmq.POLLIN)
+            poller.register(monitor, zmq.POLLIN)
+        while True:
+            now = time.monotonic()
+            later = self._flow.poll(now)
+            self._flush()
+            until = min(deadline, later) if later is not None else deadline
+            ready = dict(poller.poll(max(0, int((until - now) * 1000) + (until > now))))
+            for number, (socket, monitor) in enumerate(self._links):
+                if monitor in ready:
+                    note_event(self._flow, number, recv_monitor_message(monitor)["event"])
+                if socket in ready:
+                    self._take(number, socket.recv())
+            self._flush()
+            if ready:
+                return True
+            if time.monotonic() >= deadline:
+                return False
 
     def _receive(self) -> None:
-        """Wait for one message and hand it to its stream."""
-        deadline = time.monotonic() + self.timeout
-        if not self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000)), zmq.POLLIN):
+        """Wait for something to happen."""
+        if not self._wait(time.monotonic() + self.timeout):
             raise TimeoutError(f"no message from the broker at {self.endpoint} for {self.timeout} s")
-        message = msgpack.unpackb(self._socket.recv(), raw=False, strict_map_key=False)
+
+    def _take(self, link: int, data: bytes) -> None:
+        message = msgpack.unpackb(data, raw=False, strict_map_key=False)
         if not isinstance(message, dict):
             raise ProtocolError(f"a {type(message).__name__} arrived where a map was due")
         if message.get("type") == "status":
             self._status.append(message)
             return
-        stream = self._streams.get(message.get("id", ""))
-        if message.get("id") in self._explained and (
-            message["type"] == "explain" or (message["type"] == "error" and stream is None)
+        request_id = message.get("id", "")
+        if request_id in self._explained and (
+            message["type"] == "explain" or (message["type"] == "error" and request_id not in self._streams)
         ):
-            self._explained[message["id"]] = message
+            self._explained[request_id] = message
             return
-        if stream is None:
+        entry, delta = self._flow.feed(link, message, time.monotonic())
+        stream = self._streams.get(request_id)
+        if entry is None or stream is None:
             return  # about a request that was abandoned
-        delta = stream._request.feed(message)
         if delta is not None:
             stream._deltas.append(delta)
         if stream._request.finished:
-            del self._streams[stream.id]
+            del self._streams[request_id]
 
     def _abandon(self, request_id: str) -> None:
         """Forget a request: cancel it and ignore what still arrives."""
-        if self._streams.pop(request_id, None) is not None:
-            self._socket.send(
-                msgpack.packb({"type": "cancel", "id": request_id}), flags=zmq.NOBLOCK
-            )
+        self._streams.pop(request_id, None)
+        self._flow.drop(request_id)
+        self._flush()

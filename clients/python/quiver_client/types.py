@@ -62,19 +62,22 @@ class Request:
         self.n = message.get("n", 1)
         self.answers = [Answer(id=self.id, index=i) for i in range(self.n)]
         self._next_seq = [0] * self.n
-        self._open = self.n
+        self._ended = [False] * self.n
+        self.resumed = False  # pieces may come again: those that are known are passed over
+        self.seed: Optional[int] = message.get("seed")
         self.error: Optional[QuiverError] = None
         self.warnings: List[str] = []
 
     @property
     def finished(self) -> bool:
-        return self.error is not None or self._open == 0
+        return self.error is not None or all(self._ended)
 
     def feed(self, message: Dict[str, Any]) -> Optional[Delta]:
         """Take one message about this request; returns the piece of text that it brought, if any."""
         kind = message.get("type")
         if kind == "accepted":
-            self.warnings = message.get("warnings", [])
+            self.warnings = message.get("warnings", self.warnings)
+            self.seed = message.get("seed", self.seed)
             return None
         if kind == "error":
             self.error = QuiverError(
@@ -85,22 +88,41 @@ class Request:
             )
             return None
         if kind == "tokens":
-            self._check_seq(message)
-            return self._append(message)
+            return self._append(message) if self._is_next(message) else None
         if kind == "done":
-            self._check_seq(message)
-            return self._finish(message)
+            return self._finish(message) if self._is_next(message) else None
         return None
 
-    def _check_seq(self, message: Dict[str, Any]) -> None:
+    def seqs(self) -> List[int]:
+        """The last number of each stream that is here; -1 = none."""
+        return [seq - 1 for seq in self._next_seq]
+
+    def set_seqs(self, seqs: List[int]) -> None:
+        self._next_seq = [seq + 1 for seq in seqs]
+
+    def continued(self, message: Dict[str, Any]) -> Dict[str, Any]:
+        """The submit that goes on from here at a broker that does not know the request."""
+        has_begun = any(seq > 0 for seq in self._next_seq)
+        if message.get("durable") or self.seed is None or not has_begun:
+            return message
+        rows = [
+            {"index": a.index, "seq": seq - ended, "tokens": a.tokens, "finished": ended}
+            for a, seq, ended in zip(self.answers, self._next_seq, self._ended)
+        ]
+        return {**message, "seed": self.seed, "resume": rows}
+
+    def _is_next(self, message: Dict[str, Any]) -> bool:
         index, seq = message["index"], message["seq"]
         if not 0 <= index < self.n:
             raise ProtocolError(f"request {self.id}: answer {index} of {self.n}")
+        if seq < self._next_seq[index] and self.resumed:
+            return False
         if seq != self._next_seq[index]:
             raise ProtocolError(
                 f"request {self.id}, answer {index}: seq {seq} arrived, {self._next_seq[index]} was due"
             )
         self._next_seq[index] += 1
+        return True
 
     def _append(self, message: Dict[str, Any]) -> Delta:
         answer = self.answers[message["index"]]
@@ -129,5 +151,5 @@ class Request:
         for name in ("prompt_logprobs", "prompt_top_logprobs"):
             setattr(answer, name, message.get(name))
         answer.warnings = answer.warnings or self.warnings
-        self._open -= 1
+        self._ended[answer.index] = True
         return delta

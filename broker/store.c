@@ -551,11 +551,31 @@ static void free_poison(void *value)
     free(entry);
 }
 
+typedef struct {
+    qv_store *store;
+    char fingerprint[QV_FINGERPRINT_SIZE];
+} poison_ask;
+
+/* From here on its absence says that people cleared it. */
+static void on_poison(qv_status status, const redisReply *reply, void *user)
+{
+    (void)reply;
+    poison_ask *a = user;
+    poison_entry *entry = status == QV_OK ? qv_map_get_str(a->store->poison, a->fingerprint) : NULL;
+    if (entry != NULL)
+        entry->confirmed = true;
+    free(a);
+}
+
 static void send_poison(qv_store *store, const char *fingerprint, const poison_entry *entry)
 {
-    if (qv_redis_is_up(store->redis))
-        qv_redis_commandf(store->redis, NULL, NULL, "HSET " QUARANTINE " %s %s", fingerprint,
-                          entry->text);
+    poison_ask *a = qv_redis_is_up(store->redis) ? malloc(sizeof *a) : NULL;
+    if (a == NULL)
+        return; /* again with the next look at the quarantine */
+    a->store = store;
+    snprintf(a->fingerprint, sizeof a->fingerprint, "%s", fingerprint);
+    qv_redis_commandf(store->redis, on_poison, a, "HSET " QUARANTINE " %s %s", fingerprint,
+                      entry->text);
 }
 
 static poison_entry *require_poison(qv_store *store, const char *fingerprint)
@@ -613,7 +633,7 @@ static void on_quarantine(qv_status status, const redisReply *reply, void *user)
         poison_entry *entry = is_fingerprint(name) ? require_poison(store, name->str) : NULL;
         if (entry == NULL)
             continue;
-        if (!entry->confirmed)
+        if (!entry->confirmed || entry->text == NULL)
             qv_core_poison(store->options.core, name->str, true, qv_now_us());
         entry->confirmed = true;
     }
@@ -622,7 +642,7 @@ static void on_quarantine(qv_status status, const redisReply *reply, void *user)
         poison_entry *poison = entry->value;
         if (has_field(reply, entry->key))
             continue;
-        if (!poison->confirmed) {
+        if (!poison->confirmed && poison->text != NULL) {
             send_poison(store, entry->key, poison);
             continue;
         }

@@ -97,6 +97,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connections; requests in flight are cancelled, durable ones go on."""
+        if self._links[0][0].closed:
+            return
         pending = [i for i, e in self._flow.entries.items() if not e.message.get("durable")]
         for request_id in pending:
             self._abandon(request_id)

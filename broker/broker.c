@@ -2,6 +2,7 @@
  * the end of the batch; tick. */
 #include "broker/broker.h"
 
+#include "broker/access.h"
 #include "broker/broker_metrics.h"
 #include "broker/functions.h"
 #include "broker/outgoing.h"
@@ -23,7 +24,7 @@
 #define TICK_MS        10   /* how fine deadlines are */
 #define REPORT_MS      1000 /* metrics, the lease of quiver:broker */
 #define LINGER_MS      1000 /* last messages to clients and workers */
-#define LEASE_MS       3000 /* of quiver:broker: others take over after that */
+#define LEASE_MS       1500 /* of quiver:broker: others take over after that */
 #define LEAVE_MS       500  /* for Redis to take our leases back */
 #define MAX_PLACE_ROWS 256
 #define MAX_PEERS      64 /* other brokers that count */
@@ -35,6 +36,7 @@ struct qv_broker {
     qv_mq *frontend, *backend;
     qv_registry *registry; /* NULL without Redis */
     qv_store *store;       /* the same */
+    qv_access *access;     /* NULL: nobody is asked who he is */
     qv_outgoing outgoing;  /* of the batch at hand */
     qv_arena arena;        /* of a message that is sent outside of batches */
     bool in_batch;
@@ -223,6 +225,17 @@ static void flush(qv_broker *broker)
     qv_outgoing_flush(&broker->outgoing, on_failed_send, broker);
 }
 
+/* Whether a message is taken at all; the core is told whose it is. */
+static bool may_speak(qv_broker *broker, const source *from, const qv_mq_message *message)
+{
+    if (broker->access == NULL)
+        return true;
+    if (from->mq == broker->backend)
+        return qv_access_is_worker(broker->access, message->user);
+    qv_core_set_sender(broker->core, qv_access_identity(broker->access, message->user));
+    return true;
+}
+
 /* Take up to a batch of messages; *n counts them. What one took is measured to the start of the
  * next. */
 static qv_status take_batch(qv_broker *broker, const source *from, size_t *n)
@@ -234,7 +247,8 @@ static qv_status take_batch(qv_broker *broker, const source *from, size_t *n)
         if (status == QV_ERR_BUSY)
             return QV_OK;
         if (status == QV_OK) {
-            from->take(broker->core, &message.peer, message.data, message.size, now_us);
+            if (may_speak(broker, from, &message))
+                from->take(broker->core, &message.peer, message.data, message.size, now_us);
             qv_mq_message_release(&message);
         } else if (status == QV_ERR_FORMAT) {
             from->garbage(broker->core, &message.peer, now_us);
@@ -378,7 +392,11 @@ static void report(qv_broker *broker)
     uint32_t n_ready = pool->n_members[QV_MEMBER_READY];
     atomic_store_explicit(&broker->n_ready, n_ready, memory_order_relaxed);
     bool redis_up = broker->registry != NULL && qv_registry_is_up(broker->registry);
+    if (broker->access != NULL)
+        qv_access_check(broker->access);
     qv_broker_metrics_update(&broker->metrics, broker->core, redis_up);
+    if (broker->access != NULL)
+        qv_broker_metrics_access(&broker->metrics, qv_access_get_stats(broker->access));
     if (broker->registry == NULL || broker->leaving)
         return;
     qv_registry_put_broker(
@@ -486,15 +504,22 @@ bool qv_broker_is_ready(void *user, char *reason, size_t size)
 /* --- Life -------------------------------------------------------------------------------------*/
 
 /* `queue` 0: the default, for workers, whose credit keeps queues short. */
-static qv_status open_socket(const qv_broker *broker, const char *endpoint, int64_t queue,
-                             qv_mq **out)
+static qv_status open_socket(const qv_broker *broker, const char *endpoint, const char *domain,
+                             int64_t queue, qv_mq **out)
 {
     qv_mq_options options = qv_mq_default_options(QV_MQ_ROUTER, endpoint);
     if (queue > 0)
         options.high_water_mark = (int)queue;
     options.max_message_bytes = (size_t)broker->options.max_message_bytes;
     options.linger_ms = LINGER_MS;
-    return qv_mq_open(&options, out);
+    qv_curve curve = {.domain = domain};
+    if (broker->options.key != NULL) {
+        curve.own = *broker->options.key;
+        options.curve = &curve;
+    }
+    qv_status status = qv_mq_open(&options, out);
+    explicit_bzero(&curve, sizeof curve);
+    return status;
 }
 
 static qv_status open_loop(qv_broker *broker)
@@ -543,10 +568,13 @@ qv_status qv_broker_open(const qv_broker_options *options, qv_broker **out)
         status = qv_core_new(&options->core, &actions, qv_now_us(), &broker->core);
     if (status == QV_OK)
         status = open_loop(broker);
+    if (status == QV_OK && options->key != NULL)
+        status = qv_access_open(broker->loop, options->access, &broker->access);
     if (status == QV_OK)
-        status = open_socket(broker, options->frontend, options->client_queue, &broker->frontend);
+        status = open_socket(broker, options->frontend, QV_ACCESS_CLIENTS, options->client_queue,
+                             &broker->frontend);
     if (status == QV_OK)
-        status = open_socket(broker, options->backend, 0, &broker->backend);
+        status = open_socket(broker, options->backend, QV_ACCESS_WORKERS, 0, &broker->backend);
     if (status == QV_OK)
         status = attach(broker);
     if (status == QV_OK)
@@ -574,6 +602,8 @@ void qv_broker_close(qv_broker *broker)
     qv_store_free(broker->store);
     broker->store = NULL;
     qv_registry_free(broker->registry);
+    qv_access_close(broker->access);
+    broker->access = NULL;
     zloop_destroy(&broker->loop);
     broker->registry = NULL;
     qv_core_free(broker->core);

@@ -7,6 +7,7 @@
 #define QV_BROKER_BROKER_H
 
 #include "broker/core.h"
+#include "common/keys.h"
 #include "common/metrics.h"
 
 typedef struct qv_broker qv_broker;
@@ -17,6 +18,8 @@ typedef struct {
     const char *frontend; /* where clients connect; several parted by commas; port * = a free one */
     const char *backend;  /* where workers connect */
     const char *redis;    /* URL; NULL = no registry: workers' own adapters only */
+    const qv_key_pair *key;    /* CURVE for both sockets; NULL = in the clear, for anybody */
+    const char *access;        /* path of the list of keys; with key */
     int64_t durable_keep_ms;   /* the answer of a durable request stays in Redis for so long */
     int64_t drain_timeout_ms;  /* a stop waits so long for what is in flight */
     int64_t max_message_bytes; /* a peer that sends more is cut off; above the core's own limits */

@@ -61,6 +61,15 @@ static qv_status init_counters(qv_broker_metrics *m, qv_metrics *r)
         {"quiver_broker_workers_lost_total", "Workers that were lost.", &m->workers_lost},
         {"quiver_broker_clients_lost_total", "Clients lost with requests in flight.",
          &m->clients_lost},
+        {"quiver_broker_resumed_total", "Requests that a client came back for.", &m->resumed},
+        {"quiver_broker_clients_choked_total",
+         "Times that requests gave their place up since their client did not read.", &m->choked},
+        {"quiver_broker_quarantined_total", "Requests under which too many workers died.",
+         &m->quarantined},
+        {"quiver_broker_adopted_total", "Durable requests taken over, also from before a restart.",
+         &m->adopted},
+        {"quiver_broker_unauthorized_total", "Messages beyond the rights of their sender.",
+         &m->unauthorized},
         {"quiver_broker_ghosts_total", "Messages of sessions that are over.", &m->ghosts},
         {"quiver_broker_late_deltas_total", "Deltas of attempts that are over.", &m->late},
         {"quiver_broker_missing_deltas_total", "Gaps in what workers delivered.", &m->gaps},
@@ -79,6 +88,16 @@ static qv_status init_counters(qv_broker_metrics *m, qv_metrics *r)
     QV_TRY(qv_metrics_counter(r, "quiver_broker_unloads_total",
                               "Unloads of adapters that workers were asked for.", QV_NO_LABELS,
                               &m->unloads));
+    const struct {
+        const char *reason;
+        qv_counter **counter;
+    } refused[] = {{"unknown_key", &m->refused_unknown},
+                   {"no_right", &m->refused_rights},
+                   {"no_key", &m->refused_other}};
+    for (size_t i = 0; i < sizeof refused / sizeof refused[0]; i++)
+        QV_TRY(qv_metrics_counter(r, "quiver_broker_refused_connections_total",
+                                  "Connections that access control refused.",
+                                  QV_LABELS({"reason", refused[i].reason}), refused[i].counter));
     const char *malformed = "quiver_broker_malformed_total";
     const char *malformed_help = "Messages that were no messages of the protocol.";
     QV_TRY(qv_metrics_counter(r, malformed, malformed_help, QV_LABELS({"from", "client"}),
@@ -242,10 +261,26 @@ void qv_broker_metrics_update(qv_broker_metrics *m, const qv_core *core, bool re
     qv_counter_add(m->unloads, now->unloads - last->unloads);
     qv_counter_add(m->workers_lost, now->workers_lost - last->workers_lost);
     qv_counter_add(m->clients_lost, now->clients_lost - last->clients_lost);
+    qv_counter_add(m->resumed, now->resumed - last->resumed);
+    qv_counter_add(m->choked, now->choked - last->choked);
+    qv_counter_add(m->quarantined, now->quarantined - last->quarantined);
+    qv_counter_add(m->adopted, now->adopted - last->adopted);
+    qv_counter_add(m->unauthorized, now->unauthorized - last->unauthorized);
     qv_counter_add(m->ghosts, now->ghosts - last->ghosts);
     qv_counter_add(m->late, now->late - last->late);
     qv_counter_add(m->gaps, now->gaps - last->gaps);
     qv_counter_add(m->malformed_client, now->malformed_client - last->malformed_client);
     qv_counter_add(m->malformed_worker, now->malformed_worker - last->malformed_worker);
     m->last = *now;
+}
+
+void qv_broker_metrics_access(qv_broker_metrics *m, const qv_access_stats *now)
+{
+    if (m->registry == NULL)
+        return;
+    const qv_access_stats *last = &m->last_access;
+    qv_counter_add(m->refused_unknown, now->refused_unknown - last->refused_unknown);
+    qv_counter_add(m->refused_rights, now->refused_rights - last->refused_rights);
+    qv_counter_add(m->refused_other, now->refused_other - last->refused_other);
+    m->last_access = *now;
 }

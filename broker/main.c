@@ -13,6 +13,7 @@
 
 typedef struct {
     const char *id, *frontend, *backend, *redis, *policy, *metrics_address;
+    const char *key, *access;
     bool allow_remote;
     int64_t metrics_port, io_threads;
     int64_t heartbeat_ms, timeout_ms, drain_timeout_ms, max_worker_losses;
@@ -43,9 +44,19 @@ static const qv_option table[] = {
     QV_OPTION(settings, backend, STRING, "backend", "ENDPOINTS", "tcp://127.0.0.1:5556",
               "Where workers connect.", .section = SOCKETS),
     QV_OPTION(settings, allow_remote, FLAG, "allow-remote", NULL, NULL,
-              "Bind addresses that other machines can reach. There is no authentication: whoever "
+              "Bind addresses that other machines can reach although there is no --key: whoever "
               "reaches them can submit requests and pose as a worker.",
               .section = SOCKETS),
+    QV_OPTION(
+        settings, key, STRING, "key", "FILE", NULL,
+        "This broker's key pair (`quiver keys new`): both sockets then encrypt, and take only "
+        "peers whose key is in --access. Brokers of one pool share a pair.",
+        .section = SOCKETS),
+    QV_OPTION(
+        settings, access, STRING, "access", "FILE", NULL,
+        "Who may connect: a public key a line, with tenant=NAME and rights=submit,operate,worker "
+        "behind it. Read again when it changes.",
+        .section = SOCKETS),
     QV_OPTION(settings, max_message_bytes, SIZE, "max-message", "SIZE", "8M",
               "Largest message from a client; a larger one is answered TOO_LARGE, and one of four "
               "times that size cuts the connection.",
@@ -56,7 +67,7 @@ static const qv_option table[] = {
     QV_OPTION(settings, redis, STRING, "redis", "URL", "redis://127.0.0.1:6379",
               "Registry of wanted adapters: redis://[[user]:password@]host[:port][/db], "
               "unix:///path, or none. Without it only the adapters that workers bring are served.",
-              .section = PLACEMENT),
+              .secret = true, .section = PLACEMENT),
     QV_OPTION(settings, policy, STRING, "policy", "NAME", "score",
               "Which worker gets a request: score (the one whose first token comes soonest, by its "
               "queue, the part of the prompt that it has not cached, and a load if the adapter is "
@@ -218,7 +229,8 @@ static qv_status check_endpoints(const char *option, const char *endpoints, bool
         if (!allow_remote && size > 0 && is_remote(next, size))
             return qv_fail(QV_ERR_ARG,
                            "--%s %.*s can be reached from other machines, and there is no "
-                           "authentication; say --allow-remote if that is meant",
+                           "authentication; give --key and --access, or say --allow-remote if that "
+                           "is meant",
                            option, (int)size, next);
         next += size + (next[size] == ',');
     }
@@ -227,8 +239,12 @@ static qv_status check_endpoints(const char *option, const char *endpoints, bool
 
 static qv_status check(const settings *set)
 {
-    QV_TRY(check_endpoints("frontend", set->frontend, set->allow_remote));
-    QV_TRY(check_endpoints("backend", set->backend, set->allow_remote));
+    if ((set->key != NULL) != (set->access != NULL))
+        return qv_fail(QV_ERR_ARG, "--key and --access go together: --%s is missing",
+                       set->key == NULL ? "key" : "access");
+    bool remote = set->allow_remote || set->key != NULL;
+    QV_TRY(check_endpoints("frontend", set->frontend, remote));
+    QV_TRY(check_endpoints("backend", set->backend, remote));
     if (strcmp(set->redis, "none") != 0)
         QV_TRY(qv_redis_check_url(set->redis));
     if (set->timeout_ms < 2 * set->heartbeat_ms)
@@ -251,9 +267,11 @@ static const char *make_id(char *buffer, size_t size)
     return buffer;
 }
 
-static qv_status fill(const settings *set, const char *id, qv_metrics *metrics,
+static qv_status fill(const settings *set, const char *id, qv_metrics *metrics, qv_key_pair *key,
                       qv_broker_options *out)
 {
+    if (set->key != NULL)
+        QV_TRY(qv_key_pair_read(set->key, key));
     qv_core_options core = qv_core_default_options();
     QV_TRY(qv_check_id(id, strlen(id)));
     QV_TRY(qv_route_find(set->policy, &core.policy));
@@ -294,6 +312,8 @@ static qv_status fill(const settings *set, const char *id, qv_metrics *metrics,
         .frontend = set->frontend,
         .backend = set->backend,
         .redis = strcmp(set->redis, "none") == 0 ? NULL : set->redis,
+        .key = set->key != NULL ? key : NULL,
+        .access = set->access,
         .durable_keep_ms = set->durable_keep_ms,
         .drain_timeout_ms = set->drain_timeout_ms,
         .max_message_bytes = cut_off > (int64_t)worker_bytes ? cut_off : (int64_t)worker_bytes,
@@ -359,6 +379,7 @@ int main(int argc, char **argv)
     qv_options *parsed = NULL;
     qv_metrics *metrics = NULL;
     char id[QV_ID_MAX + 1];
+    qv_key_pair key = {0};
     qv_broker_options options;
     qv_status status = qv_options_parse(table, sizeof table / sizeof table[0], &program, argc, argv,
                                         &set, &parsed);
@@ -374,7 +395,8 @@ int main(int argc, char **argv)
     if (status == QV_OK)
         status = qv_metrics_new(&metrics);
     if (status == QV_OK)
-        status = fill(&set, set.id != NULL ? set.id : make_id(id, sizeof id), metrics, &options);
+        status =
+            fill(&set, set.id != NULL ? set.id : make_id(id, sizeof id), metrics, &key, &options);
     if (status != QV_OK) {
         fprintf(stderr, "quiver-broker: %s\n", qv_error());
         qv_metrics_free(metrics);

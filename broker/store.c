@@ -11,7 +11,7 @@
 
 enum {
     TICK_MS = 100,
-    SCAN_MS = 500,     /* between looks for brokers that are gone, and at the quarantine */
+    SCAN_MS = 250,     /* between looks for brokers that are gone, and at the quarantine */
     ENSURE_MS = 2000,  /* between looks whether our stream is there */
     ADOPT_ROWS = 128,  /* taken over at once */
     MAX_ADOPTED = 4096 /* taken over and not yet with the core */

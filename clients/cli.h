@@ -21,6 +21,7 @@ int cli_cancel(int argc, char **argv);
 int cli_status(int argc, char **argv);
 int cli_explain(int argc, char **argv);
 int cli_adapters(int argc, char **argv);
+int cli_keys(int argc, char **argv);
 
 /* Print "quiver: <the thread's error sentence>" and return `code`. */
 int cli_fail(int code);
@@ -37,14 +38,20 @@ void cli_print_adapters(const qv_msg_status *status);
 
 /* Option rows that every command has; the settings struct starts with cli_common. */
 typedef struct {
-    const char *broker;
+    const char *broker, *key, *broker_key;
     int64_t timeout_ms;
     bool json;
 } cli_common;
 
 #define CLI_COMMON_OPTIONS(settings)                                                               \
     QV_OPTION(settings, common.broker, STRING, "broker", "ENDPOINT", "tcp://127.0.0.1:5555",       \
-              "The broker's client endpoint.", .section = "Connection"),                           \
+              "The broker's client endpoint, or those of several brokers parted by commas.",       \
+              .section = "Connection"),                                                            \
+        QV_OPTION(settings, common.key, STRING, "key", "FILE", NULL,                               \
+                  "Our key pair (`quiver keys new`), for brokers that ask for keys.",              \
+                  .section = "Connection"),                                                        \
+        QV_OPTION(settings, common.broker_key, STRING, "broker-key", "KEY", NULL,                  \
+                  "The brokers' public key, or the file that has it.", .section = "Connection"),   \
         QV_OPTION(settings, common.timeout_ms, DURATION, "timeout", "TIME", "60s",                 \
                   "Give up after this long without any message from the broker.",                  \
                   .section = "Connection", .min = 1, .max = 86400000),                             \

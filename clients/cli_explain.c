@@ -109,7 +109,10 @@ int cli_explain(int argc, char **argv)
         code = CLI_USAGE;
         goto end;
     }
-    if (qv_client_open(&(qv_client_options){.endpoint = set.common.broker}, &client) != QV_OK) {
+    if (qv_client_open(&(qv_client_options){.endpoint = set.common.broker,
+                                            .key = set.common.key,
+                                            .broker_key = set.common.broker_key},
+                       &client) != QV_OK) {
         code = cli_fail(CLI_FAILED);
         goto end;
     }

@@ -14,7 +14,7 @@
 typedef struct {
     cli_common common;
     const char *adapter, *id, *file, *jobs, *system, *tenant;
-    bool raw, no_stream, ignore_eos, verbose;
+    bool durable, raw, no_stream, ignore_eos, verbose;
     int64_t max_tokens, top_k, seed, n, logprobs, prompt_logprobs, priority, deadline_ms,
         concurrency;
     double temperature, top_p, min_p, presence, frequency, repetition;
@@ -64,6 +64,11 @@ static const qv_option table[] = {
               "Give the answer up after this long.", .section = JOB, .min = 1, .max = 86400000),
     QV_OPTION(settings, tenant, STRING, "tenant", "NAME", NULL, "On whose account.",
               .section = JOB),
+    QV_OPTION(
+        settings, durable, FLAG, "durable", NULL, NULL,
+        "Keep the job in Redis until it is answered; with --id the same command gets the same "
+        "job, also after a crash.",
+        .section = JOB),
     QV_OPTION(settings, no_stream, FLAG, "whole", NULL, NULL,
               "Wait for whole answers instead of streaming.", .section = JOB),
     QV_OPTION(settings, concurrency, INT, "concurrency", "N", "64",
@@ -214,6 +219,8 @@ static void set_fields(qv_msg_submit *job, const settings *set, const qv_options
         qv_set(job, submit, adapter, qv_str_from(set->adapter));
     if (set->tenant)
         qv_set(job, submit, tenant, qv_str_from(set->tenant));
+    if (set->durable)
+        qv_set(job, submit, durable, true);
     if (set->ignore_eos)
         qv_set(job, submit, ignore_eos, true);
     if (set->no_stream)
@@ -232,7 +239,8 @@ static qv_status add_prompt(job_list *list, const settings *set, const qv_option
     qv_msg_submit job = {0};
     char made_up[QV_CLIENT_ID_SIZE];
     qv_client_new_id(made_up);
-    made_up[8] = '\0'; /* unique per connection is enough, and people can type it */
+    if (!set->durable)
+        made_up[8] = '\0'; /* unique per connection is enough, and people can type it */
     const char *base = set->id ? set->id : made_up;
     char *id = set->id && numbered ? qv_arena_printf(&list->arena, "%s-%zu", base, list->n + 1)
                                    : qv_arena_strdup(&list->arena, base);
@@ -331,7 +339,10 @@ int cli_submit(int argc, char **argv)
         code = cli_fail(CLI_USAGE);
         goto end;
     }
-    if (qv_client_open(&(qv_client_options){.endpoint = set.common.broker}, &client) != QV_OK) {
+    if (qv_client_open(&(qv_client_options){.endpoint = set.common.broker,
+                                            .key = set.common.key,
+                                            .broker_key = set.common.broker_key},
+                       &client) != QV_OK) {
         code = cli_fail(CLI_FAILED);
         goto end;
     }

@@ -18,6 +18,7 @@ static const struct {
     {"cancel", cli_cancel, "stop a request by its id"},
     {"status", cli_status, "show workers, adapters and queues"},
     {"explain", cli_explain, "why a request went where it went"},
+    {"keys", cli_keys, "make keys for brokers, workers and clients"},
     {"adapters", cli_adapters, "list, add and remove adapters"},
 };
 #define N_COMMANDS (sizeof commands / sizeof commands[0])

@@ -2,7 +2,9 @@
  *
  * One connection carries any number of requests; every message about a request carries its id. The
  * calls mirror the wire (docs/protocol.md): submit and cancel send, poll returns the next message.
- * One thread at a time per client.
+ * With several brokers, requests are spread over them. When a connection breaks or a broker is
+ * lost, the client asks for what is open again, at the same broker or at another, and goes on
+ * behind what it has: poll shows each piece once. One thread at a time per client.
  *
  *     qv_client *client;
  *     qv_client_open(&(qv_client_options){.endpoint = "tcp://127.0.0.1:5555"}, &client);
@@ -25,20 +27,27 @@
 typedef struct qv_client qv_client;
 
 typedef struct {
-    const char *endpoint; /* the broker's client endpoint */
-    int64_t send_ms;      /* how long a send waits for a broker to be there; 0 = 5000 */
+    const char *endpoint;   /* a broker's client endpoint, or those of several parted by commas */
+    const char *key;        /* path of our key pair, for brokers that ask for keys; or NULL */
+    const char *broker_key; /* their public key, or the path of a file that has it */
+    int64_t send_ms;        /* how long a send waits for a broker to be there; 0 = 5000 */
 } qv_client_options;
 
 /* Connecting is asynchronous: a broker that is not there shows at the first send.
  * Errors: ARG (malformed endpoint), NOMEM. */
 qv_status qv_client_open(const qv_client_options *options, qv_client **out);
 
-/* Requests still in flight go on at the broker until it notices that their client is gone. */
+/* Requests still in flight wait for a while for somebody to resume them; durable ones go on. */
 void qv_client_close(qv_client *client);
 
 /* Send one message. Errors: TIMEOUT (no broker takes it: the sentence names the endpoint), ARG (the
  * job breaks a rule of the protocol), LIMIT. */
 qv_status qv_client_submit(qv_client *client, const qv_msg_submit *job);
+/* Go on with a request that was submitted elsewhere or earlier, behind the last seq that is known
+ * of each of its n streams (-1: from the start). Errors: as above, ARG, EXISTS. */
+qv_status qv_client_resume(qv_client *client, const char *id, const char *tenant,
+                           const int32_t *have, uint32_t n);
+
 qv_status qv_client_cancel(qv_client *client, const char *id);
 qv_status qv_client_request_status(qv_client *client);
 qv_status qv_client_request_explain(qv_client *client, const char *id);

@@ -12,9 +12,11 @@
 
 struct qv_mq {
     qv_mq_options options; /* its strings are NULL: see below */
+    qv_curve curve;        /* if options.curve is set, which points here then */
     char *endpoint;        /* as given; owned */
     char *bound;           /* resolved endpoints, joined by commas; NULL when connecting; owned */
     zsock_t *socket;       /* NULL after a failed reopen; owned */
+    zsock_t *monitor;      /* NULL: nobody wants to know; owned */
     void *handle;          /* the libzmq socket inside */
     qv_mq_stats stats;
 };
@@ -46,6 +48,18 @@ static void set_int(void *handle, int option, int value)
     zmq_setsockopt(handle, option, &value, sizeof(value));
 }
 
+static void set_curve(void *handle, const qv_curve *curve, bool bind)
+{
+    zmq_setsockopt(handle, ZMQ_CURVE_PUBLICKEY, curve->own.public_key, QV_KEY_SIZE);
+    zmq_setsockopt(handle, ZMQ_CURVE_SECRETKEY, curve->own.secret_key, QV_KEY_SIZE);
+    if (bind) {
+        set_int(handle, ZMQ_CURVE_SERVER, 1);
+        zmq_setsockopt(handle, ZMQ_ZAP_DOMAIN, curve->domain, strlen(curve->domain));
+    } else {
+        zmq_setsockopt(handle, ZMQ_CURVE_SERVERKEY, curve->server_key, QV_KEY_SIZE);
+    }
+}
+
 static void configure(void *handle, const qv_mq_options *options)
 {
     int64_t max_bytes = options->max_message_bytes > 0 ? (int64_t)options->max_message_bytes : -1;
@@ -60,6 +74,8 @@ static void configure(void *handle, const qv_mq_options *options)
         set_int(handle, ZMQ_HEARTBEAT_TIMEOUT, HEARTBEAT_LIVES * options->heartbeat_ms);
         set_int(handle, ZMQ_HEARTBEAT_TTL, HEARTBEAT_LIVES * options->heartbeat_ms);
     }
+    if (options->curve != NULL)
+        set_curve(handle, options->curve, options->bind);
     if (options->type == QV_MQ_ROUTER) {
         /* Say so when a peer is gone or its queue is full; the default drops the message. */
         set_int(handle, ZMQ_ROUTER_MANDATORY, 1);
@@ -115,6 +131,25 @@ static qv_status attach(qv_mq *mq)
     return status;
 }
 
+static qv_status open_monitor(qv_mq *mq)
+{
+    char name[64];
+    snprintf(name, sizeof name, "inproc://quiver-monitor-%p", mq->handle);
+    int events = ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED;
+    if (zmq_socket_monitor(mq->handle, name, events) == 0 &&
+        (mq->monitor = zsock_new(ZMQ_PAIR)) != NULL && zsock_connect(mq->monitor, "%s", name) == 0)
+        return QV_OK;
+    return qv_fail(QV_ERR_IO, "no monitor for %s: %s", mq->endpoint, zmq_strerror(errno));
+}
+
+static void close_socket(qv_mq *mq)
+{
+    if (mq->monitor != NULL)
+        zmq_socket_monitor(mq->handle, NULL, 0);
+    zsock_destroy(&mq->monitor);
+    zsock_destroy(&mq->socket);
+}
+
 /* Make a new socket; on failure there is none. */
 static qv_status open_socket(qv_mq *mq)
 {
@@ -125,9 +160,11 @@ static qv_status open_socket(qv_mq *mq)
         return qv_fail(QV_ERR_IO, "no socket for %s: %s", mq->endpoint, zmq_strerror(errno));
     mq->handle = zsock_resolve(mq->socket);
     configure(mq->handle, &mq->options);
-    qv_status status = attach(mq);
+    qv_status status = mq->options.monitor ? open_monitor(mq) : QV_OK;
+    if (status == QV_OK)
+        status = attach(mq);
     if (status != QV_OK)
-        zsock_destroy(&mq->socket);
+        close_socket(mq);
     return status;
 }
 
@@ -147,6 +184,10 @@ qv_status qv_mq_open(const qv_mq_options *options, qv_mq **out)
     }
     mq->options = *options;
     mq->options.endpoint = NULL;
+    if (options->curve != NULL) {
+        mq->curve = *options->curve;
+        mq->options.curve = &mq->curve;
+    }
     mq->endpoint = endpoint;
     qv_status status = open_socket(mq);
     if (status == QV_OK)
@@ -160,9 +201,10 @@ void qv_mq_close(qv_mq *mq)
 {
     if (mq == NULL)
         return;
-    zsock_destroy(&mq->socket);
+    close_socket(mq);
     free(mq->bound);
     free(mq->endpoint);
+    explicit_bzero(&mq->curve, sizeof mq->curve);
     free(mq);
 }
 
@@ -173,7 +215,7 @@ qv_status qv_mq_reopen(qv_mq *mq)
     if (mq->options.bind)
         return qv_fail(QV_ERR_STATE, "%s: only a connecting endpoint can be reopened",
                        mq->endpoint);
-    zsock_destroy(&mq->socket);
+    close_socket(mq);
     return open_socket(mq);
 }
 
@@ -190,6 +232,38 @@ const char *qv_mq_endpoint(const qv_mq *mq)
 const qv_mq_stats *qv_mq_get_stats(const qv_mq *mq)
 {
     return &mq->stats;
+}
+
+/* --- connections ----------------------------------------------------------------------------- */
+
+void *qv_mq_monitor(const qv_mq *mq)
+{
+    return mq->monitor != NULL ? zsock_resolve(mq->monitor) : NULL;
+}
+
+qv_mq_event qv_mq_next_event(qv_mq *mq)
+{
+    qv_mq_event event = QV_MQ_NO_EVENT;
+    void *handle = qv_mq_monitor(mq);
+    while (handle != NULL && event == QV_MQ_NO_EVENT) {
+        zmq_msg_t frame;
+        zmq_msg_init(&frame);
+        if (zmq_msg_recv(&frame, handle, ZMQ_DONTWAIT) < 0) {
+            zmq_msg_close(&frame);
+            break;
+        }
+        uint16_t number =
+            0; /* the event, then its value; the address follows in a frame of its own */
+        if (zmq_msg_size(&frame) >= sizeof number)
+            memcpy(&number, zmq_msg_data(&frame), sizeof number);
+        event = number == ZMQ_EVENT_HANDSHAKE_SUCCEEDED ? QV_MQ_CONNECTED
+                : number == ZMQ_EVENT_DISCONNECTED      ? QV_MQ_DISCONNECTED
+                                                        : QV_MQ_NO_EVENT;
+        while (zmq_msg_more(&frame) && zmq_msg_recv(&frame, handle, ZMQ_DONTWAIT) >= 0)
+            continue;
+        zmq_msg_close(&frame);
+    }
+    return event;
 }
 
 /* --- peers ----------------------------------------------------------------------------------- */
@@ -276,11 +350,15 @@ qv_status qv_mq_recv(qv_mq *mq, qv_mq_message *out)
         return no_socket(mq);
     out->peer.size = 0;
     out->peer.delimiter = false;
+    out->user = NULL;
     zmq_msg_init(&out->frame);
     qv_status status = recv_message(mq, out);
     if (status == QV_OK) {
         out->data = zmq_msg_data(&out->frame);
         out->size = zmq_msg_size(&out->frame);
+        out->user = mq->options.curve != NULL && mq->options.bind
+                        ? zmq_msg_gets(&out->frame, "User-Id")
+                        : NULL;
         mq->stats.received++;
         mq->stats.received_bytes += out->size;
     } else {

@@ -16,6 +16,7 @@
 #ifndef QV_COMMON_MQ_H
 #define QV_COMMON_MQ_H
 
+#include "common/keys.h"
 #include "common/status.h"
 
 #include <czmq.h>
@@ -24,6 +25,14 @@
 typedef struct qv_mq qv_mq;
 
 typedef enum { QV_MQ_ROUTER, QV_MQ_DEALER } qv_mq_type;
+
+/* Encryption and authentication by CURVE. An endpoint that binds is the server: it asks ZAP about
+ * each key, in this domain, and its messages say whose they are. */
+typedef struct {
+    qv_key_pair own;
+    char server_key[QV_KEY_SIZE]; /* connecting: the public key that the peer must have */
+    const char *domain;           /* binding; a literal */
+} qv_curve;
 
 /* How to make an endpoint; start from qv_mq_default_options(). All strings are copied. */
 typedef struct {
@@ -35,9 +44,11 @@ typedef struct {
                                * so keep it above qv_protocol_limits.max_bytes; default 32 MiB */
     int high_water_mark;      /* messages queued per peer and direction; default 10000 */
     int linger_ms;            /* how long closing goes on sending; default 0 */
-    int handshake_ms; /* a stranger who says nothing for this long is cut off; default 3000 */
-    int heartbeat_ms; /* ZMTP ping interval; silence of 3 intervals closes the connection;
-                       * 0 = none; default 1000 */
+    int handshake_ms;      /* a stranger who says nothing for this long is cut off; default 3000 */
+    int heartbeat_ms;      /* ZMTP ping interval; silence of 3 intervals closes the connection;
+                            * 0 = none; default 1000 */
+    bool monitor;          /* connecting: tell when connections come and go (qv_mq_next_event) */
+    const qv_curve *curve; /* NULL (the default): in the clear, from anybody; copied */
 } qv_mq_options;
 
 qv_mq_options qv_mq_default_options(qv_mq_type type, const char *endpoint);
@@ -64,6 +75,20 @@ zsock_t *qv_mq_socket(const qv_mq *mq);
 /* What the endpoint is really bound to, port wildcards resolved ("tcp://127.0.0.1:40123"), several
  * joined by commas; for a connecting one its endpoint as given. Borrowed. */
 const char *qv_mq_endpoint(const qv_mq *mq);
+
+/* --- Connections ------------------------------------------------------------------------------ */
+
+typedef enum {
+    QV_MQ_NO_EVENT,
+    QV_MQ_CONNECTED,    /* and authenticated */
+    QV_MQ_DISCONNECTED, /* it is tried again by itself */
+} qv_mq_event;
+
+/* The next event of an endpoint with `monitor`; NO_EVENT: there is none now. */
+qv_mq_event qv_mq_next_event(qv_mq *mq);
+
+/* Readable when there may be events; for zmq_pollitem_t. Borrowed; NULL without `monitor`. */
+void *qv_mq_monitor(const qv_mq *mq);
 
 /* --- Peers
  * --------------------------------------------------------------------------------------*/
@@ -95,7 +120,8 @@ typedef struct {
     qv_mq_peer peer;
     const void *data;
     size_t size;
-    zmq_msg_t frame; /* owns data */
+    const char *user; /* the public key of its sender; NULL without CURVE */
+    zmq_msg_t frame;  /* owns data */
 } qv_mq_message;
 
 /* Take the next message. OK: release it after use. BUSY: none is waiting (no error text is set).

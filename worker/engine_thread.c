@@ -1,6 +1,7 @@
 #include "worker/engine_thread.h"
 
 #include "common/arena.h"
+#include "common/confine.h"
 #include "common/log.h"
 #include "common/map.h"
 #include "common/ring.h"
@@ -376,10 +377,16 @@ static void load_adapter(qv_engine_thread *t, const qv_command *c)
         qv_err("out of memory: an adapter is not loaded");
         return;
     }
-    qv_status status = qv_engine_load_adapter(t->engine, c->name, c->path, c->pin);
+    qv_status status = c->trusted ? QV_OK
+                                  : qv_confine(c->path, t->options.adapter_roots.items,
+                                               t->options.adapter_roots.n);
+    if (status == QV_OK)
+        status = qv_engine_load_adapter(t->engine, c->name, c->path, c->pin);
     if (status == QV_OK)
         return;
-    qv_code code = status == QV_ERR_NOMEM ? QV_CODE_INTERNAL : QV_CODE_ADAPTER_INVALID;
+    qv_code code = status == QV_ERR_NOMEM       ? QV_CODE_INTERNAL
+                   : status == QV_ERR_NOT_FOUND ? QV_CODE_ADAPTER_NOT_FOUND
+                                                : QV_CODE_ADAPTER_INVALID;
     report_adapter(t, &(qv_adapter_event){.name = c->name,
                                           .path = c->path,
                                           .reason = qv_error(),

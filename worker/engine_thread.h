@@ -12,6 +12,7 @@
 #ifndef QV_WORKER_ENGINE_THREAD_H
 #define QV_WORKER_ENGINE_THREAD_H
 
+#include "common/options.h"
 #include "worker/engine.h"
 
 #include <stdatomic.h>
@@ -43,6 +44,7 @@ typedef struct {
     char *path;          /* LOAD; owned */
     char *digest;        /* RUN that goes on, UNLOAD: only this version (NULL = any); owned */
     bool pin;            /* LOAD */
+    bool trusted;        /* LOAD: from our own options, not from a broker */
     const char *reason;  /* ABORT: "cancelled" or "deadline"; a literal */
 } qv_command;
 
@@ -95,7 +97,8 @@ const qv_engine_view *qv_engine_thread_view(const qv_engine_thread *thread);
 typedef struct {
     qv_engine_options engine; /* strings are borrowed until OPENED or FAILED was reported */
     size_t max_message_bytes; /* a larger `step` message is split; a stream that cannot be ends */
-    qv_metrics *metrics;      /* may be NULL; outlives the thread */
+    qv_string_list adapter_roots; /* where the adapters of LOAD may lie; none: anywhere */
+    qv_metrics *metrics;          /* may be NULL; outlives the thread */
 } qv_engine_thread_options;
 
 /* Start to load the model. Errors: NOMEM, IO. */

@@ -26,15 +26,25 @@ typedef struct {
 } settings;
 
 static const qv_option table[] = {
-    QV_OPTION(settings, worker.brokers, LIST, "broker", "ENDPOINT", NULL,
-              "Where workers register: the broker's --backend, such as tcp://host:5556. Repeat it "
-              "for brokers to try in turn. Without one, Redis is asked for brokers; without Redis "
-              "either, it is " QV_WORKER_DEFAULT_BROKER ".",
-              .max = 64, .section = "Pool"),
+    QV_OPTION(
+        settings, worker.brokers, LIST, "broker", "ENDPOINT", NULL,
+        "Where workers register: the broker's --backend, such as tcp://host:5556. Repeat it "
+        "for several brokers of one pool. Without one, Redis is asked for brokers; without Redis "
+        "either, it is " QV_WORKER_DEFAULT_BROKER ".",
+        .max = 64, .section = "Pool"),
     QV_OPTION(settings, worker.redis, STRING, "redis", "URL", "none",
               "Redis that gets this worker's lease and knows brokers: "
               "redis://[[user]:password@]host[:port][/db] or unix:///path[?db=n]. none: no Redis.",
               .secret = true, .section = "Pool"),
+    QV_OPTION(settings, worker.key, STRING, "key", "FILE", NULL,
+              "This worker's key pair (`quiver keys new`), for brokers that ask for keys.",
+              .section = "Pool"),
+    QV_OPTION(settings, worker.broker_key, STRING, "broker-key", "KEY", NULL,
+              "The brokers' public key, or the file that has it.", .section = "Pool"),
+    QV_OPTION(settings, worker.adapter_roots, LIST, "adapter-root", "DIR", NULL,
+              "Load adapters only from below this folder, links resolved; repeat it for several. "
+              "Without one: from anywhere.",
+              .max = 64, .section = "Pool"),
     QV_OPTION(settings, worker.id, STRING, "id", "ID", NULL,
               "Name of this worker in the pool, unique. Default: host name, process id and random "
               "digits.",

@@ -251,6 +251,7 @@ static void connect_to_next(qv_session *s, uint64_t now)
     qv_mq_options options = qv_mq_default_options(QV_MQ_DEALER, endpoint);
     options.linger_ms = LINGER_MS;
     options.max_message_bytes = s->options.max_message_bytes;
+    options.curve = s->options.curve;
     s->state = JOINING;
     s->ready_sent = false;
     s->deadline_ms = now + (uint64_t)s->options.register_timeout_ms;

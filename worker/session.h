@@ -14,6 +14,7 @@
 #ifndef QV_WORKER_SESSION_H
 #define QV_WORKER_SESSION_H
 
+#include "common/mq.h"
 #include "common/protocol.h"
 
 typedef struct _zloop_t zloop_t;
@@ -21,6 +22,7 @@ typedef struct qv_session qv_session;
 
 typedef struct {
     int64_t register_timeout_ms; /* for a connection and a `welcome`; then the next broker */
+    const qv_curve *curve;       /* NULL = in the clear; copied into each socket */
     size_t max_message_bytes;    /* a broker that sends a larger one is disconnected */
     size_t max_backlog_bytes;    /* a broker for which so much waits is given up; 0 = no limit */
 

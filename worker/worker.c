@@ -76,6 +76,8 @@ static qv_status check_endpoint(const char *endpoint)
 
 static qv_status check_options(const qv_worker_options *o)
 {
+    if ((o->key != NULL) != (o->broker_key != NULL))
+        return qv_fail(QV_ERR_ARG, "a key and the brokers' public key go together");
     if (o->engine.model_dir == NULL || o->engine.model_dir[0] == 0)
         return qv_fail(QV_ERR_ARG, "no model directory");
     if (qv_worker_has_redis(o))
@@ -168,8 +170,13 @@ static qv_status start(qv_worker *w)
 {
     static const char *default_broker = QV_WORKER_DEFAULT_BROKER;
     qv_engine_thread_options engine = {.engine = w->options.engine,
-                                       .max_message_bytes = (size_t)w->options.max_message_bytes};
+                                       .max_message_bytes = (size_t)w->options.max_message_bytes,
+                                       .adapter_roots = w->options.adapter_roots};
     QV_TRY(check_options(&w->options));
+    if (w->options.key != NULL) {
+        QV_TRY(qv_key_pair_read(w->options.key, &w->curve.own));
+        QV_TRY(qv_public_key_get(w->options.broker_key, w->curve.server_key));
+    }
     if (w->options.brokers.n == 0 && !qv_worker_has_redis(&w->options))
         w->options.brokers = (qv_string_list){.items = &default_broker, .n = 1};
     QV_TRY(set_id(w));

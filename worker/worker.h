@@ -19,12 +19,15 @@ typedef struct qv_worker qv_worker;
 /* Settings; the table in worker/main.c documents them. Texts must outlive the worker. */
 typedef struct {
     qv_engine_options engine;
-    const char *id;          /* NULL: host name, process id, random digits */
-    const char *model_name;  /* what the pool calls the model; NULL: last part of model_dir */
-    qv_string_list brokers;  /* endpoints to try in turn; none: those that Redis knows, or without
-                                a Redis QV_WORKER_DEFAULT_BROKER */
-    const char *redis;       /* URL; NULL, "" or "none": no lease, no discovery */
-    qv_string_list adapters; /* NAME=DIR: loaded and pinned from the start */
+    const char *id;         /* NULL: host name, process id, random digits */
+    const char *model_name; /* what the pool calls the model; NULL: last part of model_dir */
+    qv_string_list brokers; /* endpoints of brokers, to register with all of them; none: those that
+                               Redis knows, or without a Redis QV_WORKER_DEFAULT_BROKER */
+    const char *key;        /* path of our key pair for CURVE; NULL = in the clear */
+    const char *broker_key; /* the brokers' public key, or the path of a file that has it */
+    qv_string_list adapter_roots; /* folders that adapters may come from; none: anywhere */
+    const char *redis;            /* URL; NULL, "" or "none": no lease, no discovery */
+    qv_string_list adapters;      /* NAME=DIR: loaded and pinned from the start */
 
     const char *metrics_address;
     int64_t metrics_port;        /* 0 = a free one, -1 = none */

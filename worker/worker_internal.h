@@ -38,6 +38,7 @@ struct qv_worker {
     char id[QV_ID_MAX + 1];
     char model[257];
     char model_digest[QV_MODEL_DIGEST_SIZE];
+    qv_curve curve; /* if options.key is set */
     qv_metrics *metrics;
     qv_metrics_server *server;
     worker_metrics counts;

@@ -305,6 +305,7 @@ static worker_link *new_link(qv_worker *w)
     worker_link *link = &w->links[w->n_links];
     *link = (worker_link){.worker = w, .number = (uint32_t)w->n_links};
     qv_session_options options = {.register_timeout_ms = w->options.register_timeout_ms,
+                                  .curve = w->options.key != NULL ? &w->curve : NULL,
                                   .max_message_bytes = (size_t)w->options.max_message_bytes,
                                   .max_backlog_bytes = 2 * (size_t)w->options.max_message_bytes,
                                   .fill_ready = fill_ready,
@@ -369,6 +370,7 @@ static void load_first_adapters(qv_worker *w)
         command(w, (qv_command){.type = QV_COMMAND_LOAD,
                                 .name = strndup(text, (size_t)(sep - text)),
                                 .path = strdup(sep + 1),
+                                .trusted = true,
                                 .pin = true});
     }
 }

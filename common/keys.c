@@ -112,11 +112,12 @@ qv_status qv_public_key_get(const char *text_or_path, char out[QV_KEY_SIZE])
 {
     char text[FILE_MAX];
     struct stat st;
-    if (qv_key_is_valid(text_or_path, strlen(text_or_path))) {
+    /* A path may look like a key: what is there is a path. */
+    qv_status status = read_file(text_or_path, text, &st);
+    if (status == QV_ERR_NOT_FOUND && qv_key_is_valid(text_or_path, strlen(text_or_path))) {
         memcpy(out, text_or_path, QV_KEY_SIZE);
         return QV_OK;
     }
-    qv_status status = read_file(text_or_path, text, &st);
     if (status == QV_ERR_NOT_FOUND)
         return qv_fail(QV_ERR_ARG, "'%s' is neither a public key of 40 characters nor a file",
                        text_or_path);

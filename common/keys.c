@@ -214,7 +214,8 @@ static qv_status parse_line(const char *at, const char *end, size_t line, qv_key
     return QV_OK;
 }
 
-/* Z85 has a # of its own: a comment begins at the start of a line or behind a blank. */
+/* Z85 has a # of its own, which no key can begin with: a comment begins a line or follows a blank.
+ */
 static const char *find_comment(const char *at, const char *end)
 {
     for (const char *p = at; p < end; p++)
@@ -236,14 +237,7 @@ static qv_status parse_lines(const char *text, size_t size, qv_key_rights **rows
         stop = stop != NULL ? stop : end;
         bool found;
         qv_key_rights row;
-        /* A key may begin with a #, so a line of one is tried as a key first. */
         const char *comment = find_comment(at, stop);
-        bool is_key =
-            comment == at && stop - at >= QV_KEY_SIZE - 1 &&
-            qv_key_is_valid(at, strcspn(at, " \t\r\n") < QV_KEY_SIZE ? strcspn(at, " \t\r\n")
-                                                                     : QV_KEY_SIZE);
-        if (is_key)
-            comment = find_comment(at + 1, stop);
         QV_TRY(parse_line(at, comment, ++line, &row, &found));
         at = stop + 1;
         if (!found)

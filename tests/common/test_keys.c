@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #define KEY  "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
-#define HASH "#qN$5k3>u(*^/QZ2e{0.T-xW<b8[c&1&a=!:H+d@"
+#define HASH "uyMQ#9Q*3/hl#eC<P43f(i-cJUQC&X.zl]Ew52X%"
 
 Test(keys, a_pair_is_written_for_its_owner_and_read_again)
 {
@@ -59,7 +59,7 @@ Test(keys, a_list_says_what_each_key_may_do)
 {
     static const char text[] =
         "# who may connect\n\n" KEY " tenant=acme rights=submit,operate # a\n"
-        HASH "\trights=worker\r\n";
+        "  " HASH "\trights=worker\r\n";
     qv_key_rights *rows;
     size_t n;
     cr_assert_eq(qv_key_list_parse(text, strlen(text), &rows, &n), QV_OK, "%s", qv_error());

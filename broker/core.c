@@ -479,7 +479,7 @@ static qv_wait reason_to_wait(const qv_core *core, const qv_group *group)
 static void dispatch_job(qv_core *core, qv_job *job, uint64_t now_us)
 {
     qv_group *group = job->group;
-    bool has_begun = job->digest[0] != '\0' && qv_job_has_begun(job);
+    bool has_begun = job->digest[0] != '\0' && (job->held || qv_job_has_begun(job));
     if (has_begun && is_stranded(job)) {
         qv_core_fail_job(core, job, QV_CODE_WORKER_LOST,
                          "the worker was lost, and its version of the adapter with it", 0, now_us);

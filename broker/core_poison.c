@@ -120,7 +120,7 @@ qv_member *qv_core_place_alone(qv_core *core, const qv_job *job, qv_member *chos
         bool holds = job->group == core->pool.base;
         const qv_resident *resident = holds ? NULL : qv_resident_find(job->group, member);
         bool fits = resident != NULL && resident->state == QV_RESIDENT_READY &&
-                    (!qv_job_has_begun(job) || job->digest[0] == '\0' ||
+                    ((!qv_job_has_begun(job) && !job->held) || job->digest[0] == '\0' ||
                      strcmp(job->digest, resident->digest) == 0);
         holds = holds || fits;
         if (holds && member->n_alone == 0 && qv_member_credit(member) > 0)

@@ -186,12 +186,13 @@ static void send_encoded(qv_core *core, qv_caller *caller, uint64_t serial, cons
 
 /* The messages of a stream behind `have`. They are bounded by what is kept. */
 static void replay(qv_core *core, qv_caller *caller, uint64_t serial, qv_str id, bool stream,
-                   uint32_t index, const qv_job_stream *from, int64_t have, uint64_t now_us)
+                   const char *digest, uint32_t index, const qv_job_stream *from, int64_t have,
+                   uint64_t now_us)
 {
     int64_t first = have + 1 > from->base_seq ? have + 1 - from->base_seq : 0;
     for (int64_t i = first; stream && i < from->n_bounds && !caller->gone; i++) {
         qv_message message;
-        qv_stream_message(from, id, index, (uint32_t)i, &message);
+        qv_stream_message(from, id, digest, index, (uint32_t)i, &message);
         qv_caller_send(caller, serial, &message, true, now_us, NULL);
     }
     if (from->done != NULL && have < from->base_seq + (stream ? from->n_bounds : 0))
@@ -225,6 +226,18 @@ static bool reaches_back(const qv_job_stream *streams, uint32_t n,
     return true;
 }
 
+/* Whether what the client has is of another version of the adapter. */
+static bool is_other(const char *digest, const qv_msg_resume_request *request)
+{
+    return request->digest.size > 0 && digest[0] != '\0' && !qv_str_equal(request->digest, digest);
+}
+
+static void refuse_other(qv_core *core, const qv_mq_peer *peer, qv_str id, uint64_t now_us)
+{
+    qv_core_refuse(core, peer, id, QV_CODE_WORKER_LOST,
+                   "the adapter was replaced in the middle of the answer", 0, now_us);
+}
+
 static void refuse_gap(qv_core *core, const qv_mq_peer *peer, qv_str id, uint64_t now_us)
 {
     qv_core_refuse(core, peer, id, QV_CODE_NOT_FOUND,
@@ -244,6 +257,16 @@ void qv_core_attach(qv_core *core, const qv_mq_peer *peer, qv_job *job,
         refuse_gap(core, peer, id, now_us);
         return;
     }
+    bool is_bound = job->held || qv_job_has_begun(job);
+    if (is_bound && is_other(job->digest, request)) {
+        refuse_other(core, peer, id, now_us);
+        return;
+    }
+    if (!is_bound && request->digest.size > 0) { /* it runs again: only that version will do */
+        job->held = true;
+        memset(job->digest, 0, sizeof job->digest);
+        memcpy(job->digest, request->digest.data, request->digest.size);
+    }
     qv_caller_drop_spill(job->caller, job->serial);
     qv_caller *old = job->caller;
     qv_status status = qv_job_give(job, caller);
@@ -260,7 +283,8 @@ void qv_core_attach(qv_core *core, const qv_mq_peer *peer, qv_job *job,
     for (uint32_t i = 0; i < job->n; i++) {
         int64_t have = qv_core_have(request, i);
         job->streams[i].have = have;
-        replay(core, caller, job->serial, id, job->stream, i, &job->streams[i], have, now_us);
+        replay(core, caller, job->serial, id, job->stream, job->digest, i, &job->streams[i], have,
+               now_us);
     }
     if (job->state == QV_JOB_PARKED && job->park != QV_PARK_STORING && !caller->gone)
         qv_core_unpark(core, job, now_us);
@@ -277,11 +301,15 @@ void qv_core_replay_kept(qv_core *core, const qv_mq_peer *peer, const qv_kept *k
         refuse_gap(core, peer, id, now_us);
         return;
     }
+    if (is_other(kept->digest, request)) {
+        refuse_other(core, peer, id, now_us);
+        return;
+    }
     core->stats.resumed++;
     tell_resumed(core, caller, 0, id, now_us);
     for (uint32_t i = 0; i < kept->n; i++)
-        replay(core, caller, 0, id, kept->stream, i, &kept->streams[i], qv_core_have(request, i),
-               now_us);
+        replay(core, caller, 0, id, kept->stream, kept->digest, i, &kept->streams[i],
+               qv_core_have(request, i), now_us);
     if (kept->error != NULL)
         send_encoded(core, caller, 0, kept->error, kept->error_size, now_us);
     qv_caller_release(caller);

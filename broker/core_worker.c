@@ -219,6 +219,9 @@ static bool forward(qv_core *core, qv_job *job, qv_job_stream *stream, const qv_
         qv_set(tokens, tokens, logprobs, delta->logprobs);
     if (qv_has(delta, delta, top_logprobs))
         qv_set(tokens, tokens, top_logprobs, delta->top_logprobs);
+    if (stream->seq_out == 0 && job->digest[0] != '\0')
+        qv_set(tokens, tokens, digest, qv_str_from(job->digest));
+
     /* The numbers of a durable request must be the same when it runs again: a piece is a message.
      */
     bool joined = false;
@@ -257,7 +260,7 @@ static bool is_same_adapter(qv_core *core, qv_job *job, const qv_msg_delta *delt
 {
     if (delta->digest.size == 0 || delta->digest.size > QV_POOL_DIGEST_MAX)
         return true;
-    if (qv_job_has_begun(job) && job->digest[0] != '\0' &&
+    if ((job->held || qv_job_has_begun(job)) && job->digest[0] != '\0' &&
         !qv_str_equal(delta->digest, job->digest)) {
         qv_core_fail_job(core, job, QV_CODE_WORKER_LOST,
                          "the adapter was replaced in the middle of the answer", 0, now_us);

@@ -88,6 +88,7 @@ void qv_keep_take(qv_keep *keep, qv_job *job, uint64_t until_us)
     kept->until_us = until_us;
     kept->stream = job->stream;
     kept->durable = job->durable;
+    memcpy(kept->digest, job->digest, sizeof kept->digest);
     kept->id_size = job->id_size;
     memcpy(kept->id, job->id, sizeof kept->id);
     kept->n = job->n;
@@ -116,8 +117,8 @@ void qv_keep_tick(qv_keep *keep, uint64_t now_us)
 
 /* --- Messages of an answer --------------------------------------------------------------------*/
 
-void qv_stream_message(const qv_job_stream *stream, qv_str id, uint32_t index, uint32_t i,
-                       qv_message *out)
+void qv_stream_message(const qv_job_stream *stream, qv_str id, const char *digest, uint32_t index,
+                       uint32_t i, qv_message *out)
 {
     const qv_answer *answer = &stream->answer;
     qv_bound from = i > 0 ? stream->bounds[i - 1] : (qv_bound){0}, to = stream->bounds[i];
@@ -127,6 +128,8 @@ void qv_stream_message(const qv_job_stream *stream, qv_str id, uint32_t index, u
     tokens->id = id;
     tokens->index = index;
     tokens->seq = stream->base_seq + i;
+    if (tokens->seq == 0 && digest[0] != '\0')
+        qv_set(tokens, tokens, digest, qv_str_from(digest));
     tokens->text = (qv_str){answer->text + from.text_size, to.text_size - from.text_size};
     tokens->tokens = (qv_ints){answer->tokens + from.n_tokens, n};
     if (answer->n_logprobs > 0 && n > 0)
@@ -169,7 +172,7 @@ qv_status qv_answer_pack(const qv_job *job, qv_arena *arena, const void **data, 
             const void *bytes;
             size_t n;
             qv_arena_reset(&scratch);
-            qv_stream_message(stream, id, i, k, &message);
+            qv_stream_message(stream, id, job->digest, i, k, &message);
             status = qv_message_encode(&message, &scratch, &bytes, &n);
             if (status == QV_OK)
                 pack_bytes(&writer, bytes, n);

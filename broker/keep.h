@@ -16,6 +16,7 @@ typedef struct {
     uint64_t until_us;
     size_t bytes;
     bool stream, durable;
+    char digest[QV_POOL_DIGEST_MAX + 1]; /* of the adapter that answered */
     uint8_t id_size;
     char id[QV_JOB_ID_MAX + 1];
     uint32_t n;
@@ -44,8 +45,8 @@ void qv_keep_tick(qv_keep *keep, uint64_t now_us);
 /* --- Messages of an answer --------------------------------------------------------------------*/
 
 /* The i-th message that a stream's client got, as views of its answer. */
-void qv_stream_message(const qv_job_stream *stream, qv_str id, uint32_t index, uint32_t i,
-                       qv_message *out);
+void qv_stream_message(const qv_job_stream *stream, qv_str id, const char *digest, uint32_t index,
+                       uint32_t i, qv_message *out);
 
 /* All messages of an ended job in one block of bytes: an array of encoded messages, stream by
  * stream. Errors: NOMEM. */

@@ -316,6 +316,10 @@ qv_status qv_requests_accept(qv_requests *requests, qv_caller *caller, qv_group 
     if (qv_has(submit, submit, deadline_ms))
         job->deadline_us = now_us + (uint64_t)submit->deadline_ms * 1000;
     job->bytes = (size_t)bytes;
+    if (submit->resume.count > 0 && submit->digest.size > 0) {
+        job->held = true;
+        memcpy(job->digest, submit->digest.data, submit->digest.size);
+    }
     for (uint32_t i = 0; i < job->n; i++)
         qv_answer_init(&job->streams[i].answer, (size_t)requests->limits.max_answer_bytes);
     qv_list_append(&caller->jobs, &job->caller_link);

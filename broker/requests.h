@@ -141,7 +141,8 @@ struct qv_job {
     char killed[2 * (QV_ID_MAX + 1)];    /* the first of them */
     uint32_t n_refusals;                 /* workers that did not hold the adapter after all */
     char digest[QV_POOL_DIGEST_MAX + 1]; /* of the adapter that began to answer; "" before */
-    qv_strs warnings;                    /* for `done` where nothing said them before; owned */
+    bool held;        /* the client has tokens of this version: only that will do */
+    qv_strs warnings; /* for `done` where nothing said them before; owned */
     bool warnings_told;
 
     uint64_t received_us, dispatched_us, first_token_us; /* 0 = not yet */

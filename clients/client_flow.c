@@ -2,6 +2,7 @@
 
 #include "common/map.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -20,6 +21,7 @@ typedef struct {
     char *submit; /* [submit_size] encoded; NULL: we do not know what it asks; owned */
     size_t submit_size;
     char *id, *tenant; /* owned */
+    char digest[65];   /* of the adapter that answers; "" = not known, or none */
     bool durable, resumed, resuming, sent;
     bool has_seed;
     uint64_t seed;
@@ -162,6 +164,8 @@ static void send_resume(qv_flow *flow, flow_entry *entry, int link, uint64_t now
     qv_set(&message.resume_request, resume_request, seqs, ((qv_ints){seqs, entry->n}));
     if (entry->tenant[0] != '\0')
         qv_set(&message.resume_request, resume_request, tenant, qv_str_from(entry->tenant));
+    if (entry->digest[0] != '\0')
+        qv_set(&message.resume_request, resume_request, digest, qv_str_from(entry->digest));
     entry->resuming = entry->resumed = true;
     send_to(flow, entry, link, &message, now_ms);
 }
@@ -190,6 +194,8 @@ static void send_submit(qv_flow *flow, flow_entry *entry, int link, uint64_t now
     }
     if (rows != NULL) {
         qv_set(&message.submit, submit, seed, entry->seed);
+        if (entry->digest[0] != '\0')
+            qv_set(&message.submit, submit, digest, qv_str_from(entry->digest));
         message.submit.resume.data = rows;
         message.submit.resume.count = entry->n;
         qv_mark(&message.submit, submit, resume);
@@ -420,6 +426,9 @@ bool qv_flow_take(qv_flow *flow, uint32_t link, const qv_message *message, uint6
         }
         break;
     case QV_MSG_TOKENS:
+        if (message->tokens.digest.size > 0 && message->tokens.digest.size < sizeof entry->digest)
+            snprintf(entry->digest, sizeof entry->digest, "%.*s", (int)message->tokens.digest.size,
+                     message->tokens.digest.data);
         is_shown = take_piece(entry, message->tokens.index, message->tokens.seq,
                               message->tokens.tokens, false);
         break;

@@ -243,6 +243,26 @@ Test(resume, of_a_submit_must_make_sense)
     world_free(w);
 }
 
+Test(resume, never_mixes_two_versions_of_an_adapter)
+{
+    world *w = world_new(NULL);
+    uint64_t epoch = world_join(w, "w1", 4, 2, "a:v2");
+    world_submit(w, "c1", "x", "a", "seed", "7", "digest", "\"v1\"", "resume",
+                 "[{\"index\":0,\"seq\":1,\"tokens\":[5]}]", NULL);
+    world_expect(w, "c1", QV_MSG_ACCEPTED);
+    expect_error(w, "c1", "WORKER_LOST");
+    world_submit(w, "c1", "y", "a", NULL);
+    world_expect(w, "c1", QV_MSG_ACCEPTED);
+    uint64_t request = world_expect(w, "w1", QV_MSG_RUN)->run.request;
+    world_delta(w, "w1", epoch, request, 0, 0, "y0", NULL);
+    cr_assert(qv_str_equal(world_expect(w, "c1", QV_MSG_TOKENS)->tokens.digest, "v2"));
+    resume(w, "c2", "y", ",\"seq\":0,\"digest\":\"v1\"");
+    expect_error(w, "c2", "WORKER_LOST");
+    resume(w, "c2", "y", ",\"seq\":0,\"digest\":\"v2\"");
+    expect_resumed(w, "c2");
+    world_free(w);
+}
+
 /* --- Durable ----------------------------------------------------------------------------------*/
 
 static void stored(world *w, qv_stored how, const char *detail)

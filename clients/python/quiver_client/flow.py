@@ -142,6 +142,8 @@ class Flow:
         resume = {"type": "resume", "id": entry.request.id, "seqs": entry.request.seqs()}
         if entry.message.get("tenant"):
             resume["tenant"] = entry.message["tenant"]
+        if entry.request.digest:
+            resume["digest"] = entry.request.digest
         entry.request.resumed = True
         self._send(entry, link, resume)
 

@@ -65,6 +65,7 @@ class Request:
         self._ended = [False] * self.n
         self.resumed = False  # pieces may come again: those that are known are passed over
         self.seed: Optional[int] = message.get("seed")
+        self.digest: Optional[str] = None  # of the adapter that answers
         self.error: Optional[QuiverError] = None
         self.warnings: List[str] = []
 
@@ -88,6 +89,7 @@ class Request:
             )
             return None
         if kind == "tokens":
+            self.digest = message.get("digest", self.digest)
             return self._append(message) if self._is_next(message) else None
         if kind == "done":
             return self._finish(message) if self._is_next(message) else None
@@ -109,7 +111,8 @@ class Request:
             {"index": a.index, "seq": seq - ended, "tokens": a.tokens, "finished": ended}
             for a, seq, ended in zip(self.answers, self._next_seq, self._ended)
         ]
-        return {**message, "seed": self.seed, "resume": rows}
+        version = {"digest": self.digest} if self.digest else {}
+        return {**message, **version, "seed": self.seed, "resume": rows}
 
     def _is_next(self, message: Dict[str, Any]) -> bool:
         index, seq = message["index"], message["seq"]

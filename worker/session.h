@@ -1,4 +1,4 @@
-/* Session: a worker's registration with one broker at a time, over a DEALER.
+/* Session: a worker's registration with a broker, over a DEALER; one at a time of those it is given.
  *
  *     SEEKING --> JOINING --> JOINED
  *        ^___________|___________|     lost: another socket, another broker if there is one

@@ -62,6 +62,60 @@ def begin(client, jobs):
     return streams
 
 
+class Workers(unittest.TestCase):
+    JOBS = [
+        job(0, presence_penalty=0.3, logprobs=2),
+        job(1, n=3, frequency_penalty=0.2),
+        job(2, repetition_penalty=1.1, stop=["zebra", "no such text"]),
+        job(3, adapter="json", logprobs=0),
+    ]
+
+    def begin(self, pool, client):
+        jobs = [dict(j) for j in self.JOBS]
+        expected = [client.stream(**j).answers() for j in jobs]
+        streams = begin(client, jobs)
+        busy = max(pool.status()["workers"], key=lambda w: w["in_flight"])["id"]
+        return expected, streams, busy
+
+    def check(self, report, streams, expected):
+        report.finish(streams, [[a.tokens for a in row] for row in expected])
+        report.check(self, 5)
+        for stream, row in zip(streams, expected):
+            for got, want in zip(stream.answers(), row):
+                self.assertEqual((got.text, got.logprobs, got.top_logprobs, got.finish_reason),
+                                 (want.text, want.logprobs, want.top_logprobs, want.finish_reason))  # fmt: skip
+
+    def test_a_killed_worker_is_continued_exactly(self):
+        with Pool(workers=2, adapters=demo_adapters("json"), broker_args=FAST) as pool, pool.client() as client:
+            expected, streams, busy = self.begin(pool, client)
+            pool.kill(busy)
+            self.check(Report("kill -9 of a worker"), streams, expected)
+
+    def test_a_worker_that_sleeps_is_a_ghost_when_it_wakes(self):
+        with Pool(workers=2, adapters=demo_adapters("json"), broker_args=FAST) as pool, pool.client() as client:
+            expected, streams, busy = self.begin(pool, client)
+            pool.kill(busy, signal.SIGSTOP)
+            waker = threading.Timer(1.2, pool.kill, (busy, signal.SIGCONT))
+            waker.start()
+            self.check(Report("SIGSTOP of a worker, then SIGCONT"), streams, expected)
+            waker.join()
+            pool.wait_worker(busy)
+
+    def test_a_cancel_is_confirmed_and_frees_the_place_at_once(self):
+        with Pool(workers=1, worker_args=["--max-running", "1"], broker_args=FAST) as pool, pool.client() as client:
+            stream = client.stream(**{**job(1), "max_tokens": 3500})
+            next(stream)
+            waiting = client.stream(**{**job(2), "max_tokens": 2})
+            began = time.monotonic()
+            stream.cancel()
+            self.assertEqual(stream.answer().finish_reason, "cancelled")
+            confirmed = time.monotonic() - began
+            next(waiting)
+            print(f"cancel: confirmed after {confirmed * 1000:.0f} ms, the next request's first token after "
+                  f"{(time.monotonic() - began) * 1000:.0f} ms", file=sys.stderr)  # fmt: skip
+            self.assertLess(confirmed, 1)
+
+
 class Brokers(unittest.TestCase):
     def test_a_killed_broker_that_restarts_loses_no_stream(self):
         report = Report("kill -9 of the broker, restarted")

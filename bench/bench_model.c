@@ -1,14 +1,16 @@
-/* bench_model: steps of a whole model on one device, each beside its floor: decode at several
- * numbers of sequences and the prefill of a long prompt. Weights are made up unless the folder has
- * them, so a config.json alone is enough (bench/configs/ has those of released sizes).
+/* bench_model: steps of a whole model on one device or split over several, each beside its floor:
+ * decode at several numbers of sequences and the prefill of a long prompt. Weights are made up
+ * unless the folder has them, so a config.json alone is enough (bench/configs/ has those of
+ * released sizes).
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
- *               [--rank R] [--eager]
+ *               [--rank R] [--eager] [--tp N] [--ep N] [--one-device]
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
  * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
- * measured in the same run on the same device. Times are medians over steps, from the host's clock
- * around step and sampling; the gap is what a step takes beyond the device's own time.
+ * measured in the same run on the first device, shared out evenly over ranks. Times are medians
+ * over steps, from the host's clock around step and sampling; the gap is what a step takes beyond
+ * the device's own time.
  */
 #include "common/clock.h"
 #include "models/model.h"
@@ -28,7 +30,9 @@ static struct {
     const char *dir, *backend;
     int32_t context, prompt, sizes[MAX_SIZES], n_sizes, max_size, adapters, rank;
     bool eager;
-} args = {.backend = "cuda", .context = 2048, .prompt = 8192, .rank = 16};
+    int32_t tp, ep;  /* ranks that share the model; groups of them that share out the experts */
+    bool one_device; /* all ranks on the first device */
+} args = {.backend = "cuda", .context = 2048, .prompt = 8192, .rank = 16, .tp = 1, .ep = 1};
 
 static void check(qv_status status, const char *what)
 {
@@ -126,7 +130,8 @@ static void measure_gemm(qv_backend *be)
 /* --- Steps -------------------------------------------------------------------------------- */
 
 typedef struct {
-    qv_backend *be;
+    qv_backend *be; /* rank 0's */
+    qv_backend *backends[QV_MAX_RANKS];
     qv_model *model;
     qv_memory_plan plan;
     int64_t vocab, embed_bytes;
@@ -245,7 +250,7 @@ static void decode_table(bench *b)
     for (int i = 0; i < args.n_sizes; i++) {
         int32_t n = args.sizes[i];
         qv_batch batch = make_batch(b, n, args.context - 1, 1);
-        double device, bytes = step_bytes(b, n, args.context), floor = bytes / copy_rate;
+        double device, bytes = step_bytes(b, n, args.context), floor = bytes / copy_rate / args.tp;
         double t = time_step(b, &batch, 20, &device);
         printf("%6d %10.2f %10.3f %10.3f %10.3f %8.2f %10.0f\n", n, bytes * 1e-9, floor * 1e3,
                t * 1e3, device * 1e3, t / floor, n / t);
@@ -266,8 +271,9 @@ static void prefill_table(bench *b)
 {
     qv_batch batch = make_batch(b, 1, 0, args.prompt);
     double device, t = time_step(b, &batch, 5, &device);
-    double flop = prefill_flop(b, args.prompt) / gemm_rate;
-    double bytes = weight_bytes(b, args.prompt) / copy_rate, floor = flop > bytes ? flop : bytes;
+    double flop = prefill_flop(b, args.prompt) / gemm_rate / args.tp;
+    double bytes = weight_bytes(b, args.prompt) / copy_rate / args.tp,
+           floor = flop > bytes ? flop : bytes;
     printf("\nprefill of %d tokens: floor %.1f ms (FLOP %.1f, weights %.1f), step %.1f ms, device "
            "%.1f "
            "ms, ratio %.2f, %.0f tokens/s\n",
@@ -299,10 +305,17 @@ static void parse_sizes(char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},          {0},
+        {"backend", required_argument, NULL, 'b'},
+        {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},
+        {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'},
+        {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},
+        {"tp", required_argument, NULL, 't'},
+        {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},
+        {0},
     };
     char sizes[] = "1,16,64";
     parse_sizes(sizes);
@@ -329,13 +342,23 @@ static void parse(int argc, char **argv)
         case 'e':
             args.eager = true;
             break;
+        case 't':
+            args.tp = number(optarg);
+            break;
+        case 'x':
+            args.ep = number(optarg);
+            break;
+        case 'o':
+            args.one_device = true;
+            break;
         default:
             exit(2);
         }
     }
-    if (optind + 1 != argc || args.n_sizes == 0) {
+    if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
         fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
-                        "[--sizes N,N,...] [--adapters N] [--rank R] [--eager]\n");
+                        "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--tp N] [--ep N] "
+                        "[--one-device]\n");
         exit(2);
     }
     args.dir = argv[optind];
@@ -367,7 +390,8 @@ static void open_model(bench *b)
     b->pages_of_context = per_seq;
     b->n_pages = limits.n_pages;
     double start = now();
-    check(qv_model_open(args.dir, b->be, &limits, NULL, NULL, &b->model), "open");
+    qv_model_ranks ranks = {.backends = b->backends, .n_ranks = args.tp, .expert_groups = args.ep};
+    check(qv_model_open_ranks(args.dir, &ranks, &limits, NULL, NULL, &b->model), "open");
     const qv_model_config *c = qv_model_get_config(b->model);
     check(qv_model_plan(c, b->be, &limits, &b->plan), "plan");
     b->vocab = c->vocab;
@@ -387,18 +411,25 @@ int main(int argc, char **argv)
 {
     parse(argc, argv);
     bench b = {.model = NULL};
-    qv_backend_options options = {.name = args.backend};
-    check(qv_backend_open(&options, &b.be), "backend");
+    for (int32_t i = 0; i < args.tp; i++) {
+        qv_backend_options options = {.name = args.backend, .device = args.one_device ? 0 : i};
+        check(qv_backend_open(&options, &b.backends[i]), "backend");
+    }
+    b.be = b.backends[0];
     measure_copy(b.be);
     measure_gemm(b.be);
-    printf("%s on %s: copy %.2f TB/s, GEMM %.0f TFLOP/s\n", args.dir, qv_backend_describe(b.be),
-           copy_rate * 1e-12, gemm_rate * 1e-12);
+    printf("%s on %s", args.dir, qv_backend_describe(b.be));
+    if (args.tp > 1)
+        printf(", %d ranks%s, experts in %d groups", args.tp, args.one_device ? " on it" : "",
+               args.ep);
+    printf(": copy %.2f TB/s, GEMM %.0f TFLOP/s\n", copy_rate * 1e-12, gemm_rate * 1e-12);
     open_model(&b);
     decode_table(&b);
     if (args.prompt > 0)
         prefill_table(&b);
     qv_model_close(b.model);
-    qv_backend_close(b.be);
+    for (int32_t i = 0; i < args.tp; i++)
+        qv_backend_close(b.backends[i]);
     free(b.ints);
     return 0;
 }

@@ -51,6 +51,17 @@ qv_kept *qv_keep_find(const qv_keep *keep, qv_str tenant, qv_str id)
     return qv_map_get(keep->by_name, name.bytes, name.size);
 }
 
+static size_t held_bytes(const qv_job_stream *stream)
+{
+    const qv_answer *a = &stream->answer;
+    return sizeof *stream + a->text_capacity + a->tokens_capacity * sizeof *a->tokens +
+           a->logprobs_capacity * sizeof *a->logprobs +
+           a->top_start_capacity * sizeof *a->top_start +
+           a->top_tokens_capacity * sizeof *a->top_tokens +
+           a->top_logprobs_capacity * sizeof *a->top_logprobs +
+           stream->bounds_capacity * sizeof *stream->bounds + stream->done_size;
+}
+
 /* A stream's part of what is kept; the rest stays with the job. */
 static size_t take_stream(qv_job_stream *from, qv_job_stream *to)
 {
@@ -58,6 +69,7 @@ static size_t take_stream(qv_job_stream *from, qv_job_stream *to)
                           .base_seq = from->base_seq,
                           .bounds = from->bounds,
                           .n_bounds = from->n_bounds,
+                          .bounds_capacity = from->bounds_capacity,
                           .done = from->done,
                           .done_size = from->done_size};
     qv_answer_init(&from->answer, from->answer.max_bytes);
@@ -65,7 +77,7 @@ static size_t take_stream(qv_job_stream *from, qv_job_stream *to)
     from->n_bounds = from->bounds_capacity = 0;
     from->done = NULL;
     from->done_size = 0;
-    return sizeof *to + to->answer.used_bytes + to->n_bounds * sizeof *to->bounds + to->done_size;
+    return held_bytes(to);
 }
 
 void qv_keep_take(qv_keep *keep, qv_job *job, uint64_t until_us)

@@ -397,7 +397,7 @@ qv_status qv_job_note_bound(qv_job *job, qv_job_stream *stream, bool joined)
         return QV_OK;
     }
     if (stream->n_bounds == stream->bounds_capacity) {
-        uint32_t capacity = stream->bounds_capacity > 0 ? 2 * stream->bounds_capacity : 16;
+        uint32_t capacity = stream->bounds_capacity > 0 ? 2 * stream->bounds_capacity : 4;
         QV_TRY(qv_job_grow(job, (capacity - stream->bounds_capacity) * sizeof bound));
         qv_bound *grown = realloc(stream->bounds, capacity * sizeof *grown);
         if (grown == NULL)

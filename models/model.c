@@ -10,6 +10,7 @@
 #include "models/weights.h"
 
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -38,6 +39,10 @@ struct qv_model {
     model_rank *ranks; /* [n_ranks] */
     qv_comm *comm;     /* NULL: one rank */
     qv_ranks *threads;
+    /* Held by a step of several ranks until all of it is enqueued, and by an install: allocating on
+     * a device waits for it, and while one rank waits for another in a collective, that may be for
+     * ever. */
+    pthread_mutex_t running;
     int64_t n_steps, break_rank, break_step; /* step 0: none is to fail */
     qv_probe_fn *probe;
     void *probe_user;
@@ -295,6 +300,7 @@ qv_status qv_model_open_ranks(const char *dir, const qv_model_ranks *ranks,
         return qv_fail(QV_ERR_NOMEM, "no memory for a model");
     }
     model->limits = *limits;
+    pthread_mutex_init(&model->running, NULL);
     qv_status status = open_parts(model, ranks, progress, user);
     if (status != QV_OK) {
         qv_model_close(model);
@@ -316,18 +322,26 @@ void qv_model_close(qv_model *model)
     if (model == NULL)
         return;
     qv_ranks_free(model->threads);
-    for (int32_t i = 0; i < model->n_ranks && model->ranks != NULL; i++) {
+    int32_t n_ranks = model->ranks != NULL ? model->n_ranks : 0;
+    for (int32_t i = 0; i < n_ranks; i++) {
         model_rank *r = &model->ranks[i];
         for (int j = 0; j < r->n_recorded; j++)
             for (int with = 0; with < 2; with++)
                 qv_recording_free(r->be, r->recorded[with][j]);
+    }
+    /* All leave the group before anything is freed: freeing waits for a device, and a device may
+     * wait for a rank that has failed. */
+    for (int32_t i = 0; i < n_ranks; i++)
+        if (model->ranks[i].be != NULL)
+            qv_backend_leave(model->ranks[i].be);
+    for (int32_t i = 0; i < n_ranks; i++) {
+        model_rank *r = &model->ranks[i];
         qv_lora_pool_free(r->lora);
         qv_buffers_deinit(&r->buffers);
         qv_state_deinit(&r->state);
         qv_weights_deinit(&r->weights);
-        if (r->be != NULL)
-            qv_backend_leave(r->be);
     }
+    pthread_mutex_destroy(&model->running);
     qv_comm_free(model->comm);
     free(model->ranks);
     free(model->dir);
@@ -410,6 +424,12 @@ qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *lo
     QV_TRY(check_batch(&model->limits, batch));
     step s = {.model = model, .batch = batch, .logits = logits};
     model->n_steps++;
+    if (model->n_ranks > 1) {
+        pthread_mutex_lock(&model->running);
+        qv_status status = qv_ranks_run(model->threads, run_step, &s);
+        pthread_mutex_unlock(&model->running);
+        return status;
+    }
     return qv_ranks_run(model->threads, run_step, &s);
 }
 
@@ -519,21 +539,26 @@ qv_status qv_model_adapter_install(qv_model *model, int32_t slot, const qv_adapt
     QV_TRY(check_slot(model, slot));
     if (model->n_ranks == 1)
         return qv_lora_pool_install(model->ranks[0].lora, slot, adapter);
-    for (int32_t i = 0; i < model->n_ranks; i++) {
-        qv_status status = install_part(model, i, slot, adapter);
-        if (status != QV_OK) {
-            for (int32_t j = 0; j < i; j++) /* the first failure is the one to report */
-                (void)qv_lora_pool_clear(model->ranks[j].lora, slot);
-            return status;
-        }
+    qv_status status = QV_OK;
+    pthread_mutex_lock(&model->running);
+    for (int32_t i = 0; i < model->n_ranks && status == QV_OK; i++) {
+        status = install_part(model, i, slot, adapter);
+        for (int32_t j = 0; j < i && status != QV_OK; j++) /* report the first failure */
+            (void)qv_lora_pool_clear(model->ranks[j].lora, slot);
     }
-    return QV_OK;
+    pthread_mutex_unlock(&model->running);
+    return status;
 }
 
 qv_status qv_model_adapter_clear(qv_model *model, int32_t slot)
 {
     QV_TRY(check_slot(model, slot));
-    for (int32_t i = 0; i < model->n_ranks; i++)
-        QV_TRY(qv_lora_pool_clear(model->ranks[i].lora, slot));
-    return QV_OK;
+    if (model->n_ranks == 1)
+        return qv_lora_pool_clear(model->ranks[0].lora, slot);
+    qv_status status = QV_OK;
+    pthread_mutex_lock(&model->running);
+    for (int32_t i = 0; i < model->n_ranks && status == QV_OK; i++)
+        status = qv_lora_pool_clear(model->ranks[i].lora, slot);
+    pthread_mutex_unlock(&model->running);
+    return status;
 }

@@ -85,8 +85,10 @@ typedef struct {
                         void *ctx, qv_recording **out);
     void (*recording_free)(qv_backend *be, qv_recording *recording);
     qv_status (*replay)(qv_backend *be, qv_recording *recording, const qv_batch *host);
-    /* Only called on a backend that has joined a group of more than one. `connect` may be NULL. */
+    /* Only called on a backend that has joined a group of more than one. `connect` and `leave` may
+     * be NULL; leave comes before the group is gone, also after a failed connect. */
     qv_status (*connect)(qv_backend *be);
+    void (*leave)(qv_backend *be);
     qv_status (*all_reduce)(qv_backend *be, qv_tensor x);
     qv_status (*gather_cols)(qv_backend *be, qv_tensor part, qv_tensor whole);
     /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */

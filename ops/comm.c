@@ -66,6 +66,8 @@ void qv_backend_join(qv_backend *be, qv_comm *comm, int32_t rank)
 
 void qv_backend_leave(qv_backend *be)
 {
+    if (be->comm != NULL && be->comm->n_ranks > 1 && be->table->leave != NULL)
+        be->table->leave(be);
     be->comm = NULL;
     be->rank = 0;
 }

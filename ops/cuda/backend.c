@@ -38,11 +38,12 @@ static void cuda_close(qv_backend *be)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     (void)cudaSetDevice(cuda->device);
+    if (be->comm != NULL)
+        qv_cuda_leave(be);
     if (cuda->stream != NULL)
         (void)cudaStreamSynchronize(cuda->stream);
     qv_cuda_plans_free(cuda->plans);
     (void)cudaFree(cuda->counters);
-    qv_cuda_disconnect(cuda);
     if (cuda->blas != NULL)
         (void)cublasLtDestroy(cuda->blas);
     (void)cudaFree(cuda->blas_workspace);
@@ -159,6 +160,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .recording_free = qv_cuda_recording_free,
     .replay = qv_cuda_replay,
     .connect = qv_cuda_connect,
+    .leave = qv_cuda_leave,
     .all_reduce = qv_cuda_all_reduce,
     .gather_cols = qv_cuda_gather_cols,
     .weight_new = qv_cuda_weight_new,

@@ -30,6 +30,7 @@ typedef struct {
 struct qv_cuda_comm {
     const qv_nccl *nccl; /* NULL: all ranks share a device */
     qv_nccl_comm *comm;
+    bool failed; /* some rank of the group: nothing is to be waited for */
     exhibit mine;
     exhibit *of[QV_MAX_RANKS];
 };
@@ -98,18 +99,33 @@ qv_status qv_cuda_connect(qv_backend *be)
     return connect_nccl(cuda, c, id);
 }
 
-void qv_cuda_disconnect(qv_cuda_backend *cuda)
+static void disconnect(qv_cuda_backend *cuda)
 {
     struct qv_cuda_comm *c = cuda->comm;
     if (c == NULL)
         return;
+    /* Destroying waits for the other ranks, which may have given up. The stream is idle only after
+     * that. */
     if (c->comm != NULL)
-        (void)c->nccl->comm_destroy(c->comm);
+        (void)(c->failed ? c->nccl->comm_abort(c->comm) : c->nccl->comm_destroy(c->comm));
     for (int i = 0; i < 3; i++)
         if (c->mine.events[i] != NULL)
             (void)cudaEventDestroy(c->mine.events[i]);
     free(c);
     cuda->comm = NULL;
+}
+
+/* The group ends: whoever has failed in it, itself included, waits for nobody any more. */
+void qv_cuda_leave(qv_backend *be)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    if (cuda->comm == NULL)
+        return;
+    (void)cudaSetDevice(cuda->device);
+    cuda->comm->failed = qv_comm_first_failed(be->comm) >= 0;
+    if (!cuda->comm->failed)
+        (void)cudaStreamSynchronize(cuda->stream);
+    disconnect(cuda);
 }
 
 /* --- Wait --------------------------------------------------------------------------------- */

@@ -119,7 +119,7 @@ qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **ou
 /* --- comm.c ------------------------------------------------------------------------------- */
 
 qv_status qv_cuda_connect(qv_backend *be);
-void qv_cuda_disconnect(qv_cuda_backend *cuda);
+void qv_cuda_leave(qv_backend *be);
 qv_status qv_cuda_all_reduce(qv_backend *be, qv_tensor x);
 qv_status qv_cuda_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole);
 /* Wait for the compute stream. With other ranks, also until one of them fails. */

@@ -68,8 +68,7 @@ done
 [ "$workers" -ge 1 ] || die "--workers $workers: at least one worker is needed"
 [ "$tp" -ge 1 ] || die "--tp $tp: at least one device is needed"
 case $backend in
-cpu) ;;
-cuda) die "--backend cuda: this version computes on the CPU only" ;;
+cpu | cuda) ;;
 *) die "--backend $backend: cpu or cuda" ;;
 esac
 if [ -z "$model" ]; then
@@ -93,7 +92,9 @@ threads=${threads:-$((cores / workers > 0 ? cores / workers : 1))}
 
 if [ $do_build = 1 ]; then
     say "packages"
-    tools/install_deps.sh
+    deps=()
+    [ "$backend" = cpu ] || deps=(--cuda)
+    tools/install_deps.sh ${deps[@]+"${deps[@]}"}
     say "build in $build/"
     log=$(mktemp)
     cmake -G Ninja -S . -B "$build" -DQV_TESTS=OFF -DQV_BENCH=OFF >"$log" 2>&1 || { cat "$log" >&2; exit 1; }

@@ -51,6 +51,7 @@ static void summarise(const qv_batch *host, qv_batch *out)
 qv_status qv_cuda_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
+    QV_TRY(qv_cuda_use(cuda));
     qv_batch batch = *host;
     part parts[N_PARTS];
     list_parts(&batch, parts);

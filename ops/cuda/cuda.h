@@ -98,6 +98,10 @@ qv_status qv_cuda_fail(cudaError_t error, const char *what);
 
 /* --- memory.c ----------------------------------------------------------------------------- */
 
+/* Make the backend's device the calling thread's: one new to CUDA would use device 0, and a thread
+ * that works for several ranks the last one's. What begins a step, or runs outside of one, calls
+ * it. */
+qv_status qv_cuda_use(const qv_cuda_backend *cuda);
 qv_status qv_cuda_alloc(qv_backend *be, size_t bytes, void **out);
 void qv_cuda_free(qv_backend *be, void *ptr);
 uint64_t qv_cuda_free_memory(const qv_backend *be);

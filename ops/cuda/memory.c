@@ -14,8 +14,7 @@ qv_status qv_cuda_fail(cudaError_t error, const char *what)
                    "cuda: %s: %s (%s)", what, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
-/* Any thread may call; a thread that is new to CUDA would use device 0. */
-static qv_status use_device(const qv_cuda_backend *cuda)
+qv_status qv_cuda_use(const qv_cuda_backend *cuda)
 {
     QV_CUDA_TRY(cudaSetDevice(cuda->device));
     return QV_OK;
@@ -26,7 +25,7 @@ static qv_status use_device(const qv_cuda_backend *cuda)
 qv_status qv_cuda_alloc(qv_backend *be, size_t bytes, void **out)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    QV_TRY(use_device(cuda));
+    QV_TRY(qv_cuda_use(cuda));
     void *block;
     cudaError_t error = cudaMalloc(&block, bytes ? bytes : 1);
     if (error == cudaErrorMemoryAllocation) {
@@ -51,7 +50,7 @@ qv_status qv_cuda_alloc(qv_backend *be, size_t bytes, void **out)
 
 void qv_cuda_free(qv_backend *be, void *ptr)
 {
-    if (use_device(qv_cuda(be)) == QV_OK)
+    if (qv_cuda_use(qv_cuda(be)) == QV_OK)
         (void)cudaFree(ptr);
 }
 
@@ -108,7 +107,7 @@ static qv_status copy_through(qv_cuda_backend *cuda, qv_cuda_lane *lane, void *d
 qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t bytes)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    QV_TRY(use_device(cuda));
+    QV_TRY(qv_cuda_use(cuda));
     qv_cuda_lane *lane = take_lane(cuda);
     qv_status status = copy_through(cuda, lane, dst, src, bytes);
     give_lane(cuda, lane);
@@ -118,7 +117,7 @@ qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t byte
 qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t bytes)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    QV_TRY(use_device(cuda));
+    QV_TRY(qv_cuda_use(cuda));
     QV_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, cuda->stream));
     return qv_cuda_wait(cuda);
 }
@@ -126,7 +125,7 @@ qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t by
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    QV_TRY(use_device(cuda));
+    QV_TRY(qv_cuda_use(cuda));
     QV_CUDA_TRY(cudaMemsetAsync(dst, 0, bytes, cuda->stream));
     return qv_cuda_wait(cuda);
 }
@@ -134,7 +133,7 @@ qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
 qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    QV_TRY(use_device(cuda));
+    QV_TRY(qv_cuda_use(cuda));
     QV_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToDevice, cuda->stream));
     return QV_OK;
 }
@@ -142,14 +141,14 @@ qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
 qv_status qv_cuda_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean,
                        float scale, uint64_t seed)
 {
-    QV_TRY(use_device(qv_cuda(be)));
+    QV_TRY(qv_cuda_use(qv_cuda(be)));
     return qv_k_fill(dst, dtype == QV_F32, n, mean, scale, seed, qv_cuda(be)->stream);
 }
 
 qv_status qv_cuda_sync(qv_backend *be)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    QV_TRY(use_device(cuda));
+    QV_TRY(qv_cuda_use(cuda));
     return qv_cuda_wait(cuda);
 }
 

@@ -186,6 +186,7 @@ qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_rec
                          void *ctx, qv_recording **out)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
+    QV_TRY(qv_cuda_use(cuda));
     qv_recording *r = calloc(1, sizeof *r);
     if (r == NULL)
         return qv_fail(QV_ERR_NOMEM, "cuda: no memory for a recorded step");
@@ -203,6 +204,7 @@ qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_rec
 qv_status qv_cuda_replay(qv_backend *be, qv_recording *r, const qv_batch *host)
 {
     const qv_recording_shape *s = &r->shape;
+    QV_TRY(qv_cuda_use(qv_cuda(be)));
     if (host->n_seqs > s->n_seqs || host->n_tokens != host->n_seqs ||
         host->n_logits != host->n_seqs || host->page_stride > s->page_stride ||
         (s->n_segs > 0 && host->n_segs > s->n_segs))

@@ -114,6 +114,7 @@ qv_status qv_cuda_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,
 {
     _Static_assert(QV_K_MAX_TOP == QV_MAX_TOP_LOGPROBS, "results have room for as many");
     qv_cuda_backend *cuda = qv_cuda(be);
+    QV_TRY(qv_cuda_use(cuda));
     int64_t n_rows = logits.shape[0], n_vocab = logits.shape[1];
     if (n_vocab > cuda->limits.n_vocab)
         return qv_fail(QV_ERR_LIMIT, "sample: rows of %lld logits, but %d are reserved",

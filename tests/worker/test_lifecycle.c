@@ -11,6 +11,7 @@
 
 #include <criterion/criterion.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -523,9 +524,9 @@ Test(lifecycle, every_request_gets_its_version_or_a_sentence_and_nothing_is_held
         free(w.requests);
     }
     /* Every path was taken. */
-    cr_log_info("finished %d, aborted %d, not finite %d, refused %d, lost %d, replaced %d",
-                total.n_finished, total.n_aborted, total.n_not_finite, total.n_refused,
-                total.n_lost, total.n_replaced);
+    fprintf(stderr, "finished %d, aborted %d, not finite %d, refused %d, lost %d, replaced %d\n",
+            total.n_finished, total.n_aborted, total.n_not_finite, total.n_refused, total.n_lost,
+            total.n_replaced);
     cr_expect_gt(total.n_finished, 100);
     cr_expect_gt(total.n_aborted, 20);
     cr_expect_gt(total.n_not_finite, 5);

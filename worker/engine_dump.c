@@ -44,6 +44,16 @@ static uint8_t *extend(qv_engine_dump *dump, size_t bytes)
     return place;
 }
 
+/* Ids of experts are numbers of a model, which no dtype of weights converts. */
+static qv_status to_f32(qv_dtype dtype, const void *src, float *out, int64_t n)
+{
+    if (dtype != QV_I32)
+        return qv_dtype_to_f32(dtype, src, out, n);
+    for (int64_t i = 0; i < n; i++)
+        out[i] = (float)((const int32_t *)src)[i];
+    return QV_OK;
+}
+
 /* One contiguous row of `n` elements from the backend, as float32. */
 static qv_status copy_row(qv_engine_dump *dump, const void *src, qv_dtype dtype, int64_t n,
                           float *out)
@@ -56,7 +66,7 @@ static qv_status copy_row(qv_engine_dump *dump, const void *src, qv_dtype dtype,
     qv_status status =
         qv_backend_download(dump->be, staging, src, (size_t)n * qv_dtype_size(dtype));
     if (status == QV_OK)
-        status = qv_dtype_to_f32(dtype, staging, out, n);
+        status = to_f32(dtype, staging, out, n);
     free(staging);
     return status;
 }

@@ -7,8 +7,8 @@
   hf_parity.py check OUT --run QUIVER_RUN [--backend B] [--extra ARGS]
       Scores the same tokens with the engine and prints, for base and adapter: KL to the float32 reference
       (mean of 0.5 d^2 over token logprobs) beside that of transformers in bf16, the worst logprob, how often
-      the most likely token agrees where the reference's margin is above 0.3, and the smallest cosine of a
-      layer's input.
+      the most likely token agrees where the reference's margin is above 0.3 (again beside transformers in
+      bf16: routers with random weights have many near-ties), and the smallest cosine of a layer's input.
 
 Needs torch, transformers 5.17, peft and safetensors. Mamba-2's time step is not clamped from below, as in the
 released models (transformers 5.17 clamps it at time_step_min while it reads a prompt).
@@ -147,6 +147,7 @@ def make(a):
 
     def reference(name, m):
         result[name + ".bf16"], logits = run_model(m, tokens, torch)
+        result[name + ".bf16_top"] = logits.argmax(-1).int()
         inputs = {}
         m.float()
         result[name + ".logprobs"], logits = run_model(m, tokens, torch, inputs)
@@ -194,7 +195,7 @@ def check(a):
     want = load_file(os.path.join(a.out, "reference.safetensors"))
     tokens = want["tokens"].tolist()
     ok = True
-    print(f"{'':8} {'KL':>9} {'KL of HF bf16':>14} {'worst':>7} {'greedy':>9} {'cosine':>8}  worst layer")
+    print(f"{'':8} {'KL':>9} {'KL of HF bf16':>14} {'worst':>7} {'greedy':>9} {'HF greedy':>9} {'cosine':>8}  worst layer")
     for name in ("base", "adapter"):
         dump = os.path.join(a.out, f"{name}.dump.safetensors")
         reply = score(a, tokens, name, dump)
@@ -204,7 +205,9 @@ def check(a):
         kl, kl_hf = float((0.5 * d * d).mean()), float((0.5 * hf * hf).mean())
         tops = [row[0][0] for row in reply["prompt_top_logprobs"][1:]]
         sure = (want[name + ".margin"][:-1] > MARGIN).nonzero()[:, 0].tolist()
-        agree = sum(tops[i] == int(want[name + ".top"][i]) for i in sure)
+        top = want[name + ".top"].tolist()
+        agree = sum(tops[i] == top[i] for i in sure)
+        agree_hf = sum(int(want[name + ".bf16_top"][i]) == top[i] for i in sure)
         state = load_file(dump)
         worst, where = 1.0, ""
         for key, value in want.items():
@@ -215,9 +218,9 @@ def check(a):
             cosine = float(torch.nn.functional.cosine_similarity(value[:n], state[layer][:n], dim=-1).min())
             if cosine < worst:
                 worst, where = cosine, layer
-        good = kl <= max(2 * kl_hf, 1e-6) and agree == len(sure)
+        good = kl <= max(2 * kl_hf, 1e-6) and agree >= agree_hf
         ok = ok and good
-        print(f"{name:8} {kl:9.2e} {kl_hf:14.2e} {float(d.abs().max()):7.4f} {agree:4d}/{len(sure):<4d} {worst:8.5f}  {where} {'' if good else '<- over twice, or greedy differs'}")
+        print(f"{name:8} {kl:9.2e} {kl_hf:14.2e} {float(d.abs().max()):7.4f} {agree:4d}/{len(sure):<4d} {agree_hf:9d} {worst:8.5f}  {where} {'' if good else '<- over twice, or greedy agrees less'}")
         os.remove(dump)
     sys.exit(0 if ok else 1)
 

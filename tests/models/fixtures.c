@@ -622,6 +622,14 @@ void fx_golden_close(fx_golden *g)
     qv_backend_close(g->be);
 }
 
+bool fx_golden_has(const fx_golden *g, const char *adapter)
+{
+    bool has = adapter[0] == '\0';
+    for (int i = 0; i < g->n_adapters; i++)
+        has = has || strcmp(g->adapters[i], adapter) == 0;
+    return has;
+}
+
 int32_t fx_golden_slot(const fx_golden *g, const char *adapter)
 {
     for (int i = 0; i < g->n_adapters; i++) {

@@ -131,6 +131,8 @@ typedef struct {
 /* Open golden folder `name` on a backend of these options. False: the data is not here. */
 bool fx_golden_open(fx_golden *golden, const char *name, const qv_backend_options *options);
 void fx_golden_close(fx_golden *golden);
+/* Whether the folder has the adapter; "" always. */
+bool fx_golden_has(const fx_golden *golden, const char *adapter);
 /* The slot of an adapter; -1 for "". */
 int32_t fx_golden_slot(const fx_golden *golden, const char *adapter);
 /* Logprobs [n - 1] of tokens 1.. of a case, computed in chunks with the adapter in `slot`. The

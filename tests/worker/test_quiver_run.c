@@ -409,3 +409,30 @@ Test(quiver_run, dump_writes_the_intermediates_of_the_first_step)
     cr_expect_neq(code, 0);
     json_decref(replies);
 }
+
+Test(quiver_run, dump_has_the_experts_that_a_router_chose)
+{
+    QV_SKIP_WITHOUT(qv_golden_path("tiny-qwen3.5-moe/config.json"));
+    const char *file = qv_path(qv_temp_dir(), "step.safetensors");
+    const char *args[] = {"--model", qv_golden_path("tiny-qwen3.5-moe"), "--dump", file,
+                          NULL};
+    int code;
+    json_t *replies = run(args,
+                          "{\"type\":\"submit\",\"id\":\"a\",\"tokens\":[5,6,7],"
+                          "\"max_tokens\":0,\"prompt_logprobs\":0}\n",
+                          &code);
+    cr_assert_eq(code, 0);
+    json_decref(replies);
+    qv_safetensors *st;
+    cr_assert_eq(qv_safetensors_open_file(file, 0, &st), QV_OK, "%s", qv_error());
+    const qv_stored_tensor *ids = qv_safetensors_find(st, "0.experts");
+    const qv_stored_tensor *logits = qv_safetensors_find(st, "0.router_logits");
+    cr_assert(ids != NULL && logits != NULL && ids->shape[0] == 2);
+    for (int64_t t = 0; t < ids->shape[0]; t++) {
+        const float *row = (const float *)logits->data + t * logits->shape[1];
+        float first = ((const float *)ids->data)[t * ids->shape[1]];
+        for (int64_t e = 0; e < logits->shape[1]; e++)
+            cr_expect_leq(row[e], row[(int64_t)first], "token %d", (int)t);
+    }
+    qv_safetensors_close(st);
+}

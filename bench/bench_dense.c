@@ -115,7 +115,7 @@ static void call_linear(void *ctx, int round)
     linear_ctx *c = ctx;
     const qv_weight *w = c->w[round % c->n];
     if (!c->ours) {
-        pass(c->y.dtype == QV_F32 ? qv_op_linear_f32(be, w, c->x, c->y)
+        pass(c->y.dtype == QV_F32 ? qv_op_linear_f32(be, w, c->x, (qv_tensor){0}, c->y)
                                   : qv_op_linear(be, w, c->x, c->y));
         return;
     }
@@ -177,6 +177,7 @@ static void bench_linear(void)
 
 typedef struct {
     qv_tensor x[MAX_COPIES], y[MAX_COPIES], w;
+    qv_tensor residual[MAX_COPIES], delta[MAX_COPIES]; /* F32 */
     int n, what;
 } norm_ctx;
 
@@ -189,7 +190,8 @@ static void call_norm(void *ctx, int round)
         pass(qv_op_rms_norm(be, x, c->w, 1e-6f, true, y));
         break;
     case 1:
-        pass(qv_op_add_rms_norm(be, x, y, c->w, 1e-6f, true, y));
+        pass(qv_op_add_rms_norm(be, c->residual[round % c->n], c->delta[round % c->n], c->w, 1e-6f,
+                                true, y, (qv_tensor){0}));
         break;
     default:
         pass(qv_op_swiglu(be, x, y, y));
@@ -200,7 +202,7 @@ static void call_norm(void *ctx, int round)
 static void bench_norm(void)
 {
     static const char *const names[] = {"rms_norm", "add_rms_norm", "swiglu"};
-    static const double streams[] = {2, 4, 3};
+    static const double streams[] = {2, 7, 3}; /* of 2 bytes a number */
     static const int64_t counts[] = {1, 64, 256, 8192};
     static const int64_t widths[] = {2560, 2560, 9216};
     for (int what = 0; what < 3; what++)
@@ -211,6 +213,8 @@ static void bench_norm(void)
             for (int k = 0; k < c.n; k++) {
                 c.x[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
                 c.y[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
+                c.residual[k] = qv_tensor_2d(made_up(QV_F32, n * d, 1), QV_F32, n, d);
+                c.delta[k] = qv_tensor_2d(made_up(QV_F32, n * d, 0), QV_F32, n, d);
             }
             char name[96];
             snprintf(name, sizeof name, "%s [%lld, %lld]", names[what], (long long)n, (long long)d);
@@ -218,6 +222,8 @@ static void bench_norm(void)
             for (int k = 0; k < c.n; k++) {
                 qv_backend_free(be, c.x[k].data);
                 qv_backend_free(be, c.y[k].data);
+                qv_backend_free(be, c.residual[k].data);
+                qv_backend_free(be, c.delta[k].data);
             }
             qv_backend_free(be, c.w.data);
         }

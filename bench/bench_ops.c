@@ -343,7 +343,7 @@ static void run_rms_norm(void *ctx)
 static void run_add_rms_norm(void *ctx)
 {
     rows_ctx *c = ctx;
-    check(qv_op_add_rms_norm(be, c->x, c->z, c->w, 1e-6f, true, c->y));
+    check(qv_op_add_rms_norm(be, c->x, c->z, c->w, 1e-6f, true, c->y, (qv_tensor){0}));
 }
 
 static void run_gated_rms_norm(void *ctx)

@@ -13,8 +13,8 @@
 extern "C" {
 #endif
 
-/* out[i] = sum over r of in[r][i] for i in [first, end), in the order of r, in float32, rounded once.
- * BF16; `in` is a host array of `n` device pointers; out may be one of them. */
+/* out[i] = sum over r of in[r][i] for i in [first, end), in the order of r. Float32; `in` is a host
+ * array of `n` device pointers; out may be one of them. */
 qv_status qv_k_sum_ranks(void *const *in, int32_t n, void *out, int64_t first, int64_t end,
                          void *stream);
 

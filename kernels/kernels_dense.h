@@ -1,6 +1,6 @@
 /* Launchers of the ops that treat rows and elements by themselves: norms, gates, embedding, RoPE
- * with the page write. Activations BF16. Any stride and alignment; 16-byte aligned rows whose
- * length is a multiple of 8 take the fast way.
+ * with the page write. Activations BF16, the residual and what is added to it float32. Any stride
+ * and alignment; 16-byte aligned rows whose length is a multiple of 8 take the fast way.
  */
 #ifndef QV_KERNELS_KERNELS_DENSE_H
 #define QV_KERNELS_KERNELS_DENSE_H
@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-/* BF16 [tokens, heads, d]: element (t, h, i) at data[t * token + h * head + i]. */
+/* [tokens, heads, d]: element (t, h, i) at data[t * token + h * head + i]. */
 typedef struct {
     void *data;
     int64_t token, head;
@@ -26,7 +26,6 @@ typedef struct {
 
 typedef enum {
     QV_K_NORM,           /* y = norm(x) * g */
-    QV_K_NORM_ADD,       /* x += z, rounded; y = norm(x) * g */
     QV_K_NORM_THEN_GATE, /* y = norm(x) * w * silu(z) */
     QV_K_GATE_THEN_NORM, /* y = norm(x * silu(z)) * w, w [n, d] */
 } qv_k_norm_kind;
@@ -36,10 +35,25 @@ typedef enum {
 qv_status qv_k_norm(qv_k_norm_kind kind, qv_k_extent extent, qv_k_rows x, qv_k_rows z, qv_k_rows y,
                     const float *w, float eps, bool plus_one, void *stream);
 
+/* Rows of d numbers, each with its own distance to the next. */
+typedef struct {
+    float *residual;
+    const float *delta; /* NULL: nothing is added */
+    void *y;            /* BF16 */
+    void *rest;         /* BF16, or NULL */
+    const float *w;     /* [d] */
+    int64_t residual_stride, delta_stride, y_stride, rest_stride;
+    int64_t n_tokens, d;
+    float eps;
+    bool plus_one;
+} qv_k_add_norm_args;
+
+/* residual += delta; y = norm(residual) * g, rounded; rest = what that took from it, rounded. */
+qv_status qv_k_add_norm(const qv_k_add_norm_args *args, void *stream);
+
 typedef enum {
     QV_K_SWIGLU,       /* y = silu(a) * b */
     QV_K_SIGMOID_GATE, /* y = b * sigmoid(a) */
-    QV_K_ADD,          /* y = a + b */
     QV_K_RELU2,        /* y = max(a, 0)^2 */
 } qv_k_pointwise_kind;
 
@@ -47,14 +61,17 @@ typedef enum {
 qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows a, qv_k_rows b,
                          qv_k_rows y, void *stream);
 
-/* x[t, i] *= sigmoid(gate[t]): n is 1; gate's d is 1. */
+/* x += delta, float32: n is 1. */
+qv_status qv_k_add(qv_k_extent extent, qv_k_rows x, qv_k_rows delta, void *stream);
+
+/* x[t, i] *= sigmoid(gate[t]): x float32, gate BF16; n is 1; gate's d is 1. */
 qv_status qv_k_sigmoid_scale(qv_k_extent extent, qv_k_rows x, qv_k_rows gate, void *stream);
 
 /* y[t] = table[ids[t] - first], 0 where that is not in [0, n_rows). table BF16 or, with `f32`,
- * float32, rows table_stride apart. */
+ * float32, rows table_stride apart. y float32, or BF16 of a BF16 table with `as_stored`. */
 qv_status qv_k_embed(const void *table, bool f32, int64_t table_stride, int64_t n_rows,
                      int64_t first, const int32_t *ids, int64_t n, int64_t d, void *y,
-                     int64_t y_stride, void *stream);
+                     bool as_stored, int64_t y_stride, void *stream);
 
 /* dst[i] = mean + scale * qv_made_up(seed, i), BF16 or, with `f32`, float32. */
 qv_status qv_k_fill(void *dst, bool f32, int64_t n, float mean, float scale, uint64_t seed,

@@ -1,5 +1,6 @@
 /* Launchers of matrix products that cuBLASLt does not do, or not well: y [T, n_out] = x [T, n_in]
- * W^T with W row-major [n_out, n_in], x BF16, y BF16 or float32, sums in float32.
+ * W^T with W row-major [n_out, n_in], x BF16, y BF16 or float32, sums in float32. With a rest, x +
+ * rest stands for x.
  */
 #ifndef QV_KERNELS_KERNELS_LINEAR_H
 #define QV_KERNELS_KERNELS_LINEAR_H
@@ -15,9 +16,10 @@ extern "C" {
 typedef struct {
     const void *w; /* BF16, or float32 with w_f32 */
     const void *x;
+    const void *rest; /* BF16, or NULL: none */
     void *y;
     int64_t n_tokens, n_out, n_in;
-    int64_t x_stride, y_stride; /* elements between rows */
+    int64_t x_stride, rest_stride, y_stride; /* elements between rows */
     bool w_f32, y_f32;
 } qv_k_linear_args;
 

@@ -62,7 +62,7 @@ typedef struct {
     int32_t reserved;
 } qv_k_embed_lora_slot;
 
-/* Errors: DEVICE. */
+/* y float32. Errors: DEVICE. */
 qv_status qv_k_embed_lora(const qv_k_segments *segments, const qv_k_embed_lora_slot *slots,
                           int32_t max_rank, int64_t n_out, const int32_t *ids, void *y,
                           int64_t y_stride, void *stream);

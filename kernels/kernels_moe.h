@@ -63,11 +63,12 @@ typedef struct {
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream);
 
 /* y[t] = sum over j of weights[t, j] o[place], plus what experts share of the adapters' B (site
- * NULL: none), whose A x stands in `scratch`. Rounded once. Errors: LIMIT (slices, rank), DEVICE.
+ * NULL: none), whose A x stands in `scratch`. Rounded once, or with y_f32 not at all. Errors: LIMIT
+ * (slices, rank), DEVICE.
  */
 qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
                            int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
-                           void *y, int64_t y_stride, int64_t d, void *stream);
+                           void *y, bool y_f32, int64_t y_stride, int64_t d, void *stream);
 
 /* qv_op_moe_lora. scratch [pairs, n_slices, max_rank]. Errors: LIMIT (slices, rank), DEVICE. */
 qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, const void *x,

@@ -50,9 +50,10 @@ __device__ __forceinline__ void load_piece(piece &p, const bf16 *w0, const bf16 
     }
 }
 
-/* NT tiles of 8 tokens. The first piece is on its way before the kernel waits for the one before
- * it, whose results x are; each next one before the one at hand is used. */
-template <int NT, int WARPS>
+/* NT tiles of 8 tokens, with a rest two products for each piece of W. The first piece is on its way
+ * before the kernel waits for the one before it, whose results x are; each next one before the one
+ * at hand is used. */
+template <int NT, int WARPS, bool REST>
 __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
 {
     extern __shared__ float skinny_memory[]; /* 64 KiB for 16 warps and 64 tokens */
@@ -64,11 +65,13 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
     int64_t lower = row0 + g + 8 < c.n_out ? row0 + g + 8 : c.n_out - 1;
     const bf16 *w0 = (const bf16 *)c.w + upper * c.n_in + t * 8;
     const bf16 *w1 = (const bf16 *)c.w + lower * c.n_in + t * 8;
-    const bf16 *x[NT];
+    const bf16 *x[NT], *rest[REST ? NT : 1];
 #pragma unroll
     for (int i = 0; i < NT; i++) {
         int64_t token = i * 8 + g < c.n_tokens ? i * 8 + g : c.n_tokens - 1;
         x[i] = (const bf16 *)c.x + token * c.x_stride + t * 8;
+        if (REST)
+            rest[i] = (const bf16 *)c.rest + token * c.rest_stride + t * 8;
     }
     float acc[NT][4] = {};
     piece now, next;
@@ -87,6 +90,11 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
                 uint4 b = *(const uint4 *)(x[i] + k + j * 32);
                 mma(acc[i], first, b.x, b.y);
                 mma(acc[i], second, b.z, b.w);
+                if (REST) {
+                    b = *(const uint4 *)(rest[i] + k + j * 32);
+                    mma(acc[i], first, b.x, b.y);
+                    mma(acc[i], second, b.z, b.w);
+                }
             }
         }
         now = next;
@@ -114,7 +122,8 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
 
 /* Few rows leave few blocks, which must then have more in flight each. The choice depends on W
  * alone, so that a row's sums do not depend on how many tokens there are. */
-template <int NT> cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStream_t stream)
+template <int NT, bool REST>
+cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStream_t stream)
 {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -128,11 +137,20 @@ template <int NT> cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStrea
     config.numAttrs = 1;
     config.dynamicSmemBytes = (few ? 16 : 8) * NT * 128 * sizeof(float);
     if (!few)
-        return cudaLaunchKernelEx(&config, skinny_kernel<NT, 8>, c);
-    cudaError_t error = cudaFuncSetAttribute(skinny_kernel<NT, 16>,
+        return cudaLaunchKernelEx(&config, skinny_kernel<NT, 8, REST>, c);
+    cudaError_t error = cudaFuncSetAttribute(skinny_kernel<NT, 16, REST>,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)config.dynamicSmemBytes);
-    return error == cudaSuccess ? cudaLaunchKernelEx(&config, skinny_kernel<NT, 16>, c) : error;
+    return error == cudaSuccess ? cudaLaunchKernelEx(&config, skinny_kernel<NT, 16, REST>, c)
+                                : error;
+}
+
+template <bool REST> cudaError_t choose_skinny(const qv_k_linear_args &c, cudaStream_t stream)
+{
+    return c.n_tokens <= 8    ? launch_skinny<1, REST>(c, stream)
+           : c.n_tokens <= 16 ? launch_skinny<2, REST>(c, stream)
+           : c.n_tokens <= 32 ? launch_skinny<4, REST>(c, stream)
+                              : launch_skinny<8, REST>(c, stream);
 }
 
 /* --- Any shape ---------------------------------------------------------------------------- */
@@ -153,9 +171,12 @@ __global__ void __launch_bounds__(32 * ANY_WARPS) any_kernel(qv_k_linear_args c)
                           : to_float(((const bf16 *)c.w)[row * c.n_in + k]);
 #pragma unroll
         for (int i = 0; i < ANY_TOKENS; i++)
-            if (first + i < c.n_tokens)
-                acc[i] =
-                    fmaf(w, to_float(((const bf16 *)c.x)[(first + i) * c.x_stride + k]), acc[i]);
+            if (first + i < c.n_tokens) {
+                float x = to_float(((const bf16 *)c.x)[(first + i) * c.x_stride + k]);
+                if (c.rest)
+                    x += to_float(((const bf16 *)c.rest)[(first + i) * c.rest_stride + k]);
+                acc[i] = fmaf(w, x, acc[i]);
+            }
     }
 #pragma unroll
     for (int i = 0; i < ANY_TOKENS; i++) {
@@ -170,16 +191,14 @@ __global__ void __launch_bounds__(32 * ANY_WARPS) any_kernel(qv_k_linear_args c)
 bool qv_k_skinny_linear_can(const qv_k_linear_args *c)
 {
     return !c->w_f32 && c->n_tokens <= QV_K_SKINNY_TOKENS && c->n_in % 32 == 0 &&
-           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && c->x_stride % 8 == 0;
+           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && c->x_stride % 8 == 0 &&
+           (uintptr_t)c->rest % 16 == 0 && c->rest_stride % 8 == 0;
 }
 
 qv_status qv_k_skinny_linear(const qv_k_linear_args *c, void *stream)
 {
     cudaStream_t s = (cudaStream_t)stream;
-    cudaError_t error = c->n_tokens <= 8    ? launch_skinny<1>(*c, s)
-                        : c->n_tokens <= 16 ? launch_skinny<2>(*c, s)
-                        : c->n_tokens <= 32 ? launch_skinny<4>(*c, s)
-                                            : launch_skinny<8>(*c, s);
+    cudaError_t error = c->rest ? choose_skinny<true>(*c, s) : choose_skinny<false>(*c, s);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: skinny_linear: %s", cudaGetErrorString(error));
     return qv_k_check_launch("skinny_linear");

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(EXPAND_THREADS, MT == 1 ? 4 : 3)
 /* Grid (tiles of columns, places of 16 tokens). */
 __global__ void __launch_bounds__(EXPAND_THREADS)
     embed_expand_kernel(qv_k_segments s, const qv_k_embed_lora_slot *slots, int64_t n_out,
-                        const int32_t *ids, bf16 *y, int64_t y_stride)
+                        const int32_t *ids, float *y, int64_t y_stride)
 {
     extern __shared__ __align__(128) char expand_memory[];
     expand_shared<1> &m = *(expand_shared<1> *)expand_memory;
@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
         ranges.start[1] = (int32_t)n_out;
     }
     __syncthreads();
-    expand_block<1, bf16, bf16>(m, (const bf16 *)slot.b, n_out, slot.max_rank, ranges, &slice,
-                                (int64_t)blockIdx.x * EXPAND_COLUMNS, p.n);
+    expand_block<1, bf16, float>(m, (const bf16 *)slot.b, n_out, slot.max_rank, ranges, &slice,
+                                 (int64_t)blockIdx.x * EXPAND_COLUMNS, p.n);
 }
 
 /* --- Launch ------------------------------------------------------------------------------- */
@@ -229,6 +229,6 @@ qv_status qv_k_embed_lora(const qv_k_segments *segments, const qv_k_embed_lora_s
                        QV_K_MAX_RANK);
     dim3 grid(column_tiles(n_out), n_places(*segments, 16));
     embed_expand_kernel<<<grid, EXPAND_THREADS, sizeof(expand_shared<1>), (cudaStream_t)stream>>>(
-        *segments, slots, n_out, ids, (bf16 *)y, y_stride);
+        *segments, slots, n_out, ids, (float *)y, y_stride);
     return qv_k_check_launch("embed_lora");
 }

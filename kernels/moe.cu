@@ -526,10 +526,32 @@ __device__ __forceinline__ void shared_deltas(const qv_k_moe_lora_site &site,
         sum[i] += s.scale * delta[i];
 }
 
+__device__ __forceinline__ void put(float *p, float v)
+{
+    *p = v;
+}
+
+__device__ __forceinline__ void put(bf16 *p, float v)
+{
+    *p = __float2bfloat16(v);
+}
+
+__device__ __forceinline__ void put8(float *p, const float (&v)[8])
+{
+    *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);
+    *(float4 *)(p + 4) = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+__device__ __forceinline__ void put8(bf16 *p, const float (&v)[8])
+{
+    *(bf16x8 *)p = pack8(v);
+}
+
 /* A block a token. Shared: folded [n_slices][max_rank], the weighted sums of A x. */
+template <typename Y>
 __global__ void __launch_bounds__(256)
     combine_kernel(qv_k_list list, const float *weights, const bf16 *o, int64_t o_stride,
-                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch, bf16 *y,
+                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch, Y *y,
                    int64_t y_stride, int64_t d, bool wide)
 {
     extern __shared__ float folded[];
@@ -573,9 +595,7 @@ __global__ void __launch_bounds__(256)
             }
             if (part)
                 shared_deltas(site, *part, folded, col, sum);
-            *(uint4 *)(y + t * y_stride + col) =
-                make_uint4(pack_bf16(sum[0], sum[1]), pack_bf16(sum[2], sum[3]),
-                           pack_bf16(sum[4], sum[5]), pack_bf16(sum[6], sum[7]));
+            put8(y + t * y_stride + col, sum);
         }
     } else {
         for (int64_t col = threadIdx.x; col < d; col += blockDim.x) {
@@ -585,7 +605,7 @@ __global__ void __launch_bounds__(256)
                     sum = fmaf(w[j], to_float(o[place[j] * o_stride + col]), sum);
             if (part)
                 sum += shared_delta(site, *part, folded, col);
-            y[t * y_stride + col] = __float2bfloat16(sum);
+            put(y + t * y_stride + col, sum);
         }
     }
 }
@@ -634,7 +654,7 @@ qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream
 
 qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
                            int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
-                           void *y, int64_t y_stride, int64_t d, void *stream)
+                           void *y, bool y_f32, int64_t y_stride, int64_t d, void *stream)
 {
     qv_k_moe_lora_site none = {};
     size_t bytes = site ? (size_t)site->ranges.n * site->max_rank * sizeof(float) : 0;
@@ -644,8 +664,14 @@ qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const vo
     bool wide = d % 8 == 0 && o_stride % 8 == 0 && y_stride % 8 == 0 && (uintptr_t)o % 16 == 0 &&
                 (uintptr_t)y % 16 == 0;
     int threads = wide && d / 8 < 256 ? (int)((d / 8 + 31) / 32 * 32) : 256;
-    combine_kernel<<<list->n_tokens, threads, bytes, (cudaStream_t)stream>>>(
-        *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y,
-        y_stride, d, wide);
+    cudaStream_t on = (cudaStream_t)stream;
+    if (y_f32)
+        combine_kernel<<<list->n_tokens, threads, bytes, on>>>(
+            *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (float *)y,
+            y_stride, d, wide);
+    else
+        combine_kernel<<<list->n_tokens, threads, bytes, on>>>(
+            *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y,
+            y_stride, d, wide);
     return qv_k_check_launch("moe_combine");
 }

@@ -1,7 +1,8 @@
-/* RMS norms over the last dimension, four kinds of one kernel. A row is read once, kept in
+/* RMS norms over the last dimension: three kinds of one kernel, and the one of the residual stream,
+ * which adds to it first. A row is read once, kept in
  * registers as up to NV vectors of 8 a thread, and written once: bound by bandwidth (4 bytes an
- * element, 8 when a second tensor is read or the residual is written too), at decode by the latency
- * of one pass. Short rows (heads) take a warp each, 8 to a block; long ones a block.
+ * element, 6 when a second tensor is read, 14 of the residual), at decode by the latency of one
+ * pass. Short rows (heads) take a warp each, 8 to a block; long ones a block.
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_dense.h"
@@ -27,16 +28,9 @@ __device__ __forceinline__ float silu(float x)
     return x / (1.0f + expf(-x));
 }
 
-__device__ __forceinline__ float round_bf16(float x)
-{
-    return __bfloat162float(__float2bfloat16(x));
-}
-
 /* What enters the sum of squares. */
 template <qv_k_norm_kind KIND> __device__ __forceinline__ float enter(float x, float z)
 {
-    if (KIND == QV_K_NORM_ADD)
-        return round_bf16(x + z);
     return KIND == QV_K_GATE_THEN_NORM ? x * silu(z) : x;
 }
 
@@ -84,8 +78,6 @@ __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
             if (KIND == QV_K_NORM_THEN_GATE)
                 second[j][k] = zs[k];
         }
-        if (KIND == QV_K_NORM_ADD)
-            *(bf16x8 *)(x + i) = pack8(v[j]);
     }
     squares = ROWS == 8 ? warp_sum(squares) : block_sum(squares, shared);
     float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
@@ -105,8 +97,7 @@ __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
     }
 }
 
-/* Any length and alignment. The entered values are computed again in the second pass, but for the
- * residual, which is there. */
+/* Any length and alignment. The entered values are computed again in the second pass. */
 template <qv_k_norm_kind KIND> __global__ void __launch_bounds__(256) norm_any_kernel(norm_args c)
 {
     __shared__ float shared[8];
@@ -118,17 +109,111 @@ template <qv_k_norm_kind KIND> __global__ void __launch_bounds__(256) norm_any_k
     float squares = 0;
     for (int64_t i = threadIdx.x; i < c.d; i += 256) {
         float v = enter<KIND>(to_float(x[i]), to_float(z[i]));
-        if (KIND == QV_K_NORM_ADD)
-            x[i] = __float2bfloat16(v);
         squares = fmaf(v, v, squares);
     }
     squares = block_sum(squares, shared);
     float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
     for (int64_t i = threadIdx.x; i < c.d; i += 256) { /* each thread reads what it wrote itself */
         float zi = to_float(z[i]);
-        float v = KIND == QV_K_NORM_ADD ? to_float(x[i]) : enter<KIND>(to_float(x[i]), zi);
+        float v = enter<KIND>(to_float(x[i]), zi);
         y[i] = __float2bfloat16(leave<KIND>(v * scale, c.plus_one ? 1.0f + w[i] : w[i], zi));
     }
+}
+
+/* --- The residual stream ------------------------------------------------------------------ */
+
+__device__ __forceinline__ void load8(const float *p, float (&v)[8])
+{
+    float4 a = *(const float4 *)p, b = *(const float4 *)(p + 4);
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
+__device__ __forceinline__ void store8(float *p, const float (&v)[8])
+{
+    *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);
+    *(float4 *)(p + 4) = make_float4(v[4], v[5], v[6], v[7]);
+}
+
+/* A block a token. */
+template <int NV>
+__global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args c)
+{
+    let_next_start();
+    __shared__ float shared[8];
+    int64_t t = blockIdx.x;
+    float *residual = c.residual + t * c.residual_stride;
+    const float *delta = c.delta ? c.delta + t * c.delta_stride : nullptr;
+    float v[NV][8], squares = 0;
+#pragma unroll
+    for (int j = 0; j < NV; j++) {
+        int i = (threadIdx.x + j * 256) * 8;
+        if (i >= c.d)
+            continue;
+        load8(residual + i, v[j]);
+        if (delta) {
+            float add[8];
+            load8(delta + i, add);
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                v[j][k] += add[k];
+            store8(residual + i, v[j]);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            squares = fmaf(v[j][k], v[j][k], squares);
+    }
+    squares = block_sum(squares, shared);
+    float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
+    bf16 *y = (bf16 *)c.y + t * c.y_stride, *rest = (bf16 *)c.rest + t * c.rest_stride;
+#pragma unroll
+    for (int j = 0; j < NV; j++) {
+        int i = (threadIdx.x + j * 256) * 8;
+        if (i >= c.d)
+            continue;
+        float g[8], out[8], rounded[8];
+        load8(c.w + i, g);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            out[k] = v[j][k] * scale * (c.plus_one ? 1.0f + g[k] : g[k]);
+        bf16x8 packed = pack8(out);
+        *(bf16x8 *)(y + i) = packed;
+        if (!c.rest)
+            continue;
+        unpack8(packed, rounded);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            out[k] -= rounded[k];
+        *(bf16x8 *)(rest + i) = pack8(out);
+    }
+}
+
+/* Any length and alignment. Each thread reads what it wrote itself. */
+__global__ void __launch_bounds__(256) add_norm_any_kernel(qv_k_add_norm_args c)
+{
+    __shared__ float shared[8];
+    int64_t t = blockIdx.x;
+    float *residual = c.residual + t * c.residual_stride, squares = 0;
+    for (int64_t i = threadIdx.x; i < c.d; i += 256) {
+        float v = residual[i] + (c.delta ? c.delta[t * c.delta_stride + i] : 0.0f);
+        residual[i] = v;
+        squares = fmaf(v, v, squares);
+    }
+    squares = block_sum(squares, shared);
+    float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
+    for (int64_t i = threadIdx.x; i < c.d; i += 256) {
+        float out = residual[i] * scale * (c.plus_one ? 1.0f + c.w[i] : c.w[i]);
+        bf16 rounded = __float2bfloat16(out);
+        ((bf16 *)c.y)[t * c.y_stride + i] = rounded;
+        if (c.rest)
+            ((bf16 *)c.rest)[t * c.rest_stride + i] = __float2bfloat16(out - to_float(rounded));
+    }
+}
+
+/* Rows of numbers of `size` bytes on 16 bytes, NULL as well. */
+bool rows_aligned(const void *data, int64_t stride, int size)
+{
+    return (uintptr_t)data % 16 == 0 && stride * size % 16 == 0;
 }
 
 bool aligned(const qv_k_rows &r)
@@ -164,9 +249,6 @@ qv_status qv_k_norm(qv_k_norm_kind kind, qv_k_extent extent, qv_k_rows x, qv_k_r
     case QV_K_NORM:
         launch<QV_K_NORM>(c, vector, s);
         break;
-    case QV_K_NORM_ADD:
-        launch<QV_K_NORM_ADD>(c, vector, s);
-        break;
     case QV_K_NORM_THEN_GATE:
         launch<QV_K_NORM_THEN_GATE>(c, vector, s);
         break;
@@ -175,4 +257,23 @@ qv_status qv_k_norm(qv_k_norm_kind kind, qv_k_extent extent, qv_k_rows x, qv_k_r
         break;
     }
     return qv_k_check_launch("norm");
+}
+
+qv_status qv_k_add_norm(const qv_k_add_norm_args *args, void *stream)
+{
+    const qv_k_add_norm_args &c = *args;
+    cudaStream_t on = (cudaStream_t)stream;
+    unsigned rows = (unsigned)c.n_tokens;
+    bool vector = c.d % 8 == 0 && rows_aligned(c.residual, c.residual_stride, 4) &&
+                  rows_aligned(c.delta, c.delta_stride, 4) && rows_aligned(c.y, c.y_stride, 2) &&
+                  rows_aligned(c.rest, c.rest_stride, 2) && (uintptr_t)c.w % 16 == 0;
+    if (!vector || c.d > 8192)
+        add_norm_any_kernel<<<rows, 256, 0, on>>>(c);
+    else if (c.d <= 2048)
+        add_norm_vector_kernel<1><<<rows, 256, 0, on>>>(c);
+    else if (c.d <= 4096)
+        add_norm_vector_kernel<2><<<rows, 256, 0, on>>>(c);
+    else
+        add_norm_vector_kernel<4><<<rows, 256, 0, on>>>(c);
+    return qv_k_check_launch("add_norm");
 }

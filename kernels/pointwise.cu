@@ -23,8 +23,6 @@ template <qv_k_pointwise_kind KIND> __device__ __forceinline__ float apply(float
         return a / (1.0f + expf(-a)) * b;
     case QV_K_SIGMOID_GATE:
         return b * sigmoid(a);
-    case QV_K_ADD:
-        return a + b;
     default: {
         float positive = a < 0.0f ? 0.0f : a; /* NaN stays NaN */
         return positive * positive;
@@ -76,39 +74,79 @@ void launch(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, cudaStream_t s
         pointwise_kernel<KIND, 1><<<blocks, THREADS, 0, stream>>>(e, a, b, y, total);
 }
 
-/* A block a token. */
+/* A block a token; STEP numbers a thread. */
+template <int STEP>
+__global__ void __launch_bounds__(THREADS) add_kernel(int64_t d, qv_k_rows x, qv_k_rows delta)
+{
+    float *row = (float *)x.data + blockIdx.x * x.token;
+    const float *add = (const float *)delta.data + blockIdx.x * delta.token;
+    let_next_start();
+    for (int64_t i = threadIdx.x * STEP; i < d; i += THREADS * STEP) {
+        if constexpr (STEP == 1) {
+            row[i] += add[i];
+        } else {
+            float4 a = *(const float4 *)(row + i), b = *(const float4 *)(add + i);
+            *(float4 *)(row + i) = make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+        }
+    }
+}
+
+template <int STEP>
 __global__ void __launch_bounds__(THREADS)
     sigmoid_scale_kernel(int64_t d, qv_k_rows x, qv_k_rows gate)
 {
-    int64_t token = blockIdx.x;
-    float g = sigmoid(to_float(((const bf16 *)gate.data)[token * gate.token]));
-    bf16 *row = (bf16 *)x.data + token * x.token;
-    for (int64_t i = threadIdx.x; i < d; i += THREADS)
-        row[i] = __float2bfloat16(to_float(row[i]) * g);
+    float g = sigmoid(to_float(((const bf16 *)gate.data)[blockIdx.x * gate.token]));
+    float *row = (float *)x.data + blockIdx.x * x.token;
+    for (int64_t i = threadIdx.x * STEP; i < d; i += THREADS * STEP) {
+        if constexpr (STEP == 1) {
+            row[i] *= g;
+        } else {
+            float4 a = *(const float4 *)(row + i);
+            *(float4 *)(row + i) = make_float4(a.x * g, a.y * g, a.z * g, a.w * g);
+        }
+    }
 }
 
-/* A block a row. */
-template <bool F32, bool VECTOR>
+bool aligned_f32(const qv_k_rows &r)
+{
+    return (uintptr_t)r.data % 16 == 0 && r.token % 4 == 0;
+}
+
+__device__ __forceinline__ void put(float *p, float v)
+{
+    *p = v;
+}
+
+__device__ __forceinline__ void put(bf16 *p, float v)
+{
+    *p = __float2bfloat16(v);
+}
+
+/* A block a row. Vectors: a BF16 table into rows as they are, or widened. */
+template <typename TABLE, typename Y, bool VECTOR>
 __global__ void __launch_bounds__(THREADS)
-    embed_kernel(const void *table, int64_t table_stride, int64_t n_rows, int64_t first,
-                 const int32_t *ids, int64_t d, bf16 *y, int64_t y_stride)
+    embed_kernel(const TABLE *table, int64_t table_stride, int64_t n_rows, int64_t first,
+                 const int32_t *ids, int64_t d, Y *y, int64_t y_stride)
 {
     int64_t row = ids[blockIdx.x] - first;
     bool there = row >= 0 && row < n_rows;
-    bf16 *out = y + blockIdx.x * y_stride;
+    const TABLE *src = table + (there ? row : 0) * table_stride;
+    Y *out = y + blockIdx.x * y_stride;
     if constexpr (VECTOR) {
-        const bf16x8 *src =
-            (const bf16x8 *)((const bf16 *)table + (there ? row : 0) * table_stride);
-        for (int64_t i = threadIdx.x; i < d / 8; i += THREADS)
-            ((bf16x8 *)out)[i] = there ? src[i] : bf16x8{};
-    } else {
-        for (int64_t i = threadIdx.x; i < d; i += THREADS) {
-            float v = 0;
-            if (there)
-                v = F32 ? ((const float *)table)[row * table_stride + i]
-                        : to_float(((const bf16 *)table)[row * table_stride + i]);
-            out[i] = __float2bfloat16(v);
+        for (int64_t i = threadIdx.x * 8; i < d; i += THREADS * 8) {
+            bf16x8 packed = there ? *(const bf16x8 *)(src + i) : bf16x8{};
+            if constexpr (sizeof(Y) == 2) {
+                *(bf16x8 *)(out + i) = packed;
+            } else {
+                float v[8];
+                unpack8(packed, v);
+                *(float4 *)(out + i) = make_float4(v[0], v[1], v[2], v[3]);
+                *(float4 *)(out + i + 4) = make_float4(v[4], v[5], v[6], v[7]);
+            }
         }
+    } else {
+        for (int64_t i = threadIdx.x; i < d; i += THREADS)
+            put(out + i, there ? to_float(src[i]) : 0.0f);
     }
 }
 
@@ -194,9 +232,6 @@ qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows
     case QV_K_SIGMOID_GATE:
         launch<QV_K_SIGMOID_GATE>(extent, a, b, y, s);
         break;
-    case QV_K_ADD:
-        launch<QV_K_ADD>(extent, a, b, y, s);
-        break;
     case QV_K_RELU2:
         launch<QV_K_RELU2>(extent, a, a, y, s);
         break;
@@ -204,30 +239,49 @@ qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows
     return qv_k_check_launch("pointwise");
 }
 
+qv_status qv_k_add(qv_k_extent extent, qv_k_rows x, qv_k_rows delta, void *stream)
+{
+    unsigned rows = (unsigned)extent.n_tokens;
+    cudaStream_t on = (cudaStream_t)stream;
+    if (extent.d % 4 == 0 && aligned_f32(x) && aligned_f32(delta))
+        add_kernel<4><<<rows, THREADS, 0, on>>>(extent.d, x, delta);
+    else
+        add_kernel<1><<<rows, THREADS, 0, on>>>(extent.d, x, delta);
+    return qv_k_check_launch("add");
+}
+
 qv_status qv_k_sigmoid_scale(qv_k_extent extent, qv_k_rows x, qv_k_rows gate, void *stream)
 {
-    sigmoid_scale_kernel<<<(unsigned)extent.n_tokens, THREADS, 0, (cudaStream_t)stream>>>(extent.d,
-                                                                                          x, gate);
+    unsigned rows = (unsigned)extent.n_tokens;
+    cudaStream_t on = (cudaStream_t)stream;
+    if (extent.d % 4 == 0 && aligned_f32(x))
+        sigmoid_scale_kernel<4><<<rows, THREADS, 0, on>>>(extent.d, x, gate);
+    else
+        sigmoid_scale_kernel<1><<<rows, THREADS, 0, on>>>(extent.d, x, gate);
     return qv_k_check_launch("sigmoid_scale");
 }
 
 qv_status qv_k_embed(const void *table, bool f32, int64_t table_stride, int64_t n_rows,
                      int64_t first, const int32_t *ids, int64_t n, int64_t d, void *y,
-                     int64_t y_stride, void *stream)
+                     bool as_stored, int64_t y_stride, void *stream)
 {
     cudaStream_t s = (cudaStream_t)stream;
     unsigned rows = (unsigned)n;
     bool vector = !f32 && d % 8 == 0 && table_stride % 8 == 0 && y_stride % 8 == 0 &&
                   (uintptr_t)table % 16 == 0 && (uintptr_t)y % 16 == 0;
-#define EMBED(F32, VECTOR)                                                                         \
-    embed_kernel<F32, VECTOR>                                                                      \
-        <<<rows, THREADS, 0, s>>>(table, table_stride, n_rows, first, ids, d, (bf16 *)y, y_stride)
+#define EMBED(TABLE, Y, VECTOR)                                                                    \
+    embed_kernel<TABLE, Y, VECTOR><<<rows, THREADS, 0, s>>>(                                       \
+        (const TABLE *)table, table_stride, n_rows, first, ids, d, (Y *)y, y_stride)
     if (f32)
-        EMBED(true, false);
+        EMBED(float, float, false);
+    else if (as_stored && vector)
+        EMBED(bf16, bf16, true);
+    else if (as_stored)
+        EMBED(bf16, bf16, false);
     else if (vector)
-        EMBED(false, true);
+        EMBED(bf16, float, true);
     else
-        EMBED(false, false);
+        EMBED(bf16, float, false);
 #undef EMBED
     return qv_k_check_launch("embed");
 }

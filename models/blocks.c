@@ -29,13 +29,14 @@ static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_d
     int64_t pairs = t * c->moe_top_k; /* 0 without experts */
     int64_t rank = limits->n_adapter_slots > 0 ? limits->max_lora_rank : 0;
     int64_t act = (int64_t)qv_dtype_size(activation), f32 = sizeof(float);
-    bytes[QV_BUF_RESIDUAL] = t * hidden * act;
+    bytes[QV_BUF_RESIDUAL] = t * hidden * f32;
     bytes[QV_BUF_NORMED] = t * hidden * act;
-    bytes[QV_BUF_DELTA] = t * hidden * act;
+    bytes[QV_BUF_REST] = c->n_experts > 0 ? t * hidden * act : 0;
+    bytes[QV_BUF_DELTA] = t * hidden * f32;
     bytes[QV_BUF_WIDE] = t * wide * act;
     bytes[QV_BUF_CONV] = t * layout->vec[QV_VEC_CONV].n_rows * act;
     bytes[QV_BUF_INNER] = t * inner * act;
-    bytes[QV_BUF_SHARED] = c->shared_ffn > 0 ? t * hidden * act : 0;
+    bytes[QV_BUF_SHARED] = c->shared_ffn > 0 ? t * hidden * f32 : 0;
     bytes[QV_BUF_LATENT] = 2 * t * c->moe_latent * act;
     bytes[QV_BUF_ROUTER] = t * c->n_experts * f32;
     bytes[QV_BUF_EXPERT] = pairs * (int64_t)sizeof(int32_t);
@@ -91,7 +92,7 @@ void qv_buffers_deinit(qv_buffers *buffers)
 
 qv_tensor qv_pass_residual(const qv_pass *pass)
 {
-    return view(pass, QV_BUF_RESIDUAL, pass->config->hidden);
+    return stream_view(pass, QV_BUF_RESIDUAL);
 }
 
 qv_tensor qv_pass_normed(const qv_pass *pass)
@@ -101,12 +102,12 @@ qv_tensor qv_pass_normed(const qv_pass *pass)
 
 qv_tensor qv_pass_delta(const qv_pass *pass)
 {
-    return view(pass, QV_BUF_DELTA, pass->config->hidden);
+    return stream_view(pass, QV_BUF_DELTA);
 }
 
 qv_tensor qv_pass_shared(const qv_pass *pass)
 {
-    return view(pass, QV_BUF_SHARED, pass->config->hidden);
+    return stream_view(pass, QV_BUF_SHARED);
 }
 
 qv_tensor qv_pass_latent(const qv_pass *pass, int which)
@@ -124,15 +125,41 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec)
 
 /* --- Linear, embedding, norms ----------------------------------------------------------------- */
 
+/* What rounding took from the last norm; empty in models without a router. */
+static qv_tensor rest_of(const qv_pass *pass)
+{
+    return pass->buffers->data[QV_BUF_REST] != NULL ? view(pass, QV_BUF_REST, pass->config->hidden)
+                                                    : (qv_tensor){.data = NULL};
+}
+
+/* Projections whose results are not rounded: logits, and those that end in the stream. */
+static bool is_exact(qv_proj proj)
+{
+    switch (proj) {
+    case QV_PROJ_LM_HEAD:
+    case QV_PROJ_ROUTER:
+    case QV_PROJ_ATTN_OUT:
+    case QV_PROJ_GDN_OUT:
+    case QV_PROJ_SSM_OUT:
+    case QV_PROJ_MLP_OUT:
+    case QV_PROJ_SHARED_OUT:
+    case QV_PROJ_LATENT_OUT:
+        return true;
+    default:
+        return false;
+    }
+}
+
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
     const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
     const qv_proj_shape *shape = &pass->layout->proj[proj];
-    bool is_logits = proj == QV_PROJ_LM_HEAD || proj == QV_PROJ_ROUTER;
+    bool exact = is_exact(proj);
+    qv_tensor rest = proj == QV_PROJ_ROUTER ? rest_of(pass) : (qv_tensor){.data = NULL};
     if (shape->x_cols != shape->n_in)
         x = qv_tensor_cols(x, shape->x_col, shape->n_in);
-    QV_TRY(is_logits ? qv_op_linear_f32(pass->be, weight, x, y)
-                     : qv_op_linear(pass->be, weight, x, y));
+    QV_TRY(exact ? qv_op_linear_f32(pass->be, weight, x, rest, y)
+                 : qv_op_linear(pass->be, weight, x, y));
     const qv_lora_site *site =
         pass->lora != NULL ? qv_lora_pool_site(pass->lora, layer, proj) : NULL;
     if (site == NULL)
@@ -144,8 +171,8 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
     if (layer == QV_GLOBAL) /* the rows of logits have segments of their own */
         return qv_op_lora_f32(pass->be, site, batch->n_logit_segs, batch->logit_seg_start,
                               batch->logit_seg_slot, x, scratch, y);
-    return (is_logits ? qv_op_lora_f32 : qv_op_lora)(
-        pass->be, site, batch->n_segs, batch->seg_start, batch->seg_slot, x, scratch, y);
+    return (exact ? qv_op_lora_f32 : qv_op_lora)(pass->be, site, batch->n_segs, batch->seg_start,
+                                                 batch->seg_slot, x, scratch, y);
 }
 
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y)
@@ -170,24 +197,27 @@ static const char *norm_name(qv_vec norm)
                                      : "mixer_norm";
 }
 
-qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor x, qv_tensor y)
+/* Without a delta, the residual as it is. */
+static qv_status add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
+                          qv_tensor delta, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
-    QV_TRY(qv_op_rms_norm(pass->be, x, qv_pass_vec(pass, layer, norm), eps,
-                          pass->config->arch->norm_plus_one, y));
+    QV_TRY(qv_op_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
+                              pass->config->arch->norm_plus_one, y, rest_of(pass)));
     probe(pass, layer, norm_name(norm), y);
     return QV_OK;
+}
+
+qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual, qv_tensor y)
+{
+    return add_norm(pass, layer, norm, residual, (qv_tensor){.data = NULL}, y);
 }
 
 qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                             qv_tensor delta, qv_tensor y)
 {
-    float eps = (float)pass->config->norm_eps;
     QV_TRY(qv_op_all_reduce(pass->be, delta)); /* every block ends in a split of its input */
-    QV_TRY(qv_op_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
-                              pass->config->arch->norm_plus_one, y));
-    probe(pass, layer, norm_name(norm), y);
-    return QV_OK;
+    return add_norm(pass, layer, norm, residual, delta, y);
 }
 
 /* --- Head ------------------------------------------------------------------------------------- */

@@ -14,13 +14,14 @@
 
 /* Where intermediates live: buffer, elements for a step of T tokens and L rows of logits. */
 typedef enum {
-    QV_BUF_RESIDUAL, /* [T, hidden] the residual stream */
+    QV_BUF_RESIDUAL, /* [T, hidden] F32 the residual stream */
     QV_BUF_NORMED,   /* [T, hidden] what a block reads */
-    QV_BUF_DELTA,    /* [T, hidden] what a block adds */
+    QV_BUF_REST,     /* [T, hidden] what rounding took from that; with experts, for their router */
+    QV_BUF_DELTA,    /* [T, hidden] F32 what a block adds */
     QV_BUF_WIDE,     /* [T, widest output of an in-projection] */
     QV_BUF_CONV,     /* [T, convolution channels] */
     QV_BUF_INNER,    /* [T, widest input of an out-projection] */
-    QV_BUF_SHARED,   /* [T, hidden] what shared experts add */
+    QV_BUF_SHARED,   /* [T, hidden] F32 what shared experts add */
     QV_BUF_LATENT,   /* [2, T, latent] what routed experts read and write, where that is narrower */
     QV_BUF_ROUTER,   /* [T, experts] F32 */
     QV_BUF_EXPERT,   /* [T, k] I32 experts of each token */
@@ -64,7 +65,8 @@ struct qv_pass {
     qv_tensor logits; /* out: [L, vocab] F32, on rank 0 */
 };
 
-/* Views of the buffers for this step's T tokens: [T, hidden]. */
+/* Views of the buffers for this step's T tokens: [T, hidden]. Residual, delta and shared are the
+ * stream: F32, never rounded (ops/ops.h). */
 qv_tensor qv_pass_residual(const qv_pass *pass);
 qv_tensor qv_pass_normed(const qv_pass *pass);
 qv_tensor qv_pass_delta(const qv_pass *pass);
@@ -76,21 +78,22 @@ qv_tensor qv_pass_latent(const qv_pass *pass, int which);
 qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec);
 
 /* y = x W^T of a layer's projection (QV_GLOBAL for the head), plus the adapters of the batch.
- * x [T, n_in], y [T, n_out]; for the head, L rows. Logits, the head's and a router's, are F32 and
- * never rounded. */
+ * x [T, n_in], y [T, n_out]; for the head, L rows. Logits, the head's and a router's, and what goes
+ * into the stream are F32 and never rounded. A router reads the rest of x as well, which must be
+ * the last that qv_block_norm or qv_block_add_norm gave. */
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
 
-/* y[t] = embedding of token t, plus the adapters of the batch. */
+/* y[t] = embedding of token t, plus the adapters of the batch. y [T, hidden] F32. */
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y);
 
-/* RMS norm by a layer's norm weight. x, y [T, hidden]. */
-qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor x, qv_tensor y);
+/* y = norm(residual) by a layer's norm weight. residual [T, hidden] F32, y [T, hidden]. */
+qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual, qv_tensor y);
 
-/* residual += delta, summed over ranks; y = norm(residual). */
+/* residual += delta, summed over ranks; y = norm(residual). residual, delta F32. */
 qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                             qv_tensor delta, qv_tensor y);
 
-/* Mixers and feed-forward: x, y [T, hidden]. */
+/* Mixers and feed-forward: x [T, hidden], y [T, hidden] F32. */
 qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
@@ -108,15 +111,15 @@ qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor
 /* Choose experts for each token: x [T, hidden], into the pass's list. */
 qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x);
 /* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch. x, y [T,
- * expert_in], not the same. */
+ * expert_in], not the same; y F32 where that is the stream, and not a latent space. */
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                            qv_tensor y);
-/* Experts that every token goes through: x, y [T, hidden]. */
+/* Experts that every token goes through: x [T, hidden], y [T, hidden] F32. */
 qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                                  qv_tensor y);
-/* shared[t] *= sigmoid(x[t] . gate) */
+/* shared[t] *= sigmoid(x[t] . gate); shared F32. */
 qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor shared);
-/* y += shared, [T, hidden]: what the whole mixture adds to the residual stream. */
+/* y += shared, [T, hidden] F32: what the whole mixture adds to the residual stream. */
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y);
 
 /* Logits of the rows that need them: x [T, hidden] after the final norm, into pass->logits. */

@@ -11,6 +11,13 @@ static inline qv_tensor view(const qv_pass *pass, qv_buffer buffer, int64_t n)
                         pass->batch->n_tokens, n);
 }
 
+/* The same of the stream, which is F32 on every backend. */
+static inline qv_tensor stream_view(const qv_pass *pass, qv_buffer buffer)
+{
+    return qv_tensor_2d(pass->buffers->data[buffer], QV_F32, pass->batch->n_tokens,
+                        pass->config->hidden);
+}
+
 static inline void probe(const qv_pass *pass, int64_t layer, const char *name, qv_tensor value)
 {
     if (pass->probe != NULL)

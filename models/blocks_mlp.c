@@ -97,8 +97,10 @@ qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_te
     QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
     QV_TRY(activate(pass, kind, wide, inner));
     QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, out));
-    QV_TRY(qv_op_moe_combine(pass->be, pass->list, chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), out,
-                             site, expert_scratch(pass, site), y));
+    bool latent = pass->config->layer_parts[layer] & QV_PART_LATENT;
+    QV_TRY((latent ? qv_op_moe_combine : qv_op_moe_combine_f32)(
+        pass->be, pass->list, chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), out, site,
+        expert_scratch(pass, site), y));
     probe(pass, layer, "experts_out", y);
     return QV_OK;
 }

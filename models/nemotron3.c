@@ -347,7 +347,7 @@ static qv_status mixer(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 static qv_status forward(qv_pass *pass)
 {
     int64_t n_layers = pass->config->n_layers;
-    qv_tensor residual = qv_pass_residual(pass); /* [T, hidden] */
+    qv_tensor residual = qv_pass_residual(pass); /* [T, hidden] F32 */
     qv_tensor normed = qv_pass_normed(pass);     /* [T, hidden]: what a mixer reads */
     qv_tensor delta = qv_pass_delta(pass);       /* [T, hidden]: what it adds */
 

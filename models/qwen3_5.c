@@ -284,7 +284,7 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 static qv_status forward(qv_pass *pass)
 {
     const qv_model_config *config = pass->config;
-    qv_tensor residual = qv_pass_residual(pass); /* [T, hidden] */
+    qv_tensor residual = qv_pass_residual(pass); /* [T, hidden] F32 */
     qv_tensor normed = qv_pass_normed(pass);     /* [T, hidden]: what a block reads */
     qv_tensor delta = qv_pass_delta(pass);       /* [T, hidden]: what a block adds */
 

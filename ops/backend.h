@@ -21,11 +21,11 @@
        const int32_t *seg_slot, const int32_t *ids, qv_tensor y))                                  \
     X(embed, (qv_backend * be, qv_tensor table, int64_t first, const int32_t *ids, qv_tensor y))   \
     X(linear, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor y))                     \
-    X(linear_f32, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor y))                 \
+    X(linear_f32, (qv_backend * be, const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y)) \
     X(rms_norm,                                                                                    \
       (qv_backend * be, qv_tensor x, qv_tensor w, float eps, bool plus_one, qv_tensor y))          \
     X(add_rms_norm, (qv_backend * be, qv_tensor residual, qv_tensor delta, qv_tensor w, float eps, \
-                     bool plus_one, qv_tensor y))                                                  \
+                     bool plus_one, qv_tensor y, qv_tensor rest))                                  \
     X(gated_rms_norm, (qv_backend * be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,          \
                        bool gate_first, qv_tensor y))                                              \
     X(swiglu, (qv_backend * be, qv_tensor gate, qv_tensor up, qv_tensor y))                        \
@@ -51,6 +51,8 @@
                  qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y))                   \
     X(moe_combine, (qv_backend * be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,      \
                     const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y))                 \
+    X(moe_combine_f32, (qv_backend * be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,  \
+                        const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y))             \
     X(sample, (qv_backend * be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,      \
                qv_sample_result *results))
 

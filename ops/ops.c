@@ -374,7 +374,7 @@ qv_status qv_op_embed(qv_backend *be, qv_tensor table, int64_t first, const int3
                       qv_tensor y)
 {
     EXPECT("embed", table, table.dtype == QV_BF16 ? QV_BF16 : QV_F32, ANY, ANY);
-    EXPECT("embed", y, be->table->activation_dtype, ANY, table.shape[1]);
+    EXPECT("embed", y, QV_F32, ANY, table.shape[1]);
     return y.shape[0] ? be->ops->embed(be, table, first, ids, y) : QV_OK;
 }
 
@@ -393,10 +393,13 @@ qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tenso
     return x.shape[0] ? be->ops->linear(be, w, x, y) : QV_OK;
 }
 
-qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
+                           qv_tensor y)
 {
     QV_TRY(check_linear(be, w, x, y, QV_F32));
-    return x.shape[0] ? be->ops->linear_f32(be, w, x, y) : QV_OK;
+    if (rest.data)
+        EXPECT("linear", rest, be->table->activation_dtype, x.shape[0], w->n_in);
+    return x.shape[0] ? be->ops->linear_f32(be, w, x, rest, y) : QV_OK;
 }
 
 qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
@@ -414,15 +417,18 @@ qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bo
 }
 
 qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
-                             float eps, bool plus_one, qv_tensor y)
+                             float eps, bool plus_one, qv_tensor y, qv_tensor rest)
 {
     qv_dtype act = be->table->activation_dtype;
-    EXPECT("add_rms_norm", residual, act, ANY, ANY);
-    EXPECT("add_rms_norm", delta, act, residual.shape[0], residual.shape[1]);
+    EXPECT("add_rms_norm", residual, QV_F32, ANY, ANY);
+    if (delta.data)
+        EXPECT("add_rms_norm", delta, QV_F32, residual.shape[0], residual.shape[1]);
+    if (rest.data)
+        EXPECT("add_rms_norm", rest, act, residual.shape[0], residual.shape[1]);
     EXPECT("add_rms_norm", y, act, residual.shape[0], residual.shape[1]);
     EXPECT("add_rms_norm", w, QV_F32, residual.shape[1]);
     return qv_tensor_count(&residual)
-               ? be->ops->add_rms_norm(be, residual, delta, w, eps, plus_one, y)
+               ? be->ops->add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest)
                : QV_OK;
 }
 
@@ -457,7 +463,7 @@ qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
 qv_status qv_op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate)
 {
     qv_dtype act = be->table->activation_dtype;
-    EXPECT("sigmoid_scale", x, act, ANY, ANY);
+    EXPECT("sigmoid_scale", x, QV_F32, ANY, ANY);
     EXPECT("sigmoid_scale", gate, act, x.shape[0], 1);
     return qv_tensor_count(&x) ? be->ops->sigmoid_scale(be, x, gate) : QV_OK;
 }
@@ -472,9 +478,8 @@ qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
 
 qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
 {
-    qv_dtype act = be->table->activation_dtype;
-    EXPECT("add", residual, act, ANY, ANY);
-    EXPECT("add", delta, act, residual.shape[0], residual.shape[1]);
+    EXPECT("add", residual, QV_F32, ANY, ANY);
+    EXPECT("add", delta, QV_F32, residual.shape[0], residual.shape[1]);
     return qv_tensor_count(&delta) ? be->ops->add(be, residual, delta) : QV_OK;
 }
 
@@ -491,7 +496,7 @@ qv_status qv_backend_connect(qv_backend *be)
 
 qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x)
 {
-    EXPECT("all_reduce", x, be->table->activation_dtype, ANY, ANY);
+    EXPECT("all_reduce", x, QV_F32, ANY, ANY);
     return has_peers(be) ? be->table->all_reduce(be, x) : QV_OK;
 }
 
@@ -576,7 +581,7 @@ qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32
                            const int32_t *seg_start, const int32_t *seg_slot, const int32_t *ids,
                            qv_tensor y)
 {
-    EXPECT("embed_lora", y, be->table->activation_dtype, ANY, site->n_out);
+    EXPECT("embed_lora", y, QV_F32, ANY, site->n_out);
     if (!is_weight_dtype(site->dtype))
         return qv_fail(QV_ERR_UNSUPPORTED, "embed_lora: A and B are F32 or BF16, not %s",
                        qv_dtype_name(site->dtype));
@@ -829,19 +834,35 @@ qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_
     return list->n_tokens ? be->ops->moe_lora(be, site, list, x, rows, scratch, y) : QV_OK;
 }
 
-qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
-                            const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y)
+static qv_status check_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                               qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                               qv_tensor y, qv_dtype y_dtype)
 {
     qv_dtype act = be->table->activation_dtype;
     EXPECT_CONTIGUOUS("moe_combine", weights, QV_F32, list->n_tokens, list->top_k);
     EXPECT("moe_combine", o, act, n_pairs_of(list), ANY);
-    EXPECT("moe_combine", y, act, list->n_tokens, site ? site->n_out : o.shape[1]);
+    EXPECT("moe_combine", y, y_dtype, list->n_tokens, site ? site->n_out : o.shape[1]);
     if (o.shape[1] != y.shape[1])
         return qv_fail(QV_ERR_SHAPE, "moe_combine: rows of %lld into rows of %lld",
                        (long long)o.shape[1], (long long)y.shape[1]);
-    if (site)
-        QV_TRY(check_moe_site("moe_combine", site, list, scratch));
+    return site ? check_moe_site("moe_combine", site, list, scratch) : QV_OK;
+}
+
+qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
+                            const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y)
+{
+    qv_dtype act = be->table->activation_dtype;
+    QV_TRY(check_combine(be, list, weights, o, site, scratch, y, act));
     return qv_tensor_count(&y) ? be->ops->moe_combine(be, list, weights, o, site, scratch, y)
+                               : QV_OK;
+}
+
+qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                                qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                                qv_tensor y)
+{
+    QV_TRY(check_combine(be, list, weights, o, site, scratch, y, QV_F32));
+    return qv_tensor_count(&y) ? be->ops->moe_combine_f32(be, list, weights, o, site, scratch, y)
                                : QV_OK;
 }
 

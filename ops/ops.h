@@ -15,8 +15,12 @@
  * what it writes are numbers that BF16 can hold, as between the kernels of a device that computes
  * in BF16. Inside an op everything stays float32 and is rounded once, when it is stored, to nearest
  * even. Keys and values in pages and the inputs that a convolution keeps are activations and are
- * rounded too, A and B of adapters are BF16. Not rounded: recurrent state, the router's weights,
- * logits, and results of the ops whose name ends in _f32.
+ * rounded too, A and B of adapters are BF16.
+ *
+ * Not rounded: recurrent state, the router's weights, logits, and the stream: the residual and
+ * everything on its way into it. Those tensors are F32 on every backend. What a router reads keeps
+ * the part that rounding takes from it (`rest`), because experts whose scores are close change
+ * places with it.
  */
 #ifndef QV_OPS_OPS_H
 #define QV_OPS_OPS_H
@@ -202,7 +206,8 @@ typedef struct {
 } qv_embed_lora_site;
 
 /* y[t] += scale * B A[:, ids[t]] for the tokens of each segment whose slot has a pair. y [n,
- * n_out]; ids in range (checked by the caller); segments as in qv_op_lora. Errors: SHAPE, LIMIT. */
+ * n_out] F32, never rounded; ids in range (checked by the caller); segments as in qv_op_lora.
+ * Errors: SHAPE, LIMIT. */
 qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,
                            const int32_t *seg_start, const int32_t *seg_slot, const int32_t *ids,
                            qv_tensor y);
@@ -210,24 +215,29 @@ qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32
 /* --- Dense ops: T tokens, activation dtype unless said ------------------------------------ */
 
 /* y[t, :] = table[ids[t] - first, :], or 0 where the table has no such row: it may be a rank's part
- * of the vocabulary, from id `first` on. table [n, d] BF16 or F32. */
+ * of the vocabulary, from id `first` on. table [n, d] BF16 or F32, y [T, d] F32. */
 qv_status qv_op_embed(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
                       qv_tensor y);
 
 /* y [T, n_out] = x [T, n_in] W^T. Sums in float32. x and y may have any row stride. */
 qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
-/* The same with y F32 whatever the activation dtype, never rounded: logits of the head, and of
- * routers that decide in float32. */
-qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+/* The same with y F32 whatever the activation dtype, never rounded: logits, and what a block adds
+ * to the stream. With a `rest` [T, n_in] as qv_op_add_rms_norm gives it, y = (x + rest) W^T, and
+ * the rest is used up. */
+qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
+                           qv_tensor y);
 
 /* y = x * rsqrt(mean(x^2) + eps) * g over the last dimension, g = w or 1 + w (`plus_one`).
  * x, y [T, d] or [T, n, d] (strided rows), w [d] F32. In place allowed. */
 qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
                          qv_tensor y);
 
-/* residual += delta; y = rms_norm(residual). residual, delta, y [T, d]. */
+/* residual += delta; y = rms_norm(residual), and rest = what rounding took from y.
+ *   residual [T, d] F32; delta [T, d] F32 or empty (nothing is added); y [T, d]
+ *   rest [T, d] or empty: rounded itself, so that y + rest holds twice the digits; a backend that
+ *   rounds nothing leaves it alone */
 qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
-                             float eps, bool plus_one, qv_tensor y);
+                             float eps, bool plus_one, qv_tensor y, qv_tensor rest);
 
 /* Gated RMS norm over groups of the last dimension. x, z, y [T, n, d] (strided), w [d] when every
  * row n shares it (Qwen: norm over d, weight, then * silu(z)), or [n * d] with `gate_first`
@@ -241,13 +251,14 @@ qv_status qv_op_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_tensor y
 /* x[t, n, i] *= sigmoid(gate[t, n, i]). x, gate [T, n, d], strided. */
 qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate);
 
-/* x[t, i] *= sigmoid(gate[t, 0]): one gate a token. x [T, d], gate [T, 1], strided. */
+/* x[t, i] *= sigmoid(gate[t, 0]): one gate a token. x [T, d] F32, never rounded; gate [T, 1];
+ * strided. */
 qv_status qv_op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate);
 
 /* y[t, i] = max(x[t, i], 0)^2. x, y [T, d], strided; in place allowed. */
 qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y);
 
-/* residual += delta. [T, d]. */
+/* residual += delta. [T, d] F32, never rounded. */
 qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta);
 
 /* y[i, :] = x[rows[i], :]. */
@@ -322,13 +333,13 @@ qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *ar
  * A token goes through k of E experts; token t and its j-th expert are the pair t * k + j. One
  * layer, with P = T k:
  *
- *   qv_op_linear_f32    x [T, d]                     -> logits [T, E] then qv_op_lora_f32
+ *   qv_op_linear_f32    x and its rest [T, d]        -> logits [T, E] then qv_op_lora_f32
  *   qv_op_router        logits                       -> ids, weights [T, k]
  *   qv_op_moe_route     ids, the batch's segments    -> list
  *   qv_op_moe_linear    x, one row a token           -> h [P, n]      then qv_op_moe_lora into h
  *   qv_op_swiglu/relu2  h                            -> a [P, f]
  *   qv_op_moe_linear    a, one row a pair            -> o [P, d]      then qv_op_moe_lora into o
- *   qv_op_moe_combine   o, weights                   -> y [T, d]
+ *   qv_op_moe_combine   o, weights                   -> y [T, d], or _f32 into the stream
  *
  * Row p of a tensor of pairs belongs to the pair at place p of the list. Logits stay float32 in any
  * arithmetic, because experts whose scores are close change places when they are rounded.
@@ -457,6 +468,10 @@ qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_
  * SHAPE, LIMIT. */
 qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
                             const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y);
+/* The same with y F32, never rounded. */
+qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                                qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                                qv_tensor y);
 
 /* --- Ranks: all of them call, in the same order (ops/comm.h) ---------------------------------- */
 
@@ -464,9 +479,9 @@ qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor w
  * Nothing to do without a group. Errors: DEVICE, UNSUPPORTED (devices that cannot meet). */
 qv_status qv_backend_connect(qv_backend *be);
 
-/* x becomes the sum over ranks of their x, everywhere. x [n, d] activation dtype, any row stride,
- * the same n and d on all ranks. Sums in float32, in the order of ranks where ranks meet in memory;
- * rounded once. Nothing to do without a group. Errors: DEVICE (a rank failed). */
+/* x becomes the sum over ranks of their x, everywhere. x [n, d] F32, any row stride, the same n and
+ * d on all ranks. Sums in the order of ranks where ranks meet in memory. Nothing to do without a
+ * group. Errors: DEVICE (a rank failed). */
 qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x);
 
 /* Rank 0's `whole` [n, sum of d] becomes the parts of all ranks side by side, in the order of

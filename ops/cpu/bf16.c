@@ -2,9 +2,9 @@
  * BF16 can hold. A table of its own around the chosen instruction set's, so that rounding is in one
  * place and float32 pays nothing for it.
  *
- * Inputs are what other ops stored, so they are rounded already, and so are values that an op
- * copies: the inputs that a convolution keeps, and V in its pages. Where a fused kernel of a device
- * would store two results, both are rounded: add_rms_norm normalises the residual that it stored.
+ * Activations are what other ops stored, so they are rounded already, and so are values that an op
+ * copies: the inputs that a convolution keeps, and V in its pages. The stream is not rounded: the
+ * residual, and what ops put on the way into it.
  */
 #include "ops/cpu/cpu.h"
 
@@ -93,14 +93,13 @@ static qv_status bf16_embed_lora(qv_backend *be, const qv_embed_lora_site *site,
                                  const int32_t *seg_start, const int32_t *seg_slot,
                                  const int32_t *ids, qv_tensor y)
 {
-    ROUNDED(OPS(be)->embed_lora(be, site, n_segs, seg_start, seg_slot, ids, y),
-            round_segments(be, site->slot_active, n_segs, seg_start, seg_slot, y));
+    return OPS(be)->embed_lora(be, site, n_segs, seg_start, seg_slot, ids, y);
 }
 
 static qv_status bf16_embed(qv_backend *be, qv_tensor table, int64_t first, const int32_t *ids,
                             qv_tensor y)
 {
-    ROUNDED(OPS(be)->embed(be, table, first, ids, y), round_tensor(be, y));
+    return OPS(be)->embed(be, table, first, ids, y);
 }
 
 static qv_status bf16_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
@@ -108,9 +107,51 @@ static qv_status bf16_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv
     ROUNDED(OPS(be)->linear(be, w, x, y), round_tensor(be, y));
 }
 
-static qv_status bf16_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+typedef struct {
+    qv_tensor x, rest;
+} rest_ctx;
+
+/* rest += x: 16 digits of the two, which float32 holds. */
+static void add_rest(void *ctx, int64_t begin, int64_t end, int thread)
 {
-    return OPS(be)->linear(be, w, x, y);
+    (void)thread;
+    const rest_ctx *c = ctx;
+    for (int64_t t = begin; t < end; t++) {
+        const float *x = qv_row2(c->x, t);
+        float *rest = qv_row2(c->rest, t);
+        for (int64_t i = 0; i < c->x.shape[1]; i++)
+            rest[i] += x[i];
+    }
+}
+
+/* x becomes rounded, rest what that took from it, rounded as well. */
+static void split_rest(void *ctx, int64_t begin, int64_t end, int thread)
+{
+    (void)thread;
+    const rest_ctx *c = ctx;
+    for (int64_t t = begin; t < end; t++) {
+        float *x = qv_row2(c->x, t), *rest = qv_row2(c->rest, t);
+        for (int64_t i = 0; i < c->x.shape[1]; i++) {
+            float rounded = qv_bf16_to_f32(qv_f32_to_bf16(x[i]));
+            rest[i] = qv_bf16_to_f32(qv_f32_to_bf16(x[i] - rounded));
+            x[i] = rounded;
+        }
+    }
+}
+
+static void run_rest(qv_backend *be, qv_tensor x, qv_tensor rest, qv_pool_fn *fn)
+{
+    rest_ctx c = {.x = x, .rest = rest};
+    qv_pool_run(qv_cpu(be)->pool, x.shape[0], 5 + x.shape[1] / 4, fn, &c);
+}
+
+static qv_status bf16_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
+                                 qv_tensor y)
+{
+    if (rest.data == NULL)
+        return OPS(be)->linear(be, w, x, y);
+    run_rest(be, x, rest, add_rest);
+    return OPS(be)->linear(be, w, rest, y);
 }
 
 static qv_status bf16_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
@@ -121,16 +162,18 @@ static qv_status bf16_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float e
 
 static qv_status bf16_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
 {
-    ROUNDED(OPS(be)->add(be, residual, delta), round_tensor(be, residual));
+    return OPS(be)->add(be, residual, delta);
 }
 
 static qv_status bf16_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
-                                   float eps, bool plus_one, qv_tensor y)
+                                   float eps, bool plus_one, qv_tensor y, qv_tensor rest)
 {
-    QV_TRY(bf16_add(be, residual, delta));
-    int64_t d = y.shape[1];
-    return bf16_rms_norm(be, qv_tensor_split(residual, 1, d), w, eps, plus_one,
-                         qv_tensor_split(y, 1, d));
+    QV_TRY(OPS(be)->add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest));
+    if (rest.data != NULL)
+        run_rest(be, y, rest, split_rest);
+    else
+        round_tensor(be, y);
+    return QV_OK;
 }
 
 static qv_status bf16_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w,
@@ -151,7 +194,7 @@ static qv_status bf16_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
 
 static qv_status bf16_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate)
 {
-    ROUNDED(OPS(be)->sigmoid_scale(be, x, gate), round_tensor(be, x));
+    return OPS(be)->sigmoid_scale(be, x, gate);
 }
 
 static qv_status bf16_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
@@ -239,6 +282,13 @@ static qv_status bf16_moe_combine(qv_backend *be, const qv_moe_list *list, qv_te
                                   qv_tensor y)
 {
     ROUNDED(OPS(be)->moe_combine(be, list, weights, o, site, scratch, y), round_tensor(be, y));
+}
+
+static qv_status bf16_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                                      qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                                      qv_tensor y)
+{
+    return OPS(be)->moe_combine(be, list, weights, o, site, scratch, y);
 }
 
 static qv_status bf16_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,

@@ -28,7 +28,6 @@ qv_status qv_cpu_all_reduce(qv_backend *be, qv_tensor x)
 {
     meeting m;
     QV_TRY(meet(be, &x, &m));
-    bool rounded = be->ops == &qv_cpu_bf16_ops;
     int64_t n = x.shape[1], first = n * m.rank / m.n_ranks, end = n * (m.rank + 1) / m.n_ranks;
     for (int64_t row = 0; row < x.shape[0]; row++) {
         float *sum = qv_row2(x, row);
@@ -36,7 +35,7 @@ qv_status qv_cpu_all_reduce(qv_backend *be, qv_tensor x)
             float s = 0;
             for (int32_t r = 0; r < m.n_ranks; r++)
                 s += qv_row2(*m.of[r], row)[i];
-            sum[i] = rounded ? qv_bf16_to_f32(qv_f32_to_bf16(s)) : s;
+            sum[i] = s;
         }
     }
     QV_TRY(qv_comm_barrier(m.comm));

@@ -213,7 +213,9 @@ qv_status QV_ISA(qv_cpu_linear)(qv_backend *be, const qv_weight *weight, qv_tens
     return QV_OK;
 }
 
-qv_status QV_ISA(qv_cpu_linear_f32)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+qv_status QV_ISA(qv_cpu_linear_f32)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
+                                    qv_tensor y)
 {
+    (void)rest; /* nothing was rounded */
     return QV_ISA(qv_cpu_linear)(be, w, x, y);
 }

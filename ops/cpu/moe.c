@@ -172,3 +172,10 @@ qv_status QV_ISA(qv_cpu_moe_combine)(qv_backend *be, const qv_moe_list *list, qv
         QV_ISA(qv_cpu_moe_lora_shared)(be, site, list, weights, scratch, y);
     return QV_OK;
 }
+
+qv_status QV_ISA(qv_cpu_moe_combine_f32)(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                                         qv_tensor o, const qv_moe_lora_site *site,
+                                         qv_tensor scratch, qv_tensor y)
+{
+    return QV_ISA(qv_cpu_moe_combine)(be, list, weights, o, site, scratch, y);
+}

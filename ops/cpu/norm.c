@@ -70,8 +70,8 @@ static void add_rms_norm_rows(void *ctx, int64_t begin, int64_t end, int thread)
     int64_t d = c->x.shape[1];
     for (int64_t t = begin; t < end; t++) {
         float *residual = qv_row2(c->x, t);
-        const float *delta = qv_row2(c->delta, t);
-        QV_FOR_LANES(i, lanes, d)
+        const float *delta = c->delta.data ? qv_row2(c->delta, t) : NULL;
+        QV_FOR_LANES(i, lanes, delta ? d : 0)
         {
             v16 sum = v_add(v_load_lanes(residual + i, lanes), v_load_lanes(delta + i, lanes));
             v_store_lanes(residual + i, sum, lanes);
@@ -81,8 +81,10 @@ static void add_rms_norm_rows(void *ctx, int64_t begin, int64_t end, int thread)
 }
 
 qv_status QV_ISA(qv_cpu_add_rms_norm)(qv_backend *be, qv_tensor residual, qv_tensor delta,
-                                      qv_tensor w, float eps, bool plus_one, qv_tensor y)
+                                      qv_tensor w, float eps, bool plus_one, qv_tensor y,
+                                      qv_tensor rest)
 {
+    (void)rest; /* nothing is rounded */
     norm_ctx c = {
         .x = residual, .delta = delta, .y = y, .w = w.data, .eps = eps, .plus_one = plus_one};
     qv_pool_run(qv_cpu(be)->pool, residual.shape[0], row_ns(residual.shape[1]), add_rms_norm_rows,

@@ -198,9 +198,9 @@ static qv_status reduce_shared(qv_cuda_backend *cuda, qv_tensor x)
     for (int32_t r = 0; r < n_ranks; r++) {
         int64_t first = n * r / n_ranks, end = n * (r + 1) / n_ranks;
         if (r != rank && end > first)
-            QV_CUDA_TRY(cudaMemcpyAsync((uint16_t *)x.data + first, (uint16_t *)data[r] + first,
-                                        (size_t)(end - first) * 2, cudaMemcpyDeviceToDevice,
-                                        cuda->stream));
+            QV_CUDA_TRY(cudaMemcpyAsync((float *)x.data + first, (float *)data[r] + first,
+                                        (size_t)(end - first) * sizeof(float),
+                                        cudaMemcpyDeviceToDevice, cuda->stream));
     }
     return pass_point(cuda, 2);
 }
@@ -216,10 +216,10 @@ qv_status qv_cuda_all_reduce(qv_backend *be, qv_tensor x)
         return QV_OK;
     if (c->nccl == NULL)
         return reduce_shared(cuda, x);
-    return qv_nccl_check(c->nccl,
-                         c->nccl->all_reduce(x.data, x.data, n, QV_NCCL_BFLOAT16, QV_NCCL_SUM,
-                                             c->comm, cuda->stream),
-                         "ncclAllReduce");
+    return qv_nccl_check(
+        c->nccl,
+        c->nccl->all_reduce(x.data, x.data, n, QV_NCCL_FLOAT32, QV_NCCL_SUM, c->comm, cuda->stream),
+        "ncclAllReduce");
 }
 
 /* Columns [col, col + width) of `whole` from a dense block [rows, width]. */

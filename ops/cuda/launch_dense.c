@@ -30,12 +30,13 @@ qv_status qv_cuda_embed(qv_backend *be, qv_tensor table, int64_t first, const in
                         qv_tensor y)
 {
     return qv_k_embed(table.data, table.dtype == QV_F32, table.stride[0], table.shape[0], first,
-                      ids, y.shape[0], y.shape[1], y.data, y.stride[0], stream_of(be));
+                      ids, y.shape[0], y.shape[1], y.data, false, y.stride[0], stream_of(be));
 }
 
 qv_status qv_cuda_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y)
 {
-    return qv_cuda_embed(be, x, 0, rows, y);
+    return qv_k_embed(x.data, false, x.stride[0], x.shape[0], 0, rows, y.shape[0], y.shape[1],
+                      y.data, true, y.stride[0], stream_of(be));
 }
 
 qv_status qv_cuda_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
@@ -46,10 +47,22 @@ qv_status qv_cuda_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, 
 }
 
 qv_status qv_cuda_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
-                               float eps, bool plus_one, qv_tensor y)
+                               float eps, bool plus_one, qv_tensor y, qv_tensor rest)
 {
-    return qv_k_norm(QV_K_NORM_ADD, extent2(residual), rows2(residual), rows2(delta), rows2(y),
-                     w.data, eps, plus_one, stream_of(be));
+    const qv_k_add_norm_args args = {.residual = residual.data,
+                                     .delta = delta.data,
+                                     .y = y.data,
+                                     .rest = rest.data,
+                                     .w = w.data,
+                                     .residual_stride = residual.stride[0],
+                                     .delta_stride = delta.stride[0],
+                                     .y_stride = y.stride[0],
+                                     .rest_stride = rest.stride[0],
+                                     .n_tokens = residual.shape[0],
+                                     .d = residual.shape[1],
+                                     .eps = eps,
+                                     .plus_one = plus_one};
+    return qv_k_add_norm(&args, stream_of(be));
 }
 
 qv_status qv_cuda_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
@@ -82,8 +95,7 @@ qv_status qv_cuda_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
 
 qv_status qv_cuda_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
 {
-    return qv_k_pointwise(QV_K_ADD, extent2(delta), rows2(delta), rows2(residual), rows2(residual),
-                          stream_of(be));
+    return qv_k_add(extent2(delta), rows2(residual), rows2(delta), stream_of(be));
 }
 
 qv_status qv_cuda_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,

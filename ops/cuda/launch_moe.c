@@ -93,14 +93,28 @@ qv_status qv_cuda_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const q
                          y.stride[0], qv_cuda(be)->stream);
 }
 
-qv_status qv_cuda_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
-                              qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
-                              qv_tensor y)
+static qv_status combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
+                         const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y)
 {
     qv_k_list l = list_of(list);
     qv_k_moe_lora_site s;
     if (site)
         QV_TRY(site_of("moe_combine", site, &s));
     return qv_k_moe_combine(&l, weights.data, o.data, o.stride[0], site ? &s : NULL, scratch.data,
-                            y.data, y.stride[0], y.shape[1], qv_cuda(be)->stream);
+                            y.data, y.dtype == QV_F32, y.stride[0], y.shape[1],
+                            qv_cuda(be)->stream);
+}
+
+qv_status qv_cuda_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                              qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                              qv_tensor y)
+{
+    return combine(be, list, weights, o, site, scratch, y);
+}
+
+qv_status qv_cuda_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
+                                  qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
+                                  qv_tensor y)
+{
+    return combine(be, list, weights, o, site, scratch, y);
 }

@@ -127,11 +127,13 @@ static qv_status find_plan(qv_cuda_backend *cuda, const plan_key *key, const pla
     return status;
 }
 
-static qv_status run_plan(qv_cuda_backend *cuda, const plan *p, const qv_k_linear_args *c)
+/* y = beta y + x W^T */
+static qv_status run_plan(qv_cuda_backend *cuda, const plan *p, const qv_k_linear_args *c,
+                          const void *x, float beta)
 {
-    const float one = 1, zero = 0;
-    BLAS_TRY(cublasLtMatmul(cuda->blas, p->op, &one, c->w, p->w, c->x, p->x, &zero, c->y, p->y,
-                            c->y, p->y, &p->algo, cuda->blas_workspace, QV_CUDA_BLAS_WORKSPACE,
+    const float one = 1;
+    BLAS_TRY(cublasLtMatmul(cuda->blas, p->op, &one, c->w, p->w, x, p->x, &beta, c->y, p->y, c->y,
+                            p->y, &p->algo, cuda->blas_workspace, QV_CUDA_BLAS_WORKSPACE,
                             cuda->stream));
     return QV_OK;
 }
@@ -146,19 +148,23 @@ static bool blas_can(const qv_k_linear_args *c)
 {
     int64_t y_unit = c->y_f32 ? 4 : 8;
     return !c->w_f32 && c->n_in % 8 == 0 && c->x_stride % 8 == 0 && c->y_stride % y_unit == 0 &&
-           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0;
+           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0 &&
+           (c->rest == NULL || (c->rest_stride == c->x_stride && (uintptr_t)c->rest % 16 == 0));
 }
 
-static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
+                            qv_tensor y)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     const qv_k_linear_args c = {.w = qv_cuda_weight_of(w)->data,
                                 .x = x.data,
+                                .rest = rest.data,
                                 .y = y.data,
                                 .n_tokens = x.shape[0],
                                 .n_out = w->n_out,
                                 .n_in = w->n_in,
                                 .x_stride = x.stride[0],
+                                .rest_stride = rest.stride[0],
                                 .y_stride = y.stride[0],
                                 .w_f32 = w->dtype == QV_F32,
                                 .y_f32 = y.dtype == QV_F32};
@@ -170,17 +176,20 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
         const plan_key key = {c.n_out, c.n_in, c.n_tokens, c.x_stride, c.y_stride, c.y_f32};
         QV_TRY(find_plan(cuda, &key, &p));
     }
-    if (p != NULL)
-        return run_plan(cuda, p, &c);
+    if (p != NULL) {
+        QV_TRY(run_plan(cuda, p, &c, c.x, 0));
+        return c.rest != NULL ? run_plan(cuda, p, &c, c.rest, 1) : QV_OK;
+    }
     return skinny ? qv_k_skinny_linear(&c, cuda->stream) : qv_k_any_linear(&c, cuda->stream);
 }
 
 qv_status qv_cuda_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
 {
-    return run_linear(be, w, x, y);
+    return run_linear(be, w, x, (qv_tensor){.data = NULL}, y);
 }
 
-qv_status qv_cuda_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+qv_status qv_cuda_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
+                             qv_tensor y)
 {
-    return run_linear(be, w, x, y);
+    return run_linear(be, w, x, rest, y);
 }

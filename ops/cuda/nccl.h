@@ -14,8 +14,8 @@ typedef struct {
     char bytes[128];
 } qv_nccl_id;
 
-enum { QV_NCCL_FLOAT32 = 7, QV_NCCL_BFLOAT16 = 9 }; /* ncclDataType_t */
-enum { QV_NCCL_SUM = 0 };                           /* ncclRedOp_t */
+enum { QV_NCCL_FLOAT32 = 7 }; /* ncclDataType_t */
+enum { QV_NCCL_SUM = 0 };     /* ncclRedOp_t */
 
 /* Results are ncclResult_t: 0 is success. */
 typedef struct {

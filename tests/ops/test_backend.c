@@ -181,7 +181,7 @@ static void run_dense(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor
     PASS(qv_op_linear(be, w, x, y));
     PASS(qv_op_linear(be, w, qv_tensor_rows(x, 0, 1), qv_tensor_rows(y, 0, 1)));
     PASS(qv_op_rms_norm(be, x, g, 1e-6f, true, y));
-    PASS(qv_op_add_rms_norm(be, x, y, g, 1e-6f, true, y));
+    PASS(qv_op_add_rms_norm(be, x, y, g, 1e-6f, true, y, (qv_tensor){0}));
     PASS(qv_op_gated_rms_norm(be, qv_tensor_split(x, 1, D), qv_tensor_split(y, 1, D), g, 1e-6f,
                               false, qv_tensor_split(y, 1, D)));
     PASS(qv_op_swiglu(be, x, y, y));

@@ -77,9 +77,9 @@ Test(bf16, rounds_to_nearest_even_and_keeps_what_is_no_number)
     };
     FOR_BOTH(b)
     for (size_t i = 0; i < QV_ROWS(rows); i++) {
-        float x = qv_f32_from_bits(rows[i].from), y;
-        PASS(qv_op_embed(b.bf16, qv_tensor_2d(&x, QV_F32, 1, 1), 0, (int32_t[]){0},
-                         qv_tensor_2d(&y, QV_F32, 1, 1)));
+        float y = qv_f32_from_bits(rows[i].from), open = 100; /* a gate that changes nothing */
+        PASS(qv_op_sigmoid_gate(b.bf16, qv_tensor_3d(&y, QV_F32, 1, 1, 1),
+                                qv_tensor_3d(&open, QV_F32, 1, 1, 1)));
         cr_assert_eq(qv_f32_bits(y), rows[i].to, "%08x became %08x, not %08x", rows[i].from,
                      qv_f32_bits(y), rows[i].to);
     }
@@ -88,7 +88,7 @@ Test(bf16, rounds_to_nearest_even_and_keeps_what_is_no_number)
 /* --- Dense ops ----------------------------------------------------------------------------------
  */
 
-Test(bf16, linear_and_embedding_round_and_linear_f32_does_not)
+Test(bf16, linear_rounds_and_linear_f32_and_the_embedding_do_not)
 {
     FOR_BOTH(b)
     {
@@ -101,8 +101,9 @@ Test(bf16, linear_and_embedding_round_and_linear_f32_does_not)
             PASS(qv_weight_new(be, 37, D, QV_F32, &weight));
             PASS(qv_weight_load(be, weight, 0, 37, w, QV_F32, D));
             y[i] = filled_floats(T * 37, NAN);
-            PASS((i < 2 ? qv_op_linear : qv_op_linear_f32)(
-                be, weight, qv_tensor_2d(x, QV_F32, T, D), qv_tensor_2d(y[i], QV_F32, T, 37)));
+            qv_tensor xt = qv_tensor_2d(x, QV_F32, T, D), yt = qv_tensor_2d(y[i], QV_F32, T, 37);
+            PASS(i < 2 ? qv_op_linear(be, weight, xt, yt)
+                       : qv_op_linear_f32(be, weight, xt, (qv_tensor){0}, yt));
             qv_weight_free(be, weight);
         }
         check_same("linear_f32", y[2], y[0], T * 37);
@@ -114,7 +115,9 @@ Test(bf16, linear_and_embedding_round_and_linear_f32_does_not)
             ids[i] = i;
         PASS(qv_op_embed(b.bf16, qv_tensor_2d(w, QV_F32, 37, D), 0, ids,
                          qv_tensor_2d(rows, QV_F32, T, D)));
-        check_rounded("embed", rows, want, T * D);
+        check_same("embed", rows, want, T * D);
+        free(rows);
+        free(want);
         free(w);
         free(x);
     }
@@ -170,20 +173,6 @@ static void op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor 
     PASS(qv_op_sigmoid_gate(be, heads(y), heads(z)));
 }
 
-static void op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor gain, qv_tensor y)
-{
-    (void)gain;
-    copy_rows(x, y);
-    PASS(qv_op_sigmoid_scale(be, y, qv_tensor_cols(z, 0, 1)));
-}
-
-static void op_add(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor gain, qv_tensor y)
-{
-    (void)gain;
-    copy_rows(x, y);
-    PASS(qv_op_add(be, y, z));
-}
-
 Test(bf16, ops_of_rows_round_once)
 {
     static const struct {
@@ -196,8 +185,6 @@ Test(bf16, ops_of_rows_round_once)
         {"swiglu", op_swiglu},
         {"relu2", op_relu2},
         {"sigmoid_gate", op_sigmoid_gate},
-        {"sigmoid_scale", op_sigmoid_scale},
-        {"add", op_add},
     };
     FOR_BOTH(b)
     for (size_t i = 0; i < QV_ROWS(rows); i++) {
@@ -216,27 +203,94 @@ Test(bf16, ops_of_rows_round_once)
     }
 }
 
-/* The residual stream is stored, so what is normalised is the rounded sum. */
-Test(bf16, add_rms_norm_normalises_the_residual_that_it_stores)
+Test(bf16, the_stream_is_not_rounded)
 {
     FOR_BOTH(b)
     {
         qv_rng rng = qv_rng_seed(3);
-        float *residual = activations(&rng, T * D, 3), *delta = activations(&rng, T * D, 1);
+        float *x = random_floats(&rng, T * D, 3), *z = random_floats(&rng, T * D, 1);
+        float *gate = activations(&rng, T, 1), *y[2];
+        for (int i = 0; i < 2; i++) {
+            qv_backend *be = i ? b.bf16 : b.f32;
+            y[i] = copied_floats(x, T * D);
+            qv_tensor yt = qv_tensor_2d(y[i], QV_F32, T, D);
+            PASS(qv_op_add(be, yt, qv_tensor_2d(z, QV_F32, T, D)));
+            PASS(qv_op_sigmoid_scale(be, yt, qv_tensor_2d(gate, QV_F32, T, 1)));
+        }
+        check_same("add, sigmoid_scale", y[1], y[0], T * D);
+        free(x);
+        free(z);
+        free(gate);
+        free(y[0]);
+        free(y[1]);
+    }
+}
+
+/* With a delta and without one, and the rest of y with and without being asked for. */
+Test(bf16, add_rms_norm_rounds_y_and_keeps_what_that_takes_from_it)
+{
+    FOR_BOTH(b)
+    for (int kind = 0; kind < 4; kind++) {
+        qv_rng rng = qv_rng_seed(3);
+        float *residual = random_floats(&rng, T * D, 3), *delta = random_floats(&rng, T * D, 1);
         float *gain = random_floats(&rng, D, 1), *sum = copied_floats(residual, T * D);
         float *y = filled_floats(T * D, NAN), *want = filled_floats(T * D, NAN);
-        qv_tensor rt = qv_tensor_2d(residual, QV_F32, T, D), dt = qv_tensor_2d(delta, QV_F32, T, D);
-        qv_tensor st = qv_tensor_2d(sum, QV_F32, T, D), gt = qv_tensor_1d(gain, QV_F32, D);
-        PASS(qv_op_add_rms_norm(b.bf16, rt, dt, gt, 1e-6f, false, qv_tensor_2d(y, QV_F32, T, D)));
-        PASS(qv_op_add(b.f32, st, dt));
-        round_to_bf16(sum, T * D);
-        PASS(qv_op_rms_norm(b.f32, st, gt, 1e-6f, false, qv_tensor_2d(want, QV_F32, T, D)));
+        float *rest = filled_floats(T * D, NAN), *left = copied_floats(rest, T * D);
+        qv_tensor none = {.data = NULL}, gt = qv_tensor_1d(gain, QV_F32, D);
+        qv_tensor dt = kind & 1 ? qv_tensor_2d(delta, QV_F32, T, D) : none;
+        qv_tensor lt = qv_tensor_2d(left, QV_F32, T, D);
+        PASS(qv_op_add_rms_norm(b.f32, qv_tensor_2d(sum, QV_F32, T, D), dt, gt, 1e-6f, false,
+                                qv_tensor_2d(want, QV_F32, T, D), lt));
+        check_same("rest where nothing is rounded", left, rest, T * D);
+        PASS(qv_op_add_rms_norm(b.bf16, qv_tensor_2d(residual, QV_F32, T, D), dt, gt, 1e-6f, false,
+                                qv_tensor_2d(y, QV_F32, T, D),
+                                kind & 2 ? qv_tensor_2d(rest, QV_F32, T, D) : none));
         check_same("residual", residual, sum, T * D);
+        for (int64_t i = 0; i < T * D && kind & 2; i++)
+            left[i] = want[i] - qv_bf16_to_f32(qv_f32_to_bf16(want[i]));
+        round_to_bf16(left, T * D);
+        check_same("rest", rest, left, T * D);
         check_rounded("y", y, want, T * D);
         free(residual);
         free(delta);
         free(gain);
         free(sum);
+        free(rest);
+        free(left);
+    }
+}
+
+Test(bf16, linear_f32_reads_x_with_its_rest)
+{
+    FOR_BOTH(b)
+    {
+        qv_rng rng = qv_rng_seed(13);
+        float *w = random_floats(&rng, 37 * D, 1), *x = random_floats(&rng, T * D, 1), *y[2];
+        float *high = copied_floats(x, T * D), *rest = copied_floats(x, T * D);
+        round_to_bf16(high, T * D);
+        for (int64_t i = 0; i < T * D; i++)
+            rest[i] -= high[i];
+        round_to_bf16(rest, T * D);
+        for (int64_t i = 0; i < T * D; i++)
+            x[i] = high[i] + rest[i];
+        for (int i = 0; i < 2; i++) {
+            qv_backend *be = i ? b.bf16 : b.f32;
+            qv_weight *weight;
+            PASS(qv_weight_new(be, 37, D, QV_F32, &weight));
+            PASS(qv_weight_load(be, weight, 0, 37, w, QV_F32, D));
+            y[i] = filled_floats(T * 37, NAN);
+            PASS(qv_op_linear_f32(be, weight, qv_tensor_2d(i ? high : x, QV_F32, T, D),
+                                  i ? qv_tensor_2d(rest, QV_F32, T, D) : (qv_tensor){0},
+                                  qv_tensor_2d(y[i], QV_F32, T, 37)));
+            qv_weight_free(be, weight);
+        }
+        check_same("linear_f32", y[1], y[0], T * 37);
+        free(w);
+        free(x);
+        free(high);
+        free(rest);
+        free(y[0]);
+        free(y[1]);
     }
 }
 
@@ -447,11 +501,10 @@ Test(bf16, lora_rounds_the_sum_once_and_leaves_other_rows_alone)
                             qv_tensor_3d(scratch, QV_F32, T, 1, R),
                             qv_tensor_2d(f32, QV_F32, T, OUT)));
         check_same("lora_f32", f32, y[0], T * OUT);
-        for (int i = 0; i < 4; i += 2) {
-            round_to_bf16(y[i] + 5 * OUT, 7 * OUT); /* the segments of slot 0 */
-            round_to_bf16(y[i] + 18 * OUT, (T - 18) * OUT);
-            check_same(i ? "embed_lora" : "lora", y[i + 1], y[i], T * OUT);
-        }
+        check_same("embed_lora", y[3], y[2], T * OUT);
+        round_to_bf16(y[0] + 5 * OUT, 7 * OUT); /* the segments of slot 0 */
+        round_to_bf16(y[0] + 18 * OUT, (T - 18) * OUT);
+        check_same("lora", y[1], y[0], T * OUT);
         for (int i = 0; i < 4; i++)
             free(y[i]);
         free(f32);
@@ -469,7 +522,7 @@ Test(bf16, lora_rounds_the_sum_once_and_leaves_other_rows_alone)
  */
 
 typedef struct {
-    float *logits, *weights, *h, *o, *y;
+    float *logits, *weights, *h, *o, *y, *stream;
     int32_t ids[T * 4];
 } moe_result;
 
@@ -522,7 +575,7 @@ static void run_experts(qv_backend *be, const qv_moe_shape *s, bool round_betwee
                         .scale = 2.5f,
                         .n_groups = 1,
                         .topk_groups = 1};
-    PASS(qv_op_linear_f32(be, gate, xt, lt));
+    PASS(qv_op_linear_f32(be, gate, xt, (qv_tensor){0}, lt));
     PASS(qv_op_router(be, &router, lt, qv_tensor_2d(r->ids, QV_I32, T, k), wt));
     test_list l = new_list(s->n_experts, s->top_k, T);
     route(be, &l.list, r->ids, T, 3, start, slot_of);
@@ -536,9 +589,14 @@ static void run_experts(qv_backend *be, const qv_moe_shape *s, bool round_betwee
     r->o = copied_floats(pairs, n_pairs * d);
     if (round_between)
         round_to_bf16(pairs, n_pairs * d);
+    r->stream = filled_floats(T * d, NAN);
+    float *left = copied_floats(scratch, n_pairs * R); /* which the sum uses up */
+    PASS(qv_op_moe_combine_f32(be, &l.list, wt, pt, &site,
+                               qv_tensor_3d(left, QV_F32, n_pairs, 1, R),
+                               qv_tensor_2d(r->stream, QV_F32, T, d)));
     PASS(qv_op_moe_combine(be, &l.list, wt, pt, &site, st, qv_tensor_2d(r->y, QV_F32, T, d)));
 
-    void *mine[] = {x, w, a, b, a16, b16, slices, scratch, pairs, rows, l.memory};
+    void *mine[] = {left, x, w, a, b, a16, b16, slices, scratch, pairs, rows, l.memory};
     for (size_t i = 0; i < QV_ROWS(mine); i++)
         free(mine[i]);
     qv_weight_free(be, gate);
@@ -559,7 +617,10 @@ Test(bf16, experts_round_what_they_store_and_routing_stays_float32)
         cr_assert_eq(memcmp(bf16.ids, f32.ids, (size_t)n_pairs * sizeof *f32.ids), 0);
         check_rounded("moe_linear", bf16.h, f32.h, n_pairs * s->d);
         check_rounded("moe_lora", bf16.o, f32.o, n_pairs * s->d);
+        check_same("moe_combine_f32", bf16.stream, f32.stream, T * s->d);
         check_rounded("moe_combine", bf16.y, f32.y, T * s->d);
+        free(f32.stream);
+        free(bf16.stream);
         free(f32.logits);
         free(f32.weights);
         free(bf16.logits);

@@ -69,13 +69,6 @@ Test(cuda_dense, norms_agree_with_the_cpu)
                 check_twin(&d, label("gated_rms_norm", s, pads[p], what, sizeof what), &yw,
                            CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
             }
-            twin fx = flat(x), fy = flat(y), fz = flat(z);
-            PASS(qv_op_add_rms_norm(d.cpu, fx.cpu, fz.cpu, wide.cpu, EPS, true, fy.cpu));
-            PASS(qv_op_add_rms_norm(d.dev, fx.dev, fz.dev, wide.dev, EPS, true, fy.dev));
-            check_twin(&d, label("add_rms_norm", s, pads[p], what, sizeof what), &yw,
-                       CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
-            check_twin(&d, label("add_rms_norm, residual", s, pads[p], what, sizeof what), &xw, 0,
-                       0, 0);
             /* in place */
             PASS(qv_op_rms_norm(d.cpu, x.cpu, w.cpu, EPS, true, x.cpu));
             PASS(qv_op_rms_norm(d.dev, x.dev, w.dev, EPS, true, x.dev));
@@ -87,6 +80,59 @@ Test(cuda_dense, norms_agree_with_the_cpu)
             free_twin(&d, &w);
             free_twin(&d, &wide);
         }
+    close_duo(&d);
+}
+
+/* The rest is compared where it means something: as a part of what y and it stand for together. */
+static void check_sum(duo *d, const char *what, const twin *y, const twin *rest)
+{
+    float *high = fetch(d, &y->dev), *low = fetch(d, &rest->dev);
+    float *want = host_numbers(&y->cpu), *want_low = host_numbers(&rest->cpu);
+    int64_t n = qv_tensor_count(&y->cpu);
+    for (int64_t i = 0; i < n; i++) {
+        cr_assert_leq(fabsf(low[i]), fabsf(high[i]) / 256, "%s: rest %g of %g", what,
+                      (double)low[i], (double)high[i]);
+        high[i] += low[i];
+        want[i] += want_low[i];
+    }
+    check_numbers(what, high, want, n, 2e-5, 0.02, 1e-5);
+    free(high);
+    free(low);
+    free(want);
+    free(want_low);
+}
+
+Test(cuda_dense, the_stream_is_added_and_normalised_as_on_the_cpu)
+{
+    duo d = open_duo(4);
+    char what[128];
+    for (size_t i = 0; i < N_ROW_SHAPES; i++)
+        for (size_t p = 0; p < QV_ROWS(pads); p++)
+            for (int kind = 0; kind < 4; kind++) { /* 1: a delta, 2: the rest is asked for */
+                const qv_row_shape *s = row_shape(i);
+                int64_t n = s->n * s->d, pad = pads[p];
+                twin xw = NEW_TWIN(&d, QV_F32, s->n_tokens, n + 2 * pad);
+                twin dw = NEW_TWIN(&d, QV_F32, s->n_tokens, n + 2 * pad);
+                twin yw = wide_twin(&d, s->n_tokens, n, pad, 1);
+                twin rw = wide_twin(&d, s->n_tokens, n, pad, 1), w = NEW_TWIN(&d, QV_F32, n);
+                fill_twin(&d, &xw, 3), fill_twin(&d, &dw, 1), fill_twin(&d, &w, 1);
+                twin x = cols_of(xw, pad, n),
+                     delta = kind & 1 ? cols_of(dw, pad, n) : (twin){.n = 0};
+                twin y = cols_of(yw, pad, n),
+                     rest = kind & 2 ? cols_of(rw, pad, n) : (twin){.n = 0};
+                PASS(
+                    qv_op_add_rms_norm(d.cpu, x.cpu, delta.cpu, w.cpu, EPS, true, y.cpu, rest.cpu));
+                PASS(
+                    qv_op_add_rms_norm(d.dev, x.dev, delta.dev, w.dev, EPS, true, y.dev, rest.dev));
+                label(kind & 1 ? "add_rms_norm" : "add_rms_norm of nothing", s, pad, what,
+                      sizeof what);
+                check_twin(&d, what, &xw, 0, 0, 0);
+                check_twin(&d, what, &yw, CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
+                if (kind & 2)
+                    check_sum(&d, what, &y, &rest);
+                free_twin(&d, &xw), free_twin(&d, &dw), free_twin(&d, &yw);
+                free_twin(&d, &rw), free_twin(&d, &w);
+            }
     close_duo(&d);
 }
 
@@ -107,10 +153,22 @@ Test(cuda_dense, gates_agree_with_the_cpu_and_leave_the_gaps_alone)
                CLOSE_NOISE)
             CHECK_OP(swiglu, yw, (d.cpu, fx.cpu, fz.cpu, fy.cpu), (d.dev, fx.dev, fz.dev, fy.dev));
             CHECK_OP(relu2, yw, (d.cpu, fx.cpu, fy.cpu), (d.dev, fx.dev, fy.dev));
-            CHECK_OP(add, yw, (d.cpu, fy.cpu, fx.cpu), (d.dev, fy.dev, fx.dev));
             CHECK_OP(sigmoid_gate, xw, (d.cpu, x.cpu, z.cpu), (d.dev, x.dev, z.dev));
-            twin gate = cols_of(fz, 0, 1);
-            CHECK_OP(sigmoid_scale, yw, (d.cpu, fy.cpu, gate.cpu), (d.dev, fy.dev, gate.dev));
+            int64_t n = s->n * s->d, pad = pads[p];
+            twin sw = NEW_TWIN(&d, QV_F32, s->n_tokens, n + 2 * pad);
+            twin dw = NEW_TWIN(&d, QV_F32, s->n_tokens, n + 2 * pad);
+            fill_twin(&d, &sw, 3), fill_twin(&d, &dw, 3);
+            twin stream = cols_of(sw, pad, n), delta = cols_of(dw, pad, n),
+                 gate = cols_of(fz, 0, 1);
+            PASS(qv_op_add(d.cpu, stream.cpu, delta.cpu));
+            PASS(qv_op_add(d.dev, stream.dev, delta.dev));
+            check_twin(&d, label("add", s, pad, what, sizeof what), &sw, 0, 0, 0);
+            PASS(qv_op_sigmoid_scale(d.cpu, stream.cpu, gate.cpu));
+            PASS(qv_op_sigmoid_scale(d.dev, stream.dev, gate.dev));
+            check_twin(&d, label("sigmoid_scale", s, pad, what, sizeof what), &sw, 1e-5, 0.01,
+                       1e-6);
+            free_twin(&d, &sw);
+            free_twin(&d, &dw);
             free_twin(&d, &xw);
             free_twin(&d, &yw);
             free_twin(&d, &zw);
@@ -127,7 +185,7 @@ Test(cuda_dense, rows_are_looked_up_and_absent_ones_are_zero)
     for (size_t i = 0; i < QV_ROWS(widths); i++)
         for (int f32 = 0; f32 < 2; f32++) {
             twin table = NEW_TWIN(&d, f32 ? QV_F32 : QV_BF16, 48, widths[i]);
-            twin y = NEW_TWIN(&d, QV_BF16, QV_ROWS(ids), widths[i]);
+            twin y = NEW_TWIN(&d, QV_F32, QV_ROWS(ids), widths[i]);
             fill_twin(&d, &table, 1);
             poison_twin(&d, &y);
             PASS(qv_op_embed(d.cpu, table.cpu, 10, ids, y.cpu));

@@ -40,9 +40,15 @@ static void check_shape(duo *d, const qv_linear_shape *s, qv_dtype dtype)
             check_twin(d, what, &yw, CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
             twin logits = NEW_TWIN(d, QV_F32, counts[i], s->n_out);
             poison_twin(d, &logits);
-            PASS(qv_op_linear_f32(d->cpu, cpu, x.cpu, logits.cpu));
-            PASS(qv_op_linear_f32(d->dev, dev, x.dev, logits.dev));
-            check_twin(d, what, &logits, 1e-5, 0.01, 1e-5);
+            twin rw = wide_twin(d, counts[i], s->n_in, pad, 1.0f / 512);
+            twin rest = cols_of(rw, pad, s->n_in), none = {.n = 0};
+            for (int with = 0; with < 2; with++) { /* the rest, which is used up */
+                twin r = with ? rest : none;
+                PASS(qv_op_linear_f32(d->cpu, cpu, x.cpu, r.cpu, logits.cpu));
+                PASS(qv_op_linear_f32(d->dev, dev, x.dev, r.dev, logits.dev));
+                check_twin(d, what, &logits, 1e-5, 0.01, 1e-5);
+            }
+            free_twin(d, &rw);
             free_twin(d, &xw);
             free_twin(d, &yw);
             free_twin(d, &logits);

@@ -360,7 +360,7 @@ static void check_embed(int64_t n_vocab, int64_t n_out, const int32_t ranks[3])
         ids[i] = (int32_t)qv_rng_range(&rng, 0, n_vocab);
     both_memory id_memory = upload_both(p, ids, sizeof ids);
     segments s = upload_segments(p, 6, mixed_start, mixed_slot);
-    both y = random_act(p, &rng, T, n_out, 1);
+    both y = random_f32(p, &rng, T, n_out, 1);
     for (int side = 0; side < 2; side++) {
         PASS(qv_backend_upload(p->be[side], slot_memory.at[side], slots[side], sizeof slots[0]));
         qv_embed_lora_site site = {.n_vocab = n_vocab,

@@ -124,10 +124,14 @@ Test(norm, add_rms_norm_adds_into_the_residual_first)
         qv_tensor wt = qv_tensor_1d(w, QV_F32, s.d);
         PASS(qv_op_add(be, as_rows(&sum), as_rows(&delta)));
         PASS(qv_op_rms_norm(be, as_rows(&sum), wt, EPS, true, as_rows(&normed)));
-        PASS(qv_op_add_rms_norm(be, as_rows(&residual), as_rows(&delta), wt, EPS, true,
-                                as_rows(&y)));
+        qv_tensor none = {.data = NULL};
+        PASS(qv_op_add_rms_norm(be, as_rows(&residual), as_rows(&delta), wt, EPS, true, as_rows(&y),
+                                none));
         check_same("residual", residual.data, sum.data, s.n_tokens * residual.stride);
         check_same("y", y.data, normed.data, s.n_tokens * y.stride);
+        PASS(qv_op_add_rms_norm(be, as_rows(&residual), none, wt, EPS, true, as_rows(&y), none));
+        check_same("residual, nothing added", residual.data, sum.data, s.n_tokens * sum.stride);
+        check_same("y, nothing added", y.data, normed.data, s.n_tokens * y.stride);
         free(residual.data);
         free(delta.data);
         free(y.data);
@@ -363,8 +367,14 @@ Test(norm, refuses_what_does_not_fit)
               qv_op_rms_norm(be, x, w, EPS, true, qv_tensor_2d(m, QV_F32, 4, 5)));
     FAIL_WITH(QV_ERR_SHAPE, "w is bf16[6]",
               qv_op_rms_norm(be, x, qv_tensor_1d(m, QV_BF16, 6), EPS, true, x));
-    FAIL_WITH(QV_ERR_SHAPE, "delta is f32[3, 6]",
-              qv_op_add_rms_norm(be, x, qv_tensor_2d(m, QV_F32, 3, 6), w, EPS, true, x));
+    FAIL_WITH(
+        QV_ERR_SHAPE, "delta is f32[3, 6]",
+        qv_op_add_rms_norm(be, x, qv_tensor_2d(m, QV_F32, 3, 6), w, EPS, true, x, (qv_tensor){0}));
+    FAIL_WITH(QV_ERR_SHAPE, "rest is f32[4, 5]",
+              qv_op_add_rms_norm(be, x, x, w, EPS, true, x, qv_tensor_2d(m, QV_F32, 4, 5)));
+    FAIL_WITH(
+        QV_ERR_SHAPE, "residual is bf16[4, 6]",
+        qv_op_add_rms_norm(be, qv_tensor_2d(m, QV_BF16, 4, 6), x, w, EPS, true, x, (qv_tensor){0}));
     qv_tensor g = qv_tensor_3d(m, QV_F32, 2, 3, 4);
     FAIL_WITH(QV_ERR_SHAPE, "w is f32[4], but needs f32[12]",
               qv_op_gated_rms_norm(be, g, g, qv_tensor_1d(m, QV_F32, 4), EPS, true, g));

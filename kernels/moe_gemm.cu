@@ -11,9 +11,8 @@
 #include "kernels/device.cuh"
 #include "kernels/kernels_moe.h"
 #include "kernels/skinny.cuh"
+#include "kernels/tensor_map.cuh"
 #include "kernels/wgmma.cuh"
-
-#include <cuda.h>
 
 namespace
 {
@@ -373,33 +372,14 @@ __global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THRE
 #endif
 }
 
-typedef CUresult encode_fn(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *,
-                           const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
-                           const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle,
-                           CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
 /* The experts [E][n_out][n_in] in boxes of 128 rows by 64 columns; outside are zeros. */
 qv_status make_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUtensorMap *map)
 {
-    static void *encode; /* the same for all threads that may find it */
-    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSuccess;
-    if (!encode && (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &encode, 12000,
-                                                     cudaEnableDefault, &found) != cudaSuccess ||
-                    found != cudaDriverEntryPointSuccess))
-        return qv_fail(QV_ERR_DEVICE, "moe_linear: the driver has no tensor maps");
     const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, (cuuint64_t)c.n_out,
                                  (cuuint64_t)list.n_experts};
     const cuuint64_t strides[2] = {(cuuint64_t)c.n_in * 2, (cuuint64_t)c.w_expert * 2};
-    const cuuint32_t box[3] = {WIDE_K, WIDE_ROWS / WIDE_CLUSTER, 1}, steps[3] = {1, 1, 1};
-    CUresult result = ((encode_fn *)encode)(
-        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void *>(c.w), sizes, strides, box,
-        steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS)
-        return qv_fail(QV_ERR_DEVICE,
-                       "moe_linear: no tensor map of %d experts [%lld, %lld]: error %d",
-                       list.n_experts, (long long)c.n_out, (long long)c.n_in, (int)result);
-    return QV_OK;
+    const cuuint32_t box[3] = {WIDE_K, WIDE_ROWS / WIDE_CLUSTER, 1};
+    return qv_k_tensor_map("moe_linear", c.w, sizes, strides, box, map);
 }
 
 qv_status launch_wide(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,

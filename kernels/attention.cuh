@@ -17,6 +17,37 @@ __device__ __forceinline__ int64_t key_at(const qv_k_attention_args &c, const in
     return (row * c.n_kv_heads + kv_head) * c.head_dim;
 }
 
+/* Prefill: the sequence of tile number `tile`, and which of its tiles; -1 when there are fewer. A
+ * token is `per_token` rows, a tile is ROWS of them, of one sequence. Sequences with one token are
+ * decode's. One warp's work. */
+template <int ROWS>
+__device__ __forceinline__ int find_tile(const qv_k_attention_args &c, int per_token, int tile,
+                                         int *in_seq)
+{
+    int lane = threadIdx.x & 31, before = 0;
+    for (int first = 0; first < c.n_seqs; first += 32) {
+        int seq = first + lane, n = 0;
+        if (seq < c.n_seqs) {
+            int tokens = c.seq_start[seq + 1] - c.seq_start[seq];
+            n = tokens > 1 ? (tokens * per_token + ROWS - 1) / ROWS : 0;
+        }
+        int upto = n; /* tiles of this lane's sequence and of those before it in the group */
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            int v = __shfl_up_sync(0xffffffffu, upto, i);
+            upto += lane >= i ? v : 0;
+        }
+        unsigned beyond = __ballot_sync(0xffffffffu, before + upto > tile);
+        if (beyond != 0) {
+            int found = __ffs(beyond) - 1;
+            *in_seq = tile - before - __shfl_sync(0xffffffffu, upto - n, found);
+            return first + found;
+        }
+        before += __shfl_sync(0xffffffffu, upto, 31);
+    }
+    return -1;
+}
+
 /* Where the rows of a tile are: finding one takes a division and a look into the page table, so
  * each is found once, by one thread, and read by the many that copy its pieces. */
 template <int ROWS>

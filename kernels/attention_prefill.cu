@@ -7,6 +7,8 @@
 #include "kernels/attention.cuh"
 
 extern "C" qv_status qv_k_attention_decode(const qv_k_attention_args *c, bool large, void *stream);
+extern "C" bool qv_k_attention_hopper_can(const qv_k_attention_args *c);
+extern "C" qv_status qv_k_attention_hopper(const qv_k_attention_args *c, void *stream);
 
 namespace
 {
@@ -17,35 +19,6 @@ template <int D, int WARPS, int KEYS> struct prefill_shape {
     static constexpr int BYTES = (2 * STAGE + QUERIES * D) * (int)sizeof(bf16);
 };
 
-/* The sequence of tile number `tile`, and which of its tiles; -1 when there are fewer. Sequences
- * with one token are the other kernel's. One warp's work. */
-template <int QUERIES>
-__device__ __forceinline__ int find_tile(const qv_k_attention_args &c, int tile, int *in_seq)
-{
-    int lane = threadIdx.x & 31, before = 0;
-    for (int first = 0; first < c.n_seqs; first += 32) {
-        int seq = first + lane, n = 0;
-        if (seq < c.n_seqs) {
-            int tokens = c.seq_start[seq + 1] - c.seq_start[seq];
-            n = tokens > 1 ? (tokens + QUERIES - 1) / QUERIES : 0;
-        }
-        int upto = n; /* tiles of this lane's sequence and of those before it in the group */
-#pragma unroll
-        for (int i = 1; i < 32; i *= 2) {
-            int v = __shfl_up_sync(0xffffffffu, upto, i);
-            upto += lane >= i ? v : 0;
-        }
-        unsigned beyond = __ballot_sync(0xffffffffu, before + upto > tile);
-        if (beyond != 0) {
-            int found = __ffs(beyond) - 1;
-            *in_seq = tile - before - __shfl_sync(0xffffffffu, upto - n, found);
-            return first + found;
-        }
-        before += __shfl_sync(0xffffffffu, upto, 31);
-    }
-    return -1;
-}
-
 template <int D, int WARPS, int KEYS>
 __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args c)
 {
@@ -55,7 +28,7 @@ __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args
     __shared__ int64_t row_at[2][KEYS];
     bf16 *q_tile = memory + 2 * shape::STAGE;
     int head = blockIdx.x, kv_head = head / (c.n_heads / c.n_kv_heads), in_seq;
-    int seq = find_tile<QUERIES>(c, gridDim.y - 1 - blockIdx.y, &in_seq);
+    int seq = find_tile<QUERIES>(c, 1, gridDim.y - 1 - blockIdx.y, &in_seq);
     if (seq < 0)
         return;
     int token = c.seq_start[seq] + in_seq * QUERIES, stop = c.seq_start[seq + 1];
@@ -218,6 +191,8 @@ qv_status qv_k_attention(const qv_k_attention_args *c, void *stream)
         QV_TRY(qv_k_attention_decode(c, large, stream));
     if (c->max_seq_tokens <= 1)
         return QV_OK;
+    if (qv_k_attention_hopper_can(c))
+        return qv_k_attention_hopper(c, stream);
     cudaError_t error = cudaSuccess;
     switch (c->head_dim) {
     case 64:

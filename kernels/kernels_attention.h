@@ -15,8 +15,10 @@ typedef struct {
     int32_t n_tokens, n_seqs, page_stride, page_tokens;
     int32_t n_heads, n_kv_heads, head_dim;
     float scale;
-    qv_k_rows q, o;                      /* [n_tokens, n_heads, head_dim] */
-    const void *k_pages, *v_pages;       /* [n_pages, page_tokens, n_kv_heads, head_dim] */
+    qv_k_rows q, o;                /* [n_tokens, n_heads, head_dim] */
+    const void *k_pages, *v_pages; /* [n_pages, page_tokens, n_kv_heads, head_dim] */
+    int64_t n_pages;
+    bool hopper;                         /* the device has wgmma: compute capability 9.x */
     int32_t max_seq_tokens, max_context; /* bounds; decides which kernels are launched */
     int32_t n_splits;   /* of decode: pieces of a context at most; depends on the shape of the batch
                          * alone, so that a recorded launch serves all contexts */

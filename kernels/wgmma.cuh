@@ -70,6 +70,12 @@ __device__ __forceinline__ void barrier_arrive_at(uint64_t *barrier, int rank)
         : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint64_t *barrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity)
 {
     asm volatile("{\n.reg .pred done;\nwaiting%=:\n"
@@ -96,6 +102,16 @@ __device__ __forceinline__ void copy_box(bf16 *to, const void *map, int x, int y
         ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(shared_address(to)),
         "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "h"(blocks)
         : "memory");
+}
+
+/* The same for a block by itself. */
+__device__ __forceinline__ void copy_box_here(bf16 *to, const void *map, int x, int y, int z,
+                                              uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+                 : "memory");
 }
 
 /* clang-format off */

@@ -26,6 +26,8 @@ qv_status qv_cuda_attention(qv_backend *be, const qv_batch *batch, const qv_kv_l
         .o = rows3(o),
         .k_pages = kv->k.data,
         .v_pages = kv->v.data,
+        .n_pages = kv->k.shape[0],
+        .hopper = cuda->major == 9,
         .max_seq_tokens = batch->max_seq_tokens ? batch->max_seq_tokens : batch->n_tokens,
         .max_context =
             batch->max_context ? batch->max_context : batch->page_stride * kv->page_tokens,

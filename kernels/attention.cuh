@@ -92,7 +92,9 @@ __device__ __forceinline__ void softmax_step(float (&s)[N][4], float scale, floa
         now[r] = fmaxf(now[r], __shfl_xor_sync(0xffffffffu, now[r], 2));
         /* A row without any key so far has -inf: use 0 in its place, so that nothing is NaN. */
         float base = now[r] == -INFINITY ? 0.0f : now[r] * scale;
-        keep[r] = exp2f(max[r] * scale - base);
+        /* Exactly 1 where the maximum stays: a tile that a row sees nothing of leaves it as it was.
+         */
+        keep[r] = max[r] == now[r] ? 1.0f : exp2f((max[r] - now[r]) * scale);
         sum[r] *= keep[r];
         max[r] = now[r];
         now[r] = base;

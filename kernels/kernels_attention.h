@@ -26,7 +26,10 @@ typedef struct {
     uint32_t *counters; /* [n_seqs * n_kv_heads], all 0, and 0 again afterwards */
 } qv_k_attention_args;
 
-/* How many pieces of a context decode works on at once. */
+/* How many pieces of a context decode works on at once: enough to fill the device with this batch.
+ * With a fixed number instead, where a context is cut depends on its length alone, and what a token
+ * gets on nothing else in the batch; 32 is what one sequence needs to fill a device. */
+#define QV_K_ATTENTION_FIXED_SPLITS 32
 int32_t qv_k_attention_splits(int32_t n_seqs, int32_t n_kv_heads, int32_t n_sms);
 size_t qv_k_attention_scratch(int32_t n_seqs, int32_t n_heads, int32_t head_dim, int32_t n_splits);
 

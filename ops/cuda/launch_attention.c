@@ -36,7 +36,9 @@ qv_status qv_cuda_attention(qv_backend *be, const qv_batch *batch, const qv_kv_l
     bool fits = (size_t)args.n_seqs * (size_t)args.n_kv_heads <= QV_CUDA_COUNTERS;
     if (!fits || !qv_k_attention_can(&args))
         return qv_k_any_attention(&args, cuda->stream);
-    args.n_splits = qv_k_attention_splits(args.n_seqs, args.n_kv_heads, cuda->n_sms);
+    args.n_splits = cuda->deterministic
+                        ? QV_K_ATTENTION_FIXED_SPLITS
+                        : qv_k_attention_splits(args.n_seqs, args.n_kv_heads, cuda->n_sms);
     size_t bytes = qv_k_attention_scratch(args.n_seqs, args.n_heads, args.head_dim, args.n_splits);
     QV_TRY(qv_cuda_scratch_require(cuda, bytes, &args.scratch));
     return qv_k_attention(&args, cuda->stream);

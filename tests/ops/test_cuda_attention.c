@@ -176,3 +176,121 @@ Test(cuda_attention, leaves_padding_alone)
     free_fixture(&f);
     close_duo(&d);
 }
+
+/* --- The same bits in any company --------------------------------------------------------- */
+
+/* A sequence whose numbers follow from `id`, whatever its place in the batch and in the pages. */
+typedef struct {
+    uint64_t id;
+    int32_t before, now;
+} member;
+
+static void fill_rows(uint16_t *bits, uint64_t seed, int64_t n)
+{
+    qv_rng rng = qv_rng_seed(seed);
+    float *x = must(malloc((size_t)n * sizeof *x));
+    qv_fill_uniform(&rng, x, n, -2, 2);
+    round_to_bf16(x, n);
+    uint16_t *rounded = to_bf16(x, n);
+    memcpy(bits, rounded, (size_t)n * sizeof *bits);
+    free(rounded);
+    free(x);
+}
+
+/* The step's output for member `which`, as bits: [now, n_heads, head_dim]; owned. `padding` is how
+ * many sequences without tokens follow. */
+static uint16_t *run_members(duo *d, const qv_attention_shape *s, const member *m, int n_members,
+                             int which, int padding)
+{
+    int32_t stride = 1, n_tokens = 0, n_pages = 1, n_seqs = n_members + padding;
+    for (int i = 0; i < n_members; i++) {
+        int32_t pages = (m[i].before + m[i].now + s->page_tokens - 1) / s->page_tokens;
+        stride = pages > stride ? pages : stride;
+        n_pages += pages;
+        n_tokens += m[i].now;
+    }
+    int64_t q_row = s->n_heads * s->head_dim, kv_row = s->n_kv_heads * s->head_dim;
+    int64_t pool = (int64_t)n_pages * s->page_tokens * kv_row;
+    int32_t *pos = must(calloc((size_t)n_tokens, sizeof *pos)), t = 0, next = 0;
+    int32_t *start = must(calloc((size_t)n_seqs + 1, sizeof *start));
+    int32_t *table = must(calloc((size_t)(n_seqs * stride), sizeof *table));
+    uint16_t *q = must(malloc((size_t)(n_tokens * q_row) * sizeof *q));
+    uint16_t *k = must(malloc((size_t)pool * sizeof *k)), *v = must(malloc((size_t)pool * 2));
+    memset(k, 0xff, (size_t)pool * sizeof *k); /* NaN where nobody is */
+    memset(v, 0xff, (size_t)pool * sizeof *v);
+    for (int i = 0; i < n_members; i++) {
+        start[i] = t;
+        for (int32_t p = 0; p < m[i].before + m[i].now; p++) {
+            if (p % s->page_tokens == 0)
+                table[i * stride + p / s->page_tokens] = next++;
+            int64_t row = (int64_t)(next - 1) * s->page_tokens + p % s->page_tokens;
+            fill_rows(k + row * kv_row, m[i].id * 100003 + 3 * (uint64_t)p, kv_row);
+            fill_rows(v + row * kv_row, m[i].id * 100003 + 3 * (uint64_t)p + 1, kv_row);
+            if (p < m[i].before)
+                continue;
+            pos[t] = p;
+            fill_rows(q + t++ * q_row, m[i].id * 100003 + 3 * (uint64_t)p + 2, q_row);
+        }
+    }
+    for (int i = n_members; i <= n_seqs; i++)
+        start[i] = t;
+    qv_batch host = {.n_tokens = n_tokens,
+                     .n_seqs = n_seqs,
+                     .pos = pos,
+                     .seq_start = start,
+                     .page_table = table,
+                     .page_stride = stride};
+    qv_batch batch;
+    PASS(qv_backend_put_batch(d->dev, &host, &batch));
+    void *q_dev = to_device(d, q, (size_t)(n_tokens * q_row) * 2);
+    void *k_dev = to_device(d, k, (size_t)pool * 2), *v_dev = to_device(d, v, (size_t)pool * 2);
+    void *o_dev = to_device(d, q, (size_t)(n_tokens * q_row) * 2);
+    qv_kv_layer kv = {
+        qv_tensor_4d(k_dev, QV_BF16, n_pages, s->page_tokens, s->n_kv_heads, s->head_dim),
+        qv_tensor_4d(v_dev, QV_BF16, n_pages, s->page_tokens, s->n_kv_heads, s->head_dim),
+        s->page_tokens};
+    PASS(qv_op_attention(d->dev, &batch, &kv, 1.0f / sqrtf((float)s->head_dim),
+                         qv_tensor_3d(q_dev, QV_BF16, n_tokens, s->n_heads, s->head_dim),
+                         qv_tensor_3d(o_dev, QV_BF16, n_tokens, s->n_heads, s->head_dim)));
+    size_t bytes = (size_t)(m[which].now * q_row) * 2;
+    uint16_t *out = must(malloc(bytes));
+    PASS(qv_backend_download(d->dev, out, (uint16_t *)o_dev + start[which] * q_row, bytes));
+    void *on_device[] = {q_dev, k_dev, v_dev, o_dev}, *here[] = {pos, start, table, q, k, v};
+    for (size_t i = 0; i < QV_ROWS(on_device); i++)
+        qv_backend_free(d->dev, on_device[i]);
+    for (size_t i = 0; i < QV_ROWS(here); i++)
+        free(here[i]);
+    return out;
+}
+
+Test(cuda_attention, deterministic_bits_do_not_depend_on_the_batch)
+{
+    qv_backend_options options = {.name = "cuda", .deterministic = true};
+    duo d = open_duo(3);
+    qv_backend_close(d.dev);
+    PASS(qv_backend_open(&options, &d.dev));
+    static const qv_attention_shape shapes[] = {
+        {4, 2, 64, 16, 16}, {16, 4, 256, 64, 16}, {32, 2, 128, 0, 32}, {6, 2, 128, 0, 5}};
+    static const member watched[] = {{1, 2499, 1}, {2, 700, 1}, {3, 333, 90}, {4, 0, 150}};
+    for (size_t i = 0; i < QV_ROWS(shapes); i++)
+        for (size_t w = 0; w < QV_ROWS(watched); w++) {
+            member crowd[24] = {{11, 5, 1}, {12, 0, 77}, {13, 130, 3}};
+            for (int k = 3; k < 24; k++)
+                crowd[k] = (member){.id = 20 + (uint64_t)k, .before = 9 * k, .now = 1};
+            uint16_t *alone = run_members(&d, &shapes[i], &watched[w], 1, 0, 0);
+            size_t bytes = (size_t)(watched[w].now * shapes[i].n_heads * shapes[i].head_dim) * 2;
+            for (int place = 0; place < 24; place += 11) {
+                member all[24];
+                memcpy(all, crowd, sizeof all);
+                all[place] = watched[w];
+                uint16_t *beside = run_members(&d, &shapes[i], all, 24, place, place);
+                cr_assert(memcmp(alone, beside, bytes) == 0,
+                          "%d tokens after %d, heads of %lld: other bits as sequence %d of 24 than "
+                          "alone",
+                          watched[w].now, watched[w].before, (long long)shapes[i].head_dim, place);
+                free(beside);
+            }
+            free(alone);
+        }
+    close_duo(&d);
+}

@@ -262,7 +262,7 @@ load_pairs(wide_stage &m, const bf16 *const *x, const void *none, int n, int64_t
 }
 
 /* Grid (tiles of rows, 2 x tiles of 256 pairs). */
-__global__ void __cluster_dims__(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THREADS, 1)
+__global__ void QV_CLUSTER(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THREADS, 1)
     wide_kernel(qv_k_list list, qv_k_moe_linear_args c, const __grid_constant__ CUtensorMap map)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -11,6 +11,13 @@
 
 #include "kernels/tensor_core.cuh"
 
+/* The blocks of a cluster, where there are clusters: naming them is an error elsewhere. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define QV_CLUSTER(x, y, z)
+#else
+#define QV_CLUSTER(x, y, z) __cluster_dims__(x, y, z)
+#endif
+
 /* A tile's descriptor; 16 columns further on is + 2. */
 __device__ __forceinline__ uint64_t wgmma_tile(const bf16 *tile)
 {

@@ -1,5 +1,6 @@
-/* A table of pointers to entries, open addressing with linear probing. Removal shifts the entries
- * behind the hole back, so there are no tombstones and a map that churns for ever does not decay.
+/* Chains from buckets whose number grows by one with each entry beyond them (linear hashing: Litwin
+ * 1980): a bucket is split at a time, so that no insertion has to move the whole table, and a
+ * broker that holds a million keys never pauses to make room for one more.
  */
 #include "common/map.h"
 
@@ -11,11 +12,12 @@
 #include <sys/random.h>
 #include <xxhash.h>
 
-#define MIN_SLOTS 16
+#define MIN_BUCKETS 16
 
 struct qv_map {
-    qv_map_entry **slots; /* [n_slots], NULL = empty */
-    size_t n_slots;       /* a power of two */
+    qv_map_entry **buckets; /* [n_buckets] of [capacity]: chains, NULL = empty */
+    size_t n_buckets, capacity;
+    size_t level; /* the greatest power of two up to n_buckets */
     size_t count;
     qv_map_entry *first, *last;
 };
@@ -37,53 +39,56 @@ static uint64_t hash_key(const void *key, size_t size)
     return XXH3_64bits_withSeed(key, size, seed);
 }
 
-/* --- slots ---------------------------------------------------------------------------------- */
+/* --- buckets --------------------------------------------------------------------------------- */
 
-static size_t home(const qv_map *map, uint64_t hash)
+/* Buckets from n_buckets - level to level are not split yet: they hold what belongs to those behind
+ * n_buckets as well. */
+static qv_map_entry **bucket_of(const qv_map *map, uint64_t hash)
 {
-    return (size_t)hash & (map->n_slots - 1);
+    size_t i = (size_t)hash & (2 * map->level - 1);
+    return &map->buckets[i < map->n_buckets ? i : i - map->level];
 }
 
-/* The slot of a key, or the empty slot where it would go. */
+/* The link to the entry of a key, or the one at the end of the chain where it would go. */
 static qv_map_entry **probe(const qv_map *map, const void *key, size_t size, uint64_t hash)
 {
-    for (size_t i = home(map, hash);; i = (i + 1) & (map->n_slots - 1)) {
-        qv_map_entry *entry = map->slots[i];
-        if (entry == NULL || (entry->hash == hash && entry->key_size == size &&
-                              (size == 0 || memcmp(entry->key, key, size) == 0)))
-            return &map->slots[i];
-    }
+    qv_map_entry **link = bucket_of(map, hash);
+    for (; *link != NULL; link = &(*link)->chain)
+        if ((*link)->hash == hash && (*link)->key_size == size &&
+            (size == 0 || memcmp((*link)->key, key, size) == 0))
+            break;
+    return link;
 }
 
-static bool resize(qv_map *map, size_t n_slots)
+/* Add a bucket, with its entries from the one that held them so far. Without memory chains just
+ * become longer. */
+static void split(qv_map *map)
 {
-    qv_map_entry **slots = calloc(n_slots, sizeof(qv_map_entry *));
-    if (slots == NULL)
-        return false;
-    free(map->slots);
-    map->slots = slots;
-    map->n_slots = n_slots;
-    for (qv_map_entry *entry = map->first; entry != NULL; entry = entry->next) {
-        size_t i = home(map, entry->hash);
-        while (slots[i] != NULL)
-            i = (i + 1) & (n_slots - 1);
-        slots[i] = entry;
+    if (map->n_buckets == map->capacity) {
+        if (map->capacity > SIZE_MAX / 4 / sizeof(qv_map_entry *))
+            return;
+        size_t capacity = 2 * map->capacity;
+        qv_map_entry **grown = realloc(map->buckets, capacity * sizeof *grown);
+        if (grown == NULL)
+            return;
+        map->buckets = grown;
+        map->capacity = capacity;
     }
-    return true;
-}
-
-/* Empty slot `hole`, then move back each follower whose probe path crosses it. */
-static void close_gap(qv_map *map, size_t hole)
-{
-    size_t mask = map->n_slots - 1;
-    for (size_t i = (hole + 1) & mask; map->slots[i] != NULL; i = (i + 1) & mask) {
-        size_t distance = (i - home(map, map->slots[i]->hash)) & mask;
-        if (distance >= ((i - hole) & mask)) {
-            map->slots[hole] = map->slots[i];
-            hole = i;
+    qv_map_entry **from = &map->buckets[map->n_buckets - map->level];
+    qv_map_entry **to = &map->buckets[map->n_buckets++];
+    *to = NULL;
+    while (*from != NULL) {
+        qv_map_entry *entry = *from;
+        if ((entry->hash & map->level) == 0) {
+            from = &entry->chain;
+            continue;
         }
+        *from = entry->chain;
+        entry->chain = *to;
+        *to = entry;
     }
-    map->slots[hole] = NULL;
+    if (map->n_buckets == 2 * map->level)
+        map->level = map->n_buckets;
 }
 
 /* --- map ------------------------------------------------------------------------------------ */
@@ -94,10 +99,12 @@ qv_map *qv_map_new(size_t expected)
     qv_map *map = calloc(1, sizeof *map);
     if (map == NULL)
         return NULL;
-    size_t n_slots = MIN_SLOTS;
-    while (n_slots / 4 * 3 < expected && n_slots <= SIZE_MAX / 2 / sizeof(qv_map_entry *))
-        n_slots *= 2;
-    if (!resize(map, n_slots)) {
+    map->level = MIN_BUCKETS;
+    while (map->level < expected && map->level <= SIZE_MAX / 4 / sizeof(qv_map_entry *))
+        map->level *= 2;
+    map->n_buckets = map->capacity = map->level;
+    map->buckets = calloc(map->capacity, sizeof(qv_map_entry *));
+    if (map->buckets == NULL) {
         free(map);
         return NULL;
     }
@@ -109,7 +116,7 @@ void qv_map_free(qv_map *map, void (*free_value)(void *value))
     if (map == NULL)
         return;
     qv_map_clear(map, free_value);
-    free(map->slots);
+    free(map->buckets);
     free(map);
 }
 
@@ -121,7 +128,7 @@ void qv_map_clear(qv_map *map, void (*free_value)(void *value))
             free_value(entry->value);
         free(entry);
     }
-    memset(map->slots, 0, map->n_slots * sizeof(qv_map_entry *));
+    memset(map->buckets, 0, map->n_buckets * sizeof(qv_map_entry *));
     map->first = map->last = NULL;
     map->count = 0;
 }
@@ -144,14 +151,9 @@ qv_map_entry *qv_map_find(const qv_map *map, const void *key, size_t size)
 qv_map_entry *qv_map_require(qv_map *map, const void *key, size_t size)
 {
     uint64_t hash = hash_key(key, size);
-    qv_map_entry **slot = probe(map, key, size, hash);
-    if (*slot != NULL)
-        return *slot;
-    if (map->count + 1 > map->n_slots / 4 * 3) {
-        if (map->n_slots > SIZE_MAX / 2 / sizeof(qv_map_entry *) || !resize(map, map->n_slots * 2))
-            return NULL;
-        slot = probe(map, key, size, hash);
-    }
+    qv_map_entry *found = *probe(map, key, size, hash);
+    if (found != NULL)
+        return found;
     if (size > SIZE_MAX - sizeof(qv_map_entry) - 1)
         return NULL;
     qv_map_entry *entry = malloc(sizeof *entry + size + 1);
@@ -166,8 +168,11 @@ qv_map_entry *qv_map_require(qv_map *map, const void *key, size_t size)
     else
         map->first = entry;
     map->last = entry;
-    map->count++;
-    *slot = entry;
+    if (++map->count > map->n_buckets)
+        split(map);
+    qv_map_entry **bucket = bucket_of(map, hash);
+    entry->chain = *bucket;
+    *bucket = entry;
     return entry;
 }
 
@@ -188,9 +193,11 @@ qv_status qv_map_set(qv_map *map, const void *key, size_t size, void *value)
 
 void *qv_map_remove_entry(qv_map *map, qv_map_entry *entry)
 {
-    qv_map_entry **slot = probe(map, entry->key, entry->key_size, entry->hash);
-    QV_ASSERT(*slot == entry);
-    close_gap(map, (size_t)(slot - map->slots));
+    qv_map_entry **link = bucket_of(map, entry->hash);
+    while (*link != NULL && *link != entry)
+        link = &(*link)->chain;
+    QV_ASSERT(*link == entry);
+    *link = entry->chain;
     if (entry->prev != NULL)
         entry->prev->next = entry->next;
     else

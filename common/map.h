@@ -15,6 +15,7 @@ typedef struct qv_map qv_map;
 
 typedef struct qv_map_entry {
     struct qv_map_entry *prev, *next; /* order of insertion; read through QV_MAP_EACH */
+    struct qv_map_entry *chain;       /* of its bucket */
     void *value;                      /* the caller's; may be changed in place */
     uint64_t hash;
     size_t key_size;

@@ -53,8 +53,8 @@ bool qv_job_has_begun(const qv_job *job)
     return false;
 }
 
-/* Keep the bytes of a message that ends a stream or a job. */
-static void keep_encoded(qv_core *core, const qv_message *message, char **out, size_t *out_size)
+/* Keep the bytes of a message that ends a stream or a job; they are sent as well. */
+static void keep_encoded(qv_core *core, qv_message *message, char **out, size_t *out_size)
 {
     const void *data;
     size_t size;
@@ -63,6 +63,8 @@ static void keep_encoded(qv_core *core, const qv_message *message, char **out, s
         (*out = malloc(size)) != NULL) {
         memcpy(*out, data, size);
         *out_size = size;
+        if (size <= UINT32_MAX)
+            message->encoded = (qv_str){*out, (uint32_t)size};
     }
     qv_arena_rewind(&core->arena, mark);
 }
@@ -75,7 +77,7 @@ static void end_job(qv_core *core, qv_job *job, qv_job_event how, uint64_t now_u
     qv_core_end_durable(core, job);
     qv_job_end(job, how, now_us);
     if (job->resumable && core->options.resume_ms > 0)
-        qv_keep_take(&core->keep, job, now_us + (uint64_t)core->options.resume_ms * QV_MS);
+        qv_keep_add(&core->keep, job, now_us + (uint64_t)core->options.resume_ms * QV_MS);
     if (how != QV_JOB_FAIL)
         qv_explain_ended(&core->explain, job, NULL, now_us);
     core->stats.ended[job->state]++;
@@ -111,9 +113,9 @@ void qv_core_fail_job(qv_core *core, qv_job *job, qv_code code, const char *text
     qv_core_abort(core, job, "cancelled", now_us);
     qv_caller_drop_spill(job->caller, job->serial);
     qv_message message = qv_core_make_error(core, job_id(job), code, text, retry_ms);
-    qv_caller_send(job->caller, job->serial, &message, true, now_us, NULL);
     if (job->resumable)
         keep_encoded(core, &message, &job->error, &job->error_size);
+    qv_caller_send(job->caller, job->serial, &message, true, now_us, NULL);
     char error[sizeof((qv_explain_record *)0)->error];
     snprintf(error, sizeof error, "%s: %s", qv_code_name(code), text);
     end_job(core, job, QV_JOB_FAIL, now_us);

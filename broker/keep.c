@@ -25,24 +25,12 @@ void qv_keep_deinit(qv_keep *keep)
     *keep = (qv_keep){0};
 }
 
-static void free_kept(qv_kept *kept)
-{
-    for (uint32_t i = 0; i < kept->n; i++) {
-        qv_answer_deinit(&kept->streams[i].answer);
-        free(kept->streams[i].bounds);
-        free(kept->streams[i].done);
-    }
-    free(kept->streams);
-    free(kept->error);
-    free(kept);
-}
-
 void qv_keep_drop(qv_keep *keep, qv_kept *kept)
 {
     keep->bytes -= (int64_t)kept->bytes;
     qv_list_remove(&kept->link);
     qv_map_remove_entry(keep->by_name, kept->entry);
-    free_kept(kept);
+    free(kept);
 }
 
 qv_kept *qv_keep_find(const qv_keep *keep, qv_str tenant, qv_str id)
@@ -51,66 +39,103 @@ qv_kept *qv_keep_find(const qv_keep *keep, qv_str tenant, qv_str id)
     return qv_map_get(keep->by_name, name.bytes, name.size);
 }
 
-static size_t held_bytes(const qv_job_stream *stream)
+/* Copies one array behind another: first only counted, then into the block. A kept answer is
+ * touched twice, when it is made and when it is dropped, a long time after; so it is one piece of
+ * memory. */
+typedef struct {
+    char *block; /* NULL: count */
+    size_t size;
+} packing;
+
+static void *pack(packing *p, const void *data, size_t n, size_t size)
 {
-    const qv_answer *a = &stream->answer;
-    return sizeof *stream + a->text_capacity + a->tokens_capacity * sizeof *a->tokens +
-           a->logprobs_capacity * sizeof *a->logprobs +
-           a->top_start_capacity * sizeof *a->top_start +
-           a->top_tokens_capacity * sizeof *a->top_tokens +
-           a->top_logprobs_capacity * sizeof *a->top_logprobs +
-           stream->bounds_capacity * sizeof *stream->bounds + stream->done_size;
+    if (n == 0)
+        return NULL;
+    size_t at = p->size, align = _Alignof(max_align_t);
+    p->size += (n * size + align - 1) & ~(align - 1);
+    if (p->block == NULL)
+        return NULL;
+    if (data != NULL)
+        memcpy(p->block + at, data, n * size);
+    return p->block + at;
 }
 
-/* A stream's part of what is kept; the rest stays with the job. */
-static size_t take_stream(qv_job_stream *from, qv_job_stream *to)
+#define PACK(p, array, n) pack(p, array, n, sizeof *(array))
+
+/* A stream's part of what is kept. */
+static qv_job_stream pack_stream(packing *p, const qv_job_stream *from)
 {
-    *to = (qv_job_stream){.answer = from->answer,
-                          .base_seq = from->base_seq,
-                          .bounds = from->bounds,
-                          .n_bounds = from->n_bounds,
-                          .bounds_capacity = from->bounds_capacity,
-                          .done = from->done,
-                          .done_size = from->done_size};
-    qv_answer_init(&from->answer, from->answer.max_bytes);
-    from->bounds = NULL;
-    from->n_bounds = from->bounds_capacity = 0;
-    from->done = NULL;
-    from->done_size = 0;
-    return held_bytes(to);
+    const qv_answer *a = &from->answer;
+    qv_job_stream to = {.base_seq = from->base_seq,
+                        .n_bounds = from->n_bounds,
+                        .bounds = PACK(p, from->bounds, from->n_bounds),
+                        .done_size = from->done_size,
+                        .done = PACK(p, from->done, from->done_size)};
+    to.answer = (qv_answer){.text_size = a->text_size,
+                            .text = PACK(p, a->text, a->text_size),
+                            .n_tokens = a->n_tokens,
+                            .tokens = PACK(p, a->tokens, a->n_tokens),
+                            .n_logprobs = a->n_logprobs,
+                            .logprobs = PACK(p, a->logprobs, a->n_logprobs),
+                            .n_tops = a->n_tops,
+                            .top_start = PACK(p, a->top_start, a->n_tops > 0 ? a->n_tops + 1 : 0),
+                            .n_pairs = a->n_pairs,
+                            .top_tokens = PACK(p, a->top_tokens, a->n_pairs),
+                            .top_logprobs = PACK(p, a->top_logprobs, a->n_pairs)};
+    return to;
 }
 
-void qv_keep_take(qv_keep *keep, qv_job *job, uint64_t until_us)
+/* All of a job; returns it if there is a block to pack it into. */
+static qv_kept *pack_job(packing *p, const qv_job *job)
 {
-    qv_str tenant = {job->owner, job->owner_size}, id = {job->id, job->id_size};
-    qv_kept *old = qv_keep_find(keep, tenant, id);
-    if (old != NULL)
-        qv_keep_drop(keep, old);
-    qv_kept *kept = calloc(1, sizeof *kept);
-    qv_job_name name = qv_job_name_of(tenant, id);
-    if (kept != NULL)
-        kept->streams = calloc(job->n, sizeof *kept->streams);
-    if (kept == NULL || kept->streams == NULL ||
-        (kept->entry = qv_map_require(keep->by_name, name.bytes, name.size)) == NULL) {
-        if (kept != NULL)
-            free_kept(kept);
+    qv_kept *kept = pack(p, NULL, 1, sizeof *kept);
+    qv_job_stream *streams = pack(p, NULL, job->n, sizeof *streams);
+    for (uint32_t i = 0; i < job->n; i++) {
+        qv_job_stream stream = pack_stream(p, &job->streams[i]);
+        if (streams != NULL)
+            streams[i] = stream;
+    }
+    char *error = PACK(p, job->error, job->error_size);
+    if (kept == NULL)
+        return NULL;
+    *kept = (qv_kept){.bytes = p->size,
+                      .stream = job->stream,
+                      .durable = job->durable,
+                      .id_size = job->id_size,
+                      .n = job->n,
+                      .streams = streams,
+                      .error = error,
+                      .error_size = job->error_size};
+    memcpy(kept->digest, job->digest, sizeof kept->digest);
+    memcpy(kept->id, job->id, sizeof kept->id);
+    return kept;
+}
+
+void qv_keep_add(qv_keep *keep, const qv_job *job, uint64_t until_us)
+{
+    qv_job_name name =
+        qv_job_name_of((qv_str){job->owner, job->owner_size}, (qv_str){job->id, job->id_size});
+    qv_map_entry *entry = qv_map_require(keep->by_name, name.bytes, name.size);
+    if (entry == NULL)
+        return;
+    qv_kept *old = entry->value;
+    if (old != NULL) {
+        keep->bytes -= (int64_t)old->bytes;
+        qv_list_remove(&old->link);
+        free(old);
+    }
+    packing counted = {0};
+    pack_job(&counted, job);
+    packing packed = {.block = malloc(counted.size)};
+    if (packed.block == NULL) {
+        qv_map_remove_entry(keep->by_name, entry);
         return;
     }
-    kept->entry->value = kept;
+    qv_kept *kept = pack_job(&packed, job);
+    kept->bytes += sizeof *entry + name.size;
     kept->until_us = until_us;
-    kept->stream = job->stream;
-    kept->durable = job->durable;
-    memcpy(kept->digest, job->digest, sizeof kept->digest);
-    kept->id_size = job->id_size;
-    memcpy(kept->id, job->id, sizeof kept->id);
-    kept->n = job->n;
-    kept->bytes = sizeof *kept + name.size + job->error_size;
-    for (uint32_t i = 0; i < job->n; i++)
-        kept->bytes += take_stream(&job->streams[i], &kept->streams[i]);
-    kept->error = job->error;
-    kept->error_size = job->error_size;
-    job->error = NULL;
-    job->error_size = 0;
+    kept->entry = entry;
+    entry->value = kept;
     keep->bytes += (int64_t)kept->bytes;
     qv_list_append(&keep->all, &kept->link);
     while (keep->bytes > keep->max_bytes)

@@ -10,6 +10,7 @@
 
 #include "broker/requests.h"
 
+/* One block of memory: what it points to lies behind it. */
 typedef struct {
     qv_list link;        /* in keep->all, oldest first */
     qv_map_entry *entry; /* in keep->by_name */
@@ -20,8 +21,8 @@ typedef struct {
     uint8_t id_size;
     char id[QV_JOB_ID_MAX + 1];
     uint32_t n;
-    qv_job_stream *streams; /* [n] owned: answers, bounds and `done`s */
-    char *error;            /* [error_size] the encoded `error`; NULL: it ended otherwise; owned */
+    qv_job_stream *streams; /* [n]: answers, bounds and `done`s */
+    char *error;            /* [error_size] the encoded `error`; NULL: it ended otherwise */
     size_t error_size;
 } qv_kept;
 
@@ -35,8 +36,8 @@ typedef struct {
 qv_status qv_keep_init(qv_keep *keep, int64_t max_bytes);
 void qv_keep_deinit(qv_keep *keep);
 
-/* Take over what a job that has ended delivered; too much for the bound is dropped. */
-void qv_keep_take(qv_keep *keep, qv_job *job, uint64_t until_us);
+/* Keep what a job that has ended delivered; too much for the bound is dropped. */
+void qv_keep_add(qv_keep *keep, const qv_job *job, uint64_t until_us);
 
 qv_kept *qv_keep_find(const qv_keep *keep, qv_str tenant, qv_str id);
 void qv_keep_drop(qv_keep *keep, qv_kept *kept);

@@ -1026,6 +1026,11 @@ qv_status qv_message_encode(const qv_message *message, qv_arena *arena, const vo
                             size_t *size)
 {
     QV_ASSERT((unsigned)message->type < QV_MSG_COUNT);
+    if (message->encoded.size > 0) {
+        *size = message->encoded.size;
+        *data = qv_arena_memdup(arena, message->encoded.data, *size, 1);
+        return *data != NULL ? QV_OK : qv_fail(QV_ERR_LIMIT, "no room for a message");
+    }
     qv_msgpack_writer w;
     qv_msgpack_writer_init(&w, arena);
     QV_TRY(encode_struct(&w, messages[message->type].body, NULL, &message->submit,

@@ -102,15 +102,15 @@ qv_code qv_code_of_status(qv_status status);
         struct qv_msg_##st *data;                                                                  \
         uint32_t count;                                                                            \
     }
-#define QV_CTYPE_OBJS_worker_status  QV_OBJS(worker_status)
-#define QV_CTYPE_OBJS_adapter_status QV_OBJS(adapter_status)
-#define QV_CTYPE_OBJS_held_adapter   QV_OBJS(held_adapter)
-#define QV_CTYPE_OBJS_delta          QV_OBJS(delta)
-#define QV_CTYPE_OBJS_resume         QV_OBJS(resume)
-#define QV_CTYPE_OBJS_explain_wait    QV_OBJS(explain_wait)
+#define QV_CTYPE_OBJS_worker_status     QV_OBJS(worker_status)
+#define QV_CTYPE_OBJS_adapter_status    QV_OBJS(adapter_status)
+#define QV_CTYPE_OBJS_held_adapter      QV_OBJS(held_adapter)
+#define QV_CTYPE_OBJS_delta             QV_OBJS(delta)
+#define QV_CTYPE_OBJS_resume            QV_OBJS(resume)
+#define QV_CTYPE_OBJS_explain_wait      QV_OBJS(explain_wait)
 #define QV_CTYPE_OBJS_explain_candidate QV_OBJS(explain_candidate)
-#define QV_CTYPE_OBJS_explain_decision QV_OBJS(explain_decision)
-#define QV_CTYPE_OBJS_explain_attempt QV_OBJS(explain_attempt)
+#define QV_CTYPE_OBJS_explain_decision  QV_OBJS(explain_decision)
+#define QV_CTYPE_OBJS_explain_attempt   QV_OBJS(explain_attempt)
 
 /* struct qv_msg_submit { uint64_t has; qv_str id; ... }: bit QV_BIT_submit_id of `has` says that
  * the field was on the wire (decoder) or is to be written (encoder). Absent OPT fields hold their
@@ -150,6 +150,8 @@ typedef struct {
     qv_str id;            /* decoded: the request's id once it could be read, also on failure */
     qv_strs unknown_keys; /* decoded: keys that no row names (the first 16, each cut to 64 bytes),
                            * to be reported in `warnings` */
+    qv_str encoded;       /* its bytes, where they are there already: encoding copies them. Whoever
+                           * changes a field clears them */
 } qv_message;
 
 /* Which side's messages a decoder accepts ("status" means different things to each). */

@@ -208,16 +208,16 @@ typedef struct {
     qv_histogram *handle; /* how long one took */
 } source;
 
-static void on_failed_send(void *user, const qv_outgoing_message *message)
+static void on_failed_send(void *user, const qv_mq_peer *peer, const qv_outgoing_message *message)
 {
     qv_broker *broker = user;
     uint64_t now_us = qv_now_us();
     if (message->mq == broker->backend)
-        qv_core_worker_gone(broker->core, &message->peer, now_us);
+        qv_core_worker_gone(broker->core, peer, now_us);
     else if (message->status == QV_ERR_BUSY)
-        qv_core_client_busy(broker->core, &message->peer, message->data, message->size, now_us);
+        qv_core_client_busy(broker->core, peer, message->data, message->size, now_us);
     else
-        qv_core_client_gone(broker->core, &message->peer, now_us);
+        qv_core_client_gone(broker->core, peer, now_us);
 }
 
 static void flush(qv_broker *broker)

@@ -106,8 +106,7 @@ static bool check_tenant(qv_core *core, const qv_mq_peer *peer, const qv_msg_sub
                          const qv_group *group, uint64_t now_us)
 {
     char tenant[QV_TENANT_MAX_NAME + 1];
-    snprintf(tenant, sizeof tenant, "%.*s", (int)submit->tenant.size,
-             submit->tenant.size > 0 ? submit->tenant.data : "");
+    qv_text_copy(tenant, sizeof tenant, submit->tenant.data, submit->tenant.size);
     if (qv_group_allows_tenant(group, tenant))
         return true;
     const char *text = qv_arena_printf(&core->arena, "adapter %s may not be used by tenant '%s'",

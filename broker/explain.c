@@ -46,6 +46,9 @@ static qv_explain_record *record_of(const qv_explain *explain, const qv_job *job
     return record->serial == job->serial ? record : NULL;
 }
 
+/* Into an array. */
+#define copy(out, text) qv_text_copy(out, sizeof(out), text, strlen(text))
+
 void qv_explain_accepted(qv_explain *explain, qv_job *job, qv_str asked)
 {
     if (explain->n == 0)
@@ -53,17 +56,18 @@ void qv_explain_accepted(qv_explain *explain, qv_job *job, qv_str asked)
     qv_explain_record *record = &explain->records[explain->next];
     job->explain = explain->next;
     explain->next = (explain->next + 1) % explain->n;
-    *record = (qv_explain_record){.serial = job->serial,
-                                  .id_size = job->id_size,
-                                  .priority = job->priority,
-                                  .received_us = job->received_us,
-                                  .state = qv_job_state_name(job->state),
-                                  .waits_since_us = job->received_us};
+    /* What is behind counts says itself how much of it holds. */
+    memset(record, 0, offsetof(qv_explain_record, first));
+    record->first.at_us = record->last.at_us = 0;
+    record->serial = job->serial;
+    record->id_size = job->id_size;
+    record->priority = job->priority;
+    record->received_us = record->waits_since_us = job->received_us;
+    record->state = qv_job_state_name(job->state);
     memcpy(record->id, job->id, job->id_size);
-    snprintf(record->tenant, sizeof record->tenant, "%s", job->tenant->name);
-    snprintf(record->asked, sizeof record->asked, "%.*s", (int)asked.size,
-             asked.size > 0 ? asked.data : "");
-    snprintf(record->adapter, sizeof record->adapter, "%s", job->group->name);
+    copy(record->tenant, job->tenant->name);
+    qv_text_copy(record->asked, sizeof record->asked, asked.data, asked.size);
+    copy(record->adapter, job->group->name);
 }
 
 /* Count the time of the wait that is over. */
@@ -93,13 +97,12 @@ void qv_explain_decided(qv_explain *explain, const qv_job *job, const qv_route *
     qv_explain_decision *decision = record->n_decisions++ == 0 ? &record->first : &record->last;
     decision->at_us = now_us;
     decision->verdict = route->verdict;
-    snprintf(decision->worker, sizeof decision->worker, "%s",
-             route->member != NULL ? route->member->id : "");
+    copy(decision->worker, route->member != NULL ? route->member->id : "");
     decision->n_rows = trace->n;
     for (uint32_t i = 0; i < trace->n; i++) {
         const qv_route_row *from = &trace->rows[i];
         qv_explain_row *to = &decision->rows[i];
-        snprintf(to->worker, sizeof to->worker, "%s", from->member->id);
+        copy(to->worker, from->member->id);
         to->has_credit = from->has_credit;
         to->queue_ms = (float)from->queue_ms;
         to->load_ms = (float)from->load_ms;
@@ -127,7 +130,7 @@ void qv_explain_sent(qv_explain *explain, const qv_job *job, const qv_member *me
                 (QV_EXPLAIN_ATTEMPTS - 2) * sizeof record->attempts[0]);
     qv_explain_attempt *attempt = latest_attempt(record);
     *attempt = (qv_explain_attempt){.sent_us = now_us};
-    snprintf(attempt->worker, sizeof attempt->worker, "%s", member->id);
+    copy(attempt->worker, member->id);
     record->state = "running";
     if (record->dispatched_us == 0)
         record->dispatched_us = now_us;
@@ -155,7 +158,7 @@ void qv_explain_ended(qv_explain *explain, const qv_job *job, const char *error,
     record->state = qv_job_state_name(job->state);
     record->ended_us = now_us;
     record->first_token_us = job->first_token_us;
-    snprintf(record->error, sizeof record->error, "%s", error != NULL ? error : "");
+    copy(record->error, error != NULL ? error : "");
     qv_explain_attempt *attempt = latest_attempt(record);
     if (attempt == NULL || attempt->end != NULL)
         return;

@@ -133,7 +133,7 @@ static qv_tenant *new_tenant(qv_fair *fair, const char *name)
 qv_tenant *qv_fair_require_tenant(qv_fair *fair, const char *name, size_t size)
 {
     char text[QV_TENANT_MAX_NAME + 1];
-    snprintf(text, sizeof text, "%.*s", (int)size, size > 0 ? name : "");
+    qv_text_copy(text, sizeof text, name, size);
     qv_tenant *tenant = qv_map_get_str(fair->by_name, text);
     if (tenant != NULL)
         return tenant;

@@ -16,8 +16,8 @@
 
 typedef struct {
     qv_mq *mq;
-    qv_mq_peer peer;
-    const void *data; /* in the arena */
+    const qv_mq_peer *peer; /* in the arena, as is the data; of its id only what holds */
+    const void *data;
     size_t size;
     qv_status
         status; /* of sending it; the first failure of a peer goes for its later messages too */
@@ -26,6 +26,7 @@ typedef struct {
 typedef struct {
     qv_outgoing_message *messages; /* [n], owned */
     size_t n, capacity;
+    size_t bytes; /* of them all */
     qv_arena arena;
     bool has_failures;
 } qv_outgoing;
@@ -40,9 +41,11 @@ qv_status qv_outgoing_add(qv_outgoing *outgoing, qv_mq *mq, const qv_mq_peer *pe
 /* Whether it holds so much that it should be flushed before the batch ends. */
 bool qv_outgoing_is_full(const qv_outgoing *outgoing);
 
-/* Send everything. `failed` gets each message that was not taken: BUSY or NOT_FOUND and others; it
- * may add messages, which are sent too. Empty afterwards. */
+/* Send everything. `failed` gets each message that was not taken, and its peer as a whole: BUSY or
+ * NOT_FOUND and others; it may add messages, which are sent too. Empty afterwards. */
 void qv_outgoing_flush(qv_outgoing *outgoing,
-                       void (*failed)(void *user, const qv_outgoing_message *message), void *user);
+                       void (*failed)(void *user, const qv_mq_peer *peer,
+                                      const qv_outgoing_message *message),
+                       void *user);
 
 #endif

@@ -44,6 +44,14 @@ bool qv_member_next(qv_member_state state, qv_member_event event, qv_member_stat
 
 /* --- Helpers ----------------------------------------------------------------------------------*/
 
+void qv_text_copy(char *out, size_t out_size, const char *text, size_t size)
+{
+    size_t n = size < out_size ? size : out_size - 1;
+    if (n > 0)
+        memcpy(out, text, n);
+    out[n] = '\0';
+}
+
 void qv_text_set(char **text, const char *value, size_t size)
 {
     char *copy = value != NULL && size > 0 ? strndup(value, size) : NULL;

@@ -275,4 +275,7 @@ static inline bool qv_same_text(const char *a, const char *b)
  * are for people. */
 void qv_text_set(char **text, const char *value, size_t size);
 
+/* Copy a text, cut to what fits, and terminate it. */
+void qv_text_copy(char *out, size_t out_size, const char *text, size_t size);
+
 #endif

@@ -166,6 +166,16 @@ void *qv_arena_alloc(qv_arena *arena, size_t size, size_t align)
     return data;
 }
 
+void qv_arena_shrink(qv_arena *arena, const void *data, size_t size, size_t needed)
+{
+    qv_arena_chunk *chunk = arena->current;
+    const unsigned char *begin = data;
+    if (chunk == NULL || needed == 0 || needed >= size ||
+        begin + size + RED_ZONE != chunk->data + chunk->used)
+        return;
+    truncate_chunk(chunk, (size_t)(begin - chunk->data) + needed + RED_ZONE);
+}
+
 void *qv_arena_calloc(qv_arena *arena, size_t n, size_t size, size_t align)
 {
     size_t bytes;

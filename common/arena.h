@@ -59,6 +59,10 @@ void *qv_arena_calloc(qv_arena *arena, size_t n, size_t size, size_t align)
 #define QV_ARENA_ARRAY(arena, type, n)                                                             \
     ((type *)qv_arena_calloc(arena, n, sizeof(type), _Alignof(type)))
 
+/* Give back what was not needed of the latest allocation, which had `size` bytes; nothing happens
+ * to an earlier one. */
+void qv_arena_shrink(qv_arena *arena, const void *data, size_t size, size_t needed);
+
 /* Copies; strings come back terminated. NULL beyond the limit. */
 void *qv_arena_memdup(qv_arena *arena, const void *data, size_t size, size_t align);
 char *qv_arena_strdup(qv_arena *arena, const char *text);

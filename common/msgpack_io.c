@@ -362,10 +362,12 @@ static qv_status scan_value(scan *s, qv_msgpack_probe *probes, size_t n_probes)
 qv_status qv_msgpack_scan(const void *data, size_t size, qv_msgpack_limits limits,
                           qv_msgpack_probe *probes, size_t n_probes)
 {
-    scan s = {.reader = qv_reader_init(data, size),
-              .max_depth =
-                  limits.max_depth < QV_MSGPACK_MAX_DEPTH ? limits.max_depth : QV_MSGPACK_MAX_DEPTH,
-              .max_nodes = limits.max_nodes};
+    scan s; /* `open` is not cleared: a kilobyte for each message */
+    s.reader = qv_reader_init(data, size);
+    s.depth = s.nodes = s.key_size = 0;
+    s.max_depth = limits.max_depth < QV_MSGPACK_MAX_DEPTH ? limits.max_depth : QV_MSGPACK_MAX_DEPTH;
+    s.max_nodes = limits.max_nodes;
+    s.key = NULL;
     do {
         qv_status status = scan_value(&s, probes, n_probes);
         if (status != QV_OK) {
@@ -455,8 +457,10 @@ void qv_msgpack_writer_str(qv_msgpack_writer *writer, const char *text, size_t s
     }
 }
 
-qv_status qv_msgpack_writer_finish(const qv_msgpack_writer *writer)
+qv_status qv_msgpack_writer_finish(qv_msgpack_writer *writer)
 {
+    qv_arena_shrink(writer->arena, writer->data, writer->capacity, writer->size);
+    writer->capacity = writer->size;
     if (writer->full)
         return qv_fail(QV_ERR_LIMIT, "a message needs more memory than the %zu bytes of its arena",
                        writer->arena->limit_bytes);

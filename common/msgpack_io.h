@@ -114,7 +114,7 @@ void qv_msgpack_writer_key(qv_msgpack_writer *writer, const char *text, size_t s
 /* Pack a str; bytes that are not UTF-8 become U+FFFD. */
 void qv_msgpack_writer_str(qv_msgpack_writer *writer, const char *text, size_t size);
 
-/* LIMIT if the arena refused at any point. */
-qv_status qv_msgpack_writer_finish(const qv_msgpack_writer *writer);
+/* Give room that was not needed back to the arena. LIMIT if the arena refused at any point. */
+qv_status qv_msgpack_writer_finish(qv_msgpack_writer *writer);
 
 #endif

@@ -734,6 +734,8 @@ static void measure_second(sim *s)
     double bound = QV_FAIR_MAX_LAG + 2 * fair->largest;
     QV_LIST_EACH(&fair->all, qv_tenant, link, tenant)
     bound += (double)tenant->n_running * fair->largest; /* as if their estimates had been 0 */
+    QV_LIST_EACH(&qv_core_pool(s->core)->groups, qv_group, link, group)
+    bound += (double)group->n_loading * fair->largest_load;
     s->result->gap_bound = bound > s->result->gap_bound ? bound : s->result->gap_bound;
     measure_shares(s, fair);
     double most = 0, sum = 0, n = 0;

@@ -174,7 +174,7 @@ static void update_depths(qv_broker_metrics *m, const qv_core *core)
 }
 
 typedef struct {
-    qv_gauge *queued, *running, *tokens;
+    qv_gauge *queued, *running, *tokens, *loads;
 } tenant_metrics;
 
 /* The metrics of a tenant; tenants beyond the bound share one set. */
@@ -200,6 +200,9 @@ static tenant_metrics *find_tenant(qv_broker_metrics *m, const char *name)
         qv_metrics_gauge(m->registry, "quiver_broker_tenant_tokens",
                          "Tokens that a tenant was served, those of answers twice, since it came.",
                          QV_LABELS({"tenant", name}), &found->tokens) != QV_OK ||
+        qv_metrics_gauge(m->registry, "quiver_broker_tenant_load_tokens",
+                         "Tokens that loads of adapters for a tenant's requests are charged as.",
+                         QV_LABELS({"tenant", name}), &found->loads) != QV_OK ||
         qv_map_set_str(m->tenants, name, found) != QV_OK) {
         free(found);
         return NULL;
@@ -215,6 +218,7 @@ static void update_tenants(qv_broker_metrics *m, const qv_fair *fair)
         qv_gauge_set(tenant->queued, 0);
         qv_gauge_set(tenant->running, 0);
         qv_gauge_set(tenant->tokens, 0);
+        qv_gauge_set(tenant->loads, 0);
     }
     QV_LIST_EACH(&fair->all, qv_tenant, link, tenant)
     {
@@ -224,6 +228,7 @@ static void update_tenants(qv_broker_metrics *m, const qv_fair *fair)
         qv_gauge_add(row->queued, (double)tenant->n_queued);
         qv_gauge_add(row->running, (double)tenant->n_running);
         qv_gauge_add(row->tokens, tenant->served);
+        qv_gauge_add(row->loads, tenant->loads);
     }
     qv_gauge_set(m->service_gap, qv_fair_gap(fair));
 }

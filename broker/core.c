@@ -76,6 +76,18 @@ static void send_unload(void *user, qv_resident *resident)
     qv_core_tell(core, resident->member, &message, core->ticked_us);
 }
 
+/* What the worker would have done meanwhile; nothing as long as its rate is not known. The time is
+ * the mean of such loads: that one was slow is not the tenant's fault. */
+static void charge_load(void *user, const qv_resident *resident)
+{
+    qv_core *core = user;
+    double cost = qv_expect_load_ms(resident->group) * qv_expect_rate(resident->member) / 1000;
+    qv_tenant *tenant =
+        qv_fair_require_tenant(&core->requests.fair, resident->cause, strlen(resident->cause));
+    if (tenant != NULL && cost > 0)
+        qv_fair_charge_load(tenant, resident->group, cost);
+}
+
 static void placement_event(void *user, const char *what, const qv_group *group,
                             const qv_member *member, const char *why)
 {
@@ -124,6 +136,7 @@ qv_status qv_core_new(const qv_core_options *options, const qv_core_actions *act
         .actions = {.user = core,
                     .load = send_load,
                     .unload = send_unload,
+                    .caused = charge_load,
                     .event = placement_event},
     };
     qv_core_set_redis(core, "none");
@@ -494,7 +507,7 @@ static void dispatch_job(qv_core *core, qv_job *job, uint64_t now_us)
         return;
     }
     if (route.verdict == QV_ROUTE_LOAD)
-        qv_placement_demand(&core->placement, group, route.member, now_us);
+        qv_placement_demand(&core->placement, group, route.member, job->tenant->name, now_us);
     qv_explain_waits(&core->explain, job, reason_to_wait(core, group), now_us);
     qv_fair_block(job);
 }

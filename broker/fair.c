@@ -356,6 +356,33 @@ void qv_fair_settle(qv_job *job, double cost)
     add_cost(job, cost - job->charged);
 }
 
+void qv_fair_charge_load(qv_tenant *tenant, qv_group *group, double cost)
+{
+    qv_fair *fair = tenant->fair;
+    qv_lane *lane = find_lane(tenant, group);
+    cost = cost < QV_FAIR_MAX_LAG ? cost : QV_FAIR_MAX_LAG;
+    /* What it might have been lifted by later would swallow the charge. */
+    lift(&tenant->counter, fair->virtual_now - (tenant->n_queued > 0 ? QV_FAIR_MAX_LAG : 0));
+    tenant->counter += cost / tenant->policy.weight;
+    tenant->loads += cost;
+    if (cost > fair->largest_load)
+        fair->largest_load = cost;
+    if (lane != NULL) {
+        if (lane->jobs.n == 0)
+            lift(&lane->counter, tenant->virtual_now);
+        lane->counter += cost;
+        place_lane(lane);
+    } else {
+        place_tenant(tenant);
+    }
+}
+
+const char *qv_fair_tenant_waiting(const qv_group *group)
+{
+    const qv_job *job = qv_fair_any(group);
+    return job != NULL ? job->tenant->name : NULL;
+}
+
 void qv_fair_running(qv_job *job, int n)
 {
     job->tenant->n_running += n;

@@ -12,11 +12,15 @@
  * Whoever comes back after a pause starts at the virtual time, the counter of who was served last:
  * a pause saves nothing up.
  *
+ * An adapter that has to be loaded for a request costs its tenant what the worker would have done
+ * meanwhile: the time of such a load by its rate, up to QV_FAIR_MAX_LAG. Who asks for ever other
+ * adapters pays for that and not those whose adapters make room.
+ *
  * Nobody starves, by construction: of two tenants that both have something to send, neither is ever
  * served more than one largest request (divided by its weight) beyond the other, and what the
- * requests that it runs were underestimated by; a lane the same within its tenant, plus a head
- * start of priority that is a constant. Within a lane priority is a head start in time, so that a
- * request is overtaken only by those that arrive within it.
+ * requests that it runs were underestimated by, and the loads that it caused; a lane the same
+ * within its tenant, plus a head start of priority that is a constant. Within a lane priority is a
+ * head start in time, so that a request is overtaken only by those that arrive within it.
  *
  * A lane whose head cannot be sent now (no worker with room, its adapter is being loaded) is
  * blocked: out of the order until something happens that may help (pool->woken). So a waiting
@@ -76,6 +80,7 @@ struct qv_tenant {
     int64_t n_parked;   /* jobs that are neither, but will be */
     double queued_cost; /* of the requests that wait */
     double served;      /* cost of all requests ever, set right at their end */
+    double loads;       /* cost of all loads of adapters that its requests caused */
 };
 
 struct qv_lane {
@@ -97,7 +102,8 @@ struct qv_fair {
     uint64_t turn;
     int64_t n_queued;
     double queued_cost;
-    double largest; /* cost of the largest request so far: what bounds the gap */
+    double largest;      /* cost of the largest request so far: what bounds the gap, with */
+    double largest_load; /* the same of a load */
 };
 
 /* What a request costs. */
@@ -147,12 +153,19 @@ void qv_fair_charge(struct qv_job *job);
 void qv_fair_charge_more(struct qv_job *job, double cost);
 void qv_fair_settle(struct qv_job *job, double cost);
 
+/* A load that a tenant's request caused took so much. */
+void qv_fair_charge_load(qv_tenant *tenant, struct qv_group *group, double cost);
+
+/* The tenant of a job that waits for a group, as a name; NULL: none waits. */
+const char *qv_fair_tenant_waiting(const struct qv_group *group);
+
 /* A job begins to run or does no longer. */
 void qv_fair_running(struct qv_job *job, int n);
 
 /* How much cost is served before a new job of this tenant, and how far apart in cost by weight the
  * tenants that wait are: at most fair->largest by weight, twice, where all of them have something
- * to send, and QV_FAIR_MAX_LAG more where one had to wait for workers that others do not need. */
+ * to send, QV_FAIR_MAX_LAG more where one had to wait for workers that others do not need, and
+ * fair->largest_load more for each load that is under way. */
 double qv_fair_cost_ahead(const qv_fair *fair, const qv_tenant *tenant);
 double qv_fair_gap(const qv_fair *fair);
 

@@ -65,7 +65,7 @@ void qv_placement_load(qv_placement *placement, qv_group *group, qv_member *memb
     resident->digest[0] = '\0';
     resident->pin = false;
     resident->asked = true;
-    resident->is_move = false;
+    resident->is_move = resident->is_caused = false;
     qv_resident_set(resident, QV_RESIDENT_LOADING, now_us);
     say(placement, "adapter_loading", group, member, why);
     placement->actions.load(placement->actions.user, resident);
@@ -84,6 +84,7 @@ static void fail_load(qv_placement *placement, qv_resident *resident, qv_code co
 {
     uint32_t shift =
         resident->n_failures < BACKOFF_SHIFT_MAX ? resident->n_failures : BACKOFF_SHIFT_MAX;
+    resident->is_caused = false;
     resident->n_failures++;
     resident->retry_us = now_us + ((uint64_t)placement->options.load_backoff_ms * MS << shift);
     resident->code = code;
@@ -325,12 +326,12 @@ void qv_placement_reconcile(qv_placement *placement, qv_group *group, uint64_t n
         qv_placement_load(placement, group, member, "wanted", now_us);
     }
     if (group->n_queued > 0 && group->n_ready + group->n_loading == 0)
-        qv_placement_demand(placement, group, NULL, now_us);
+        qv_placement_demand(placement, group, NULL, qv_fair_tenant_waiting(group), now_us);
     drop_surplus(placement, group, now_us);
 }
 
 void qv_placement_demand(qv_placement *placement, qv_group *group, qv_member *member,
-                         uint64_t now_us)
+                         const char *tenant, uint64_t now_us)
 {
     if (group->path == NULL || group->deleted || now_us < group->demand_us)
         return;
@@ -350,10 +351,16 @@ void qv_placement_demand(qv_placement *placement, qv_group *group, qv_member *me
                                 now_us);
         }
     }
-    if (room != NULL)
-        qv_placement_load(placement, group, room, "a request waits for it", now_us);
-    else
+    if (room == NULL) {
         group->demand_us = now_us + DEMAND_RETRY_US;
+        return;
+    }
+    qv_placement_load(placement, group, room, "a request waits for it", now_us);
+    qv_resident *resident = qv_resident_find(group, room);
+    if (resident == NULL || tenant == NULL)
+        return;
+    resident->is_caused = true;
+    qv_text_copy(resident->cause, sizeof resident->cause, tenant, strlen(tenant));
 }
 
 bool qv_placement_is_forgotten(const qv_placement *placement, const qv_group *group,
@@ -489,7 +496,9 @@ static void report_ready(qv_placement *placement, qv_resident *resident,
     bool is_news = resident->state != QV_RESIDENT_READY;
     if (resident->state == QV_RESIDENT_LOADING && resident->asked)
         qv_measure_load(resident->group, (double)(now_us - resident->since_us) / MS);
-    resident->asked = false;
+    if (resident->is_caused)
+        placement->actions.caused(placement->actions.user, resident);
+    resident->asked = resident->is_caused = false;
     qv_resident_set(resident, QV_RESIDENT_READY, now_us);
     if (is_news)
         say(placement, "adapter_loaded", resident->group, resident->member, resident->digest);

@@ -35,6 +35,8 @@ typedef struct {
     void (*load)(void *user,
                  qv_resident *resident); /* group->path on the member; state is LOADING */
     void (*unload)(void *user, qv_resident *resident); /* state is UNLOADING */
+    /* A load that a request caused (resident->cause) has succeeded. */
+    void (*caused)(void *user, const qv_resident *resident);
     void (*event)(void *user, const char *what, const qv_group *group, const qv_member *member,
                   const char *why);
 } qv_placement_actions;
@@ -78,9 +80,10 @@ void qv_placement_members_changed(qv_placement *placement, uint64_t now_us);
 /* Bring one group nearer to what is wanted. */
 void qv_placement_reconcile(qv_placement *placement, qv_group *group, uint64_t now_us);
 
-/* A request waits and nobody holds the adapter: load it, on `member` if that is given and able. */
+/* A request of a tenant waits and nobody holds the adapter: load it, on `member` if that is given
+ * and able. */
 void qv_placement_demand(qv_placement *placement, qv_group *group, qv_member *member,
-                         uint64_t now_us);
+                         const char *tenant, uint64_t now_us);
 
 /* Whether nobody has wanted or held the adapter for so long that nobody will: its requests fail. */
 bool qv_placement_is_forgotten(const qv_placement *placement, const qv_group *group,

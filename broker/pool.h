@@ -126,8 +126,10 @@ struct qv_resident {
     char *reason;                        /* owned; of a failure */
     qv_code code;                        /* of a failure */
     int64_t rank, bytes;
-    bool asked;          /* LOADING since we asked for it */
-    bool is_move;        /* the same, for demand or balance */
+    bool asked;     /* LOADING since we asked for it */
+    bool is_move;   /* the same, for demand or balance */
+    bool is_caused; /* the same, for a request that waits: its tenant's name is in `cause` */
+    char cause[QV_TENANT_MAX_NAME + 1];
     bool pin;            /* the worker itself keeps it: announced so, not by our wish */
     uint64_t since_us;   /* in this state */
     uint64_t retry_us;   /* FAILED: earliest next try */

@@ -198,6 +198,45 @@ Test(fair, nobody_starves_whatever_the_others_send)
         check_victim(seed);
 }
 
+/* Twenty requests of cost 100 after a load that cost one tenant as much as ten. */
+Test(fair, a_load_is_paid_by_the_tenant_that_caused_it)
+{
+    bench b;
+    bench_init(&b, 1);
+    qv_tenant *a = tenant(&b, "a", 1), *c = tenant(&b, "c", 1);
+    for (int i = 0; i < 40; i++)
+        submit(&b, i % 2 == 0 ? a : c, 0, 100, 0);
+    qv_fair_charge_load(a, &b.groups[0], 1000);
+    cr_assert_str_eq(qv_fair_tenant_waiting(&b.groups[0]), "a");
+    cr_assert_null(qv_fair_tenant_waiting(&b.groups[1]));
+    int n_of_a = 0;
+    for (int i = 0; i < 20; i++) {
+        qv_job *job = serve(&b);
+        n_of_a += job->tenant == a;
+        free(job);
+    }
+    cr_assert_eq(n_of_a, 5);
+    cr_assert_float_eq(a->loads, 1000, 1e-9);
+    cr_assert_float_eq(a->served, 500, 1e-9);
+    finish(&b);
+}
+
+/* Time passes while nobody waits: a pause saves nothing up, and forgives nothing either. */
+Test(fair, a_load_that_ends_after_its_requests_is_paid_too)
+{
+    bench b;
+    bench_init(&b, 1);
+    qv_tenant *a = tenant(&b, "a", 1), *c = tenant(&b, "c", 1);
+    submit(&b, c, 0, 5000, 0);
+    free(serve(&b));
+    qv_fair_charge_load(a, &b.groups[0], 1000); /* nothing of it waits */
+    for (int i = 0; i < 40; i++)
+        submit(&b, i % 2 == 0 ? a : c, 0, 100, 0);
+    double ahead = a->counter - c->counter;
+    cr_assert_float_eq(ahead + 5000, 1000, 1e-9, "a is %g ahead", ahead);
+    finish(&b);
+}
+
 /* --- Order ------------------------------------------------------------------------------------*/
 
 Test(fair, priority_is_a_head_start_within_a_lane_and_between_lanes)

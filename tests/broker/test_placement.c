@@ -362,6 +362,38 @@ Test(placement, zero_replicas_load_when_a_request_asks)
     world_free(w);
 }
 
+/* What the worker would have done while it loaded. */
+Test(placement, a_load_that_a_request_asks_for_is_charged_to_its_tenant)
+{
+    world *w = world_new(NULL);
+    uint64_t e1 = world_join(w, "w1", 4, 2, NULL);
+    for (int i = 0; i < 4; i++) { /* so that its rate is known */
+        char id[8];
+        snprintf(id, sizeof id, "%d", i);
+        world_submit(w, "c1", id, NULL, NULL);
+        uint64_t request = world_expect(w, "w1", QV_MSG_RUN)->run.request;
+        world_delta(w, "w1", e1, request, 0, 0, "x", "stop");
+        pass(w, 500, "w1", e1, NULL, 0);
+    }
+    const qv_fair *fair = &qv_core_requests(w->core)->fair;
+    const qv_member *member = qv_pool_find_id(qv_core_pool(w->core), "w1");
+    cr_assert_gt(member->rate, 0);
+    world_want(w, "wanted", "/w", 1); /* nobody's request */
+    expect_load(w, "w1", "wanted", "/w");
+    world_want(w, "a", "/a", 0);
+    world_submit(w, "c1", "r", "a", "tenant", "\"acme\"", NULL);
+    expect_load(w, "w1", "a", "/a");
+    world_pass(w, 400);
+    world_adapter_state(w, "w1", e1, "wanted", "ready", "d");
+    world_adapter_state(w, "w1", e1, "a", "ready", "d");
+    world_expect(w, "w1", QV_MSG_RUN);
+    const qv_tenant *acme = qv_map_get_str(fair->by_name, "acme");
+    const qv_tenant *nobody = qv_map_get_str(fair->by_name, "");
+    cr_assert_float_eq(acme->loads, member->rate * 0.4, 1e-6);
+    cr_assert(nobody == NULL || nobody->loads == 0);
+    world_free(w);
+}
+
 Test(placement, demand_evicts_the_idle_adapter_that_was_used_longest_ago)
 {
     world *w = world_new(NULL);

@@ -3,6 +3,10 @@
 -- quiver:drain as a person would with HSET, and adds to quiver:events. Brokers load this library when
 -- they connect; by hand: redis-cli -x FUNCTION LOAD REPLACE < quiver.lua
 -- Keys are made from names, so this is for a single server or Sentinel, not for Redis Cluster.
+--
+-- Redis does not tell a function who calls it. A caller says so with the one key that a verb takes,
+-- quiver:who:NAME, which is never read or written: whom ACL rules allow only his own such key can use no
+-- other name. Without a key the event says 'fcall'.
 
 local HELP = {
   'FCALL quiver_move 0 ADAPTER FROM TO      move a replica from one worker to another',
@@ -12,6 +16,7 @@ local HELP = {
   'FCALL quiver_replicas 0 ADAPTER N [MAX]  at least N replicas, at most MAX (0 = as demand asks)',
   'FCALL quiver_split 0 NAME A W [B W ...]  requests for NAME go to A, B ... by weight',
   'FCALL quiver_split 0 NAME                they go to NAME itself again',
+  'FCALL quiver_... 1 quiver:who:NAME ...   any of these, with NAME as who did it in quiver:events',
   'FCALL quiver_help 0                      this text',
 }
 
@@ -19,9 +24,11 @@ local function fail(...)
   return redis.error_reply('ERR ' .. table.concat({...}, ''))
 end
 
+local who -- calls the verb that runs
+
 local function event(what, adapter, worker, why)
   local now = redis.call('TIME')
-  local fields = {'who', 'fcall', 'what', what}
+  local fields = {'who', who, 'what', what}
   local function add(name, value)
     if value then
       fields[#fields + 1] = name
@@ -71,7 +78,7 @@ local function workers_of(adapter)
   return list
 end
 
-local function move(keys, args)
+local function move(args)
   local adapter, from, to = args[1], args[2], args[3]
   if #args ~= 3 then return usage(1) end
   if not is_wanted(adapter) then return fail('nobody wants adapter ', adapter) end
@@ -97,7 +104,7 @@ local function move(keys, args)
   return 'workers ' .. workers
 end
 
-local function drain(keys, args)
+local function drain(args)
   local id, why = args[1], args[2] or 'asked for'
   if #args < 1 or #args > 2 then return usage(2) end
   if redis.call('EXISTS', 'quiver:worker:' .. id, 'quiver:broker:' .. id) == 0 then
@@ -108,7 +115,7 @@ local function drain(keys, args)
   return 'draining ' .. id
 end
 
-local function undrain(keys, args)
+local function undrain(args)
   if #args ~= 1 then return usage(3) end
   if redis.call('DEL', 'quiver:drain:' .. args[1]) == 0 then
     return fail('nobody asked ', args[1], ' to drain')
@@ -117,7 +124,7 @@ local function undrain(keys, args)
   return 'not draining ' .. args[1]
 end
 
-local function pin(keys, args)
+local function pin(args)
   local adapter, value = args[1], args[2] or '1'
   if #args < 1 or #args > 2 or (value ~= '0' and value ~= '1') then return usage(4) end
   if not is_wanted(adapter) then return fail('nobody wants adapter ', adapter) end
@@ -126,7 +133,7 @@ local function pin(keys, args)
   return 'pin ' .. value
 end
 
-local function replicas(keys, args)
+local function replicas(args)
   local adapter, n, most = args[1], args[2], args[3]
   if #args < 2 or #args > 3 or not is_whole(n, 0, 1024) or (most and not is_whole(most, 0, 1024)) then
     return usage(5)
@@ -141,7 +148,7 @@ local function replicas(keys, args)
   return 'replicas ' .. n .. ' max_replicas ' .. most
 end
 
-local function split(keys, args)
+local function split(args)
   local name = args[1]
   if #args < 1 or #args % 2 == 0 or #args > 33 then return usage(6) end
   if #args == 1 then
@@ -174,11 +181,22 @@ local function split(keys, args)
   return text
 end
 
-redis.register_function('quiver_move', move)
-redis.register_function('quiver_drain', drain)
-redis.register_function('quiver_undrain', undrain)
-redis.register_function('quiver_pin', pin)
-redis.register_function('quiver_replicas', replicas)
-redis.register_function('quiver_split', split)
+local function register(name, verb)
+  redis.register_function(name, function(keys, args)
+    local caller = keys[1] and string.match(keys[1], '^quiver:who:([%w._@+-]+)$')
+    if #keys > 1 or (#keys == 1 and (caller == nil or #caller > 64)) then
+      return fail('the one key that may be there is quiver:who:NAME with 1 to 64 letters, digits and . _ @ + -')
+    end
+    who = caller or 'fcall'
+    return verb(args)
+  end)
+end
+
+register('quiver_move', move)
+register('quiver_drain', drain)
+register('quiver_undrain', undrain)
+register('quiver_pin', pin)
+register('quiver_replicas', replicas)
+register('quiver_split', split)
 redis.register_function{function_name = 'quiver_help', callback = function() return HELP end,
                         flags = {'no-writes'}}

@@ -105,6 +105,34 @@ class Verbs(unittest.TestCase):
             self.assertIn(part, self.call(*args), args)
         self.assertIn("quiver_move", self.call("help"))
 
+    def test_events_say_who_called_a_verb_and_redis_checks_it(self):
+        self.want("json", path=ADAPTERS / "json")
+        rights = "~quiver:who:ines ~quiver:want:* ~quiver:drain:* ~quiver:events +fcall +hset +hdel +del +xadd +time"
+        self.pool.redis("ACL", "SETUSER", "ines", "on", ">secret", *rights.split(), "(%R~quiver:* +@read)")
+        self.addCleanup(self.pool.redis, "ACL", "DELUSER", "ines")
+
+        def call(user, keys, verb, *args):
+            who = ["--user", "ines", "--pass", "secret", "--no-auth-warning"] if user == "ines" else []
+            return self.pool.redis(*who, "FCALL", f"quiver_{verb}", str(len(keys)), *keys, *args)
+
+        def latest():
+            lines = self.pool.redis("XREVRANGE", "quiver:events", "+", "-", "COUNT", "20").splitlines()
+            return next(lines[i + 1] for i, line in enumerate(lines) if line == "who" and lines[i + 3] in ("adapter_pinned", "drain_ordered"))
+
+        for user, keys, verb, args, part, who in [
+            ("", [], "pin", ("json", "0"), "pin 0", "fcall"),
+            ("ines", ["quiver:who:ines"], "pin", ("json", "1"), "pin 1", "ines"),
+            ("ines", ["quiver:who:ines"], "drain", ("w1", "new driver"), "draining w1", "ines"),
+            ("", ["quiver:who:bob"], "pin", ("json", "0"), "pin 0", "bob"),
+            ("ines", ["quiver:who:bob"], "pin", ("json", "1"), "NOPERM", "bob"),
+            ("ines", ["quiver:want:json"], "pin", ("json", "1"), "quiver:who:NAME", "bob"),
+            ("", ["quiver:who:"], "pin", ("json", "1"), "quiver:who:NAME", "bob"),
+            ("", ["quiver:who:a", "quiver:who:b"], "pin", ("json", "1"), "quiver:who:NAME", "bob"),
+        ]:
+            self.assertIn(part, call(user, keys, verb, *args), (user, keys, verb))
+            self.assertEqual(latest(), who, (user, keys, verb))
+        self.assertEqual(call("ines", ["quiver:who:ines"], "undrain", "w1"), "not draining w1")
+
     def test_move_takes_a_replica_to_another_worker_without_a_gap(self):
         self.want("json", path=ADAPTERS / "json", max_replicas=1)
         holder = self.pool.wait_adapter("json", "ready", 1)["workers"][0]

@@ -686,8 +686,9 @@ void qv_core_tick(qv_core *core, uint64_t now_us)
         on_timer(core, job, now_us);
     QV_LIST_EACH(&core->pool.members, qv_member, link, member)
     {
-        if (was_stopped)
-            member->heard_us += gap_us;
+        if (was_stopped) /* some have been heard since, before this tick */
+            member->heard_us =
+                member->heard_us + gap_us < now_us ? member->heard_us + gap_us : now_us;
         tick_member(core, member, now_us);
         tick_idle(core, member, now_us);
         if (member->drain_ordered && !member->drained && member->n_attempts == 0) {

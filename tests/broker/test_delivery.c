@@ -554,3 +554,25 @@ Test(rights, a_key_speaks_for_its_tenant_and_does_what_it_may)
     cr_assert_eq(qv_core_get_stats(w->core)->unauthorized, 4);
     world_free(w);
 }
+
+/* --- Time in which the broker does not run ----------------------------------------------------*/
+
+/* It hears those who spoke meanwhile before it looks at the clock: they were once taken for silent,
+ * for the time of the pause was added to when they were heard and came to lie in the future. */
+Test(pause, of_the_broker_is_no_silence_of_workers)
+{
+    for (int64_t pause_ms = 500; pause_ms <= 60000; pause_ms *= 5) {
+        world *w = world_new(NULL);
+        uint64_t e1 = world_join(w, "w1", 4, 2, NULL);
+        world_join(w, "w2", 4, 2, NULL);
+        world_pass(w, 100);
+        w->now_us += (uint64_t)pause_ms * 1000; /* without a tick */
+        world_beat(w, "w1", e1, false);
+        world_pass(w, 1000);
+        const qv_pool *pool = qv_core_pool(w->core);
+        cr_assert_not_null(qv_pool_find_id(pool, "w1"), "w1 after %lld ms", (long long)pause_ms);
+        cr_assert_not_null(qv_pool_find_id(pool, "w2"), "w2 after %lld ms", (long long)pause_ms);
+        cr_assert_eq(qv_core_get_stats(w->core)->workers_lost, 0);
+        world_free(w);
+    }
+}

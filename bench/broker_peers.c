@@ -237,7 +237,7 @@ static void run_quiver(const bench_settings *set, const bench_keys *keys, FILE *
     qv_metrics *metrics;
     if (qv_metrics_new(&metrics) != QV_OK)
         bench_die("metrics");
-    qv_log_init(&(qv_log_options){.level = QV_LOG_ERROR, .program = "bench_broker"});
+    qv_log_init(&(qv_log_options){.level = QV_LOG_WARN, .program = "bench_broker"});
     qv_broker_options options = {.core = qv_core_default_options(),
                                  .frontend = any_endpoint(set, "f", frontend, sizeof frontend),
                                  .backend = any_endpoint(set, "b", backend, sizeof backend),

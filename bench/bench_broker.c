@@ -35,6 +35,9 @@ static const qv_option table[] = {
               .max = 1000),
     QV_OPTION(bench_settings, round_ms, DURATION, "time", "TIME", "1s", "Length of a round.",
               .min = 10),
+    QV_OPTION(bench_settings, window, INT, "window", "N", "0",
+              "Requests in flight, for windows; 0 = 1, 16, 64, 256 and 1024.", .min = 0,
+              .max = BENCH_MAX_WINDOW),
     QV_OPTION(bench_settings, prompt_bytes, SIZE, "prompt", "SIZE", "192", "Size of the prompts.",
               .min = 1, .max = 1 << 20),
     QV_OPTION(bench_settings, n_streams, INT, "streams", "N", "10000", "Streams open at once.",
@@ -125,7 +128,10 @@ static void bench_windows(const bench_settings *set, bench_variant *variants)
            "p50 ms", "p99 ms", "cpu us", "req/cpu s", "added p50", "of bare", "by cpu");
     static const uint32_t windows[] = {1, 16, 64, 256, BENCH_MAX_WINDOW};
     for (size_t i = 0; i < sizeof windows / sizeof windows[0]; i++)
-        bench_window(set, variants, windows[i]);
+        if (set->window == 0)
+            bench_window(set, variants, windows[i]);
+    if (set->window > 0)
+        bench_window(set, variants, (uint32_t)set->window);
     printf("\n");
 }
 

@@ -27,7 +27,7 @@
 typedef struct {
     bool quick;
     int64_t rounds, round_ms, prompt_bytes;
-    int64_t n_streams, stream_tokens, step_ms;
+    int64_t window, n_streams, stream_tokens, step_ms;
     int transport, only;
 } bench_settings;
 

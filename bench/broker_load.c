@@ -7,11 +7,14 @@
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
+#include <unistd.h>
 
 #define SLOTS     65536 /* ids of the open loop, used in turns */
 #define ANSWER_MS 10000
 #define N_CLIENTS 100 /* of many streams */
+#define POLL_MS   100
 
 /* When the request with an id was sent, or was due. */
 static uint64_t started_us[SLOTS];
@@ -239,16 +242,39 @@ static void take_piece(const qv_mq_message *message, bench_streams *out)
     }
 }
 
+/* Have epoll tell of a client's messages: zmq_poll asks each of a hundred sockets at each call,
+ * which takes longer than to read what came. Its descriptor tells of changes, so whoever is told
+ * reads until nothing is left. */
+static void watch(int poll_fd, qv_mq *mq, uint32_t number)
+{
+    int fd;
+    size_t size = sizeof fd;
+    struct epoll_event event = {.events = EPOLLIN, .data.u32 = number};
+    zmq_getsockopt(zsock_resolve(qv_mq_socket(mq)), ZMQ_FD, &fd, &size);
+    if (epoll_ctl(poll_fd, EPOLL_CTL_ADD, fd, &event) != 0)
+        bench_die("epoll");
+}
+
+static bool take_pieces(qv_mq *mq, bench_streams *out)
+{
+    bool got = false;
+    qv_mq_message message;
+    for (; qv_mq_recv(mq, &message) == QV_OK; got = true) {
+        take_piece(&message, out);
+        qv_mq_message_release(&message);
+    }
+    return got;
+}
+
 void bench_many_streams(const bench_settings *set, const bench_broker *broker, uint32_t n,
                         bench_streams *out)
 {
     bench_template submit = bench_make_submit(set, true, set->stream_tokens);
     qv_mq *clients[N_CLIENTS];
-    zmq_pollitem_t items[N_CLIENTS];
+    int poll_fd = epoll_create1(EPOLL_CLOEXEC);
     for (uint32_t i = 0; i < N_CLIENTS; i++) {
         clients[i] = bench_connect(broker);
-        items[i] = (zmq_pollitem_t){.socket = zsock_resolve(qv_mq_socket(clients[i])),
-                                    .events = ZMQ_POLLIN};
+        watch(poll_fd, clients[i], i);
     }
     zclock_sleep(300); /* connections */
     *out = (bench_streams){.rss_before = bench_rss_bytes(broker->pid)};
@@ -260,19 +286,20 @@ void bench_many_streams(const bench_settings *set, const bench_broker *broker, u
         while (qv_mq_send(clients[i % N_CLIENTS], NULL, submit.data, submit.size) == QV_ERR_BUSY)
             ;
     }
+    bool is_first = true;
     uint64_t n_half = (uint64_t)n * (uint64_t)set->stream_tokens / 2;
     while (out->n_done < n) {
         if (qv_now_us() - heard > ANSWER_MS * 1000)
             bench_die("no token within 10 s");
-        zmq_poll(items, N_CLIENTS, 1000);
-        for (uint32_t i = 0; i < N_CLIENTS; i++) {
-            qv_mq_message message;
-            while (items[i].revents != 0 && qv_mq_recv(clients[i], &message) == QV_OK) {
-                take_piece(&message, out);
-                qv_mq_message_release(&message);
-                heard = qv_now_us();
-            }
-        }
+        struct epoll_event events[N_CLIENTS];
+        int n_events = is_first ? 0 : epoll_wait(poll_fd, events, N_CLIENTS, POLL_MS);
+        is_first = false;
+        bool got = false;
+        for (int i = 0; i < n_events; i++)
+            got = take_pieces(clients[events[i].data.u32], out) || got;
+        for (uint32_t i = 0; n_events == 0 && i < N_CLIENTS; i++) /* what sending swallowed */
+            got = take_pieces(clients[i], out) || got;
+        heard = got ? qv_now_us() : heard;
         if (out->rss_open == 0 && out->n_tokens >= n) /* about one each */
             out->rss_open = bench_rss_bytes(broker->pid);
         if (out->n_done == 0 && out->n_tokens >= n_half)
@@ -282,5 +309,6 @@ void bench_many_streams(const bench_settings *set, const bench_broker *broker, u
     out->cpu_us = bench_cpu_us(broker->pid) - cpu_us;
     for (uint32_t i = 0; i < N_CLIENTS; i++)
         qv_mq_close(clients[i]);
+    close(poll_fd);
     free(submit.data);
 }

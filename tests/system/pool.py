@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import unittest
+import urllib.request
 
 SOURCE = pathlib.Path(os.environ.get("QV_SOURCE_DIR", pathlib.Path(__file__).resolve().parents[2]))
 BUILD = pathlib.Path(os.environ.get("QV_BUILD_DIR", SOURCE / "build"))
@@ -55,16 +56,17 @@ def wait_until(what, condition, seconds=START_S):
 
 
 class Pool:
-    """Processes of one pool. Use as a context manager."""
+    """Processes of one pool. Use as a context manager. `bind`: where broker and Redis listen."""
 
-    def __init__(self, workers=1, brokers=1, adapters=(), redis=True, broker_args=(), worker_args=(), model=DEMO):
+    def __init__(self, workers=1, brokers=1, adapters=(), redis=True, broker_args=(), worker_args=(), model=DEMO, bind="127.0.0.1"):
         self.dir = pathlib.Path(tempfile.mkdtemp(prefix="quiver-test-"))
-        self.model = model
+        self.model, self.bind = model, bind
         self.frontends = [f"tcp://127.0.0.1:{free_port()}" for _ in range(brokers)]
         self.backends = [f"tcp://127.0.0.1:{free_port()}" for _ in range(brokers)]
         self.frontend, self.backend = self.frontends[0], self.backends[0]
         self.redis_port = free_port() if redis else None
         self.redis_url = f"redis://127.0.0.1:{self.redis_port}" if redis else "none"
+        self.metrics_port = free_port()
         self.broker_args, self.worker_args = list(broker_args), list(worker_args)
         self.processes = {}
         self.n_workers, self.adapters = workers, dict(adapters)
@@ -116,24 +118,31 @@ class Pool:
 
     def start_redis(self):
         self._start(
-            "redis", "redis-server", "--port", self.redis_port, "--bind", "127.0.0.1", "--save", "",
-            "--appendonly", "no", "--dir", self.dir,
+            "redis", "redis-server", "--port", self.redis_port, "--bind", self.bind, "--save", "",
+            "--appendonly", "no", "--dir", self.dir, "--protected-mode", "no",
         )  # fmt: skip
         wait_until("redis-server answers", lambda: self.redis("PING", check=False) == "PONG")
 
     def start_broker(self, number=0, wait=True):
         self._start(
-            f"broker{number + 1}" if number else "broker", BIN / "quiver-broker", "--frontend", self.frontends[number],
-            "--backend", self.backends[number], "--redis", self.redis_url, "--id", f"b{number + 1}", *self.broker_args,
+            f"broker{number + 1}" if number else "broker", BIN / "quiver-broker",
+            "--frontend", self.frontends[number].replace("127.0.0.1", self.bind),
+            "--backend", self.backends[number].replace("127.0.0.1", self.bind), "--redis", self.redis_url, "--id", f"b{number + 1}",
+            *(["--allow-remote"] if self.bind != "127.0.0.1" else []),
+            *(["--metrics-port", self.metrics_port] if number == 0 else []), *self.broker_args,
         )  # fmt: skip
         if wait:
             wait_until("the broker answers", lambda: self.status(number))
 
-    def start_worker(self, name, *args, wait=True):
-        self._start(
-            name, BIN / "quiver-worker", "--id", name, "--model", self.model, "--threads", 1,
+    def start_worker(self, name, *args, wait=True, host=None):
+        """A worker here, or on a host of tests/system/network.py."""
+        words = [
+            BIN / "quiver-worker", "--id", name, "--model", self.model, "--threads", 1,
             *[word for backend in self.backends for word in ("--broker", backend)], "--redis", self.redis_url, *self.worker_args, *args,
-        )  # fmt: skip
+        ]  # fmt: skip
+        if host is not None:
+            words = host.command(*[str(word).replace("127.0.0.1", host.gateway) for word in words])
+        self._start(name, *words)
         if wait:
             self.wait_worker(name)
 
@@ -165,6 +174,14 @@ class Pool:
 
     def adapter(self, name):
         return next((a for a in (self.status() or {}).get("adapters", []) if a["name"] == name), None)
+
+    def metric(self, name, **labels):
+        """What the first broker counts, summed over the labels that are not given; 0 if it has never counted it."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        rows = [line.rsplit(" ", 1) for line in lines if line.split("{")[0].split(" ")[0] == name]
+        return sum(float(value) for row, value in rows if all(w in row for w in wanted))
 
     def wait_worker(self, name, state="ready"):
         def ready():

@@ -1,4 +1,4 @@
-"""Runs one test file; says so and exits with 77 when this machine lacks what the system tests need."""
+"""Runs one test file; says so and exits with 77 when this machine lacks what its tests need."""
 
 import importlib.util
 import os
@@ -13,4 +13,7 @@ if missing:
     print("skipped: this machine lacks", ", ".join(missing))
     sys.exit(77)
 sys.path.insert(0, here)
-unittest.main(module=sys.argv[1], argv=sys.argv[1:], verbosity=2)
+result = unittest.main(module=sys.argv[1], argv=sys.argv[1:], verbosity=2, exit=False).result
+if result.wasSuccessful() and result.skipped and len(result.skipped) >= result.testsRun:
+    sys.exit(77)
+sys.exit(not result.wasSuccessful())

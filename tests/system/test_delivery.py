@@ -11,56 +11,10 @@ import threading
 import time
 import unittest
 
-from pool import DEMO, Pool, chat, demo_adapters, free_port, wait_until
+from pool import DEMO, Pool, chat, demo_adapters, wait_until
+from report import FAST, SENTENCE, RemoteClient, Report, begin, job
 
 from quiver_client import QuiverError
-
-SENTENCE = "Ines carried two black shoes at the station on Tuesday."
-FAST = ["--heartbeat", "200ms", "--worker-timeout", "800ms"]
-
-
-def job(i=0, **more):
-    return dict(prompt=chat(SENTENCE), seed=i, temperature=0.8, max_tokens=400, ignore_eos=True, **more)
-
-
-class Report:
-    """Follows streams and counts what came of them against what was expected."""
-
-    def __init__(self, name):
-        self.name, self.acknowledged, self.lost, self.duplicated, self.gap = name, 0, 0, 0, 0.0
-
-    def expect(self, client, jobs):
-        return [[a.tokens for a in client.stream(**{**j, "durable": None, "request_id": None}).answers()] for j in jobs]
-
-    def finish(self, streams, expected):
-        for stream, want in zip(streams, expected):
-            last = time.monotonic()
-            try:
-                for _ in stream:
-                    self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
-            except QuiverError as error:
-                print(f"{self.name}: {error}", file=sys.stderr)
-            self.acknowledged += 1
-            for answer, tokens in zip(stream.answers(), want):
-                self.lost += len([1 for a, b in zip(answer.tokens, tokens) if a != b]) + max(0, len(tokens) - len(answer.tokens))
-                self.duplicated += max(0, len(answer.tokens) - len(tokens))
-
-    def check(self, test, max_gap_s):
-        print(
-            f"{self.name}: {self.acknowledged} acknowledged, {self.lost} tokens lost, {self.duplicated} duplicated, "
-            f"{self.gap * 1000:.0f} ms to the next token",
-            file=sys.stderr,
-        )
-        test.assertEqual((self.lost, self.duplicated), (0, 0))
-        test.assertLess(self.gap, max_gap_s)
-
-
-def begin(client, jobs):
-    streams = [client.stream(**j) for j in jobs]
-    for stream in streams:
-        next(stream)
-    return streams
-
 
 class Workers(unittest.TestCase):
     JOBS = [
@@ -263,6 +217,21 @@ class Clients(unittest.TestCase):
             with pool.client() as client:
                 tokens += [t for d in client.resume("mine-5", [9]) for t in d.tokens]
             self.assertEqual(tokens, expected)
+
+    def test_a_killed_client_frees_its_places_at_the_next_token(self):
+        with Pool(workers=1, worker_args=["--max-running", "1"], broker_args=FAST) as pool, pool.client() as near:
+            client = RemoteClient(pool.frontend, [job(i, max_tokens=3800) for i in range(2)])
+            self.addCleanup(client.close)
+            wait_until("one runs, one waits", lambda: (pool.status()["in_flight"], pool.status()["queued"]) == (1, 1))
+            began = time.monotonic()
+            client.process.kill()
+            wait_until("nothing runs or waits for it", lambda: (pool.status()["in_flight"], pool.status()["queued"]) == (0, 0), 2)
+            freed_s = time.monotonic() - began
+            near.generate("Hello", max_tokens=1)
+            print(f"kill -9 of a client: its places were free after {freed_s * 1000:.0f} ms, the next request had ended after "
+                  f"{(time.monotonic() - began) * 1000:.0f} ms", file=sys.stderr)  # fmt: skip
+            wait_until("it is counted", lambda: pool.metric("quiver_broker_clients_lost_total") == 1)
+            self.assertLess(pool.metric("quiver_broker_tokens_total"), 3800, "it did not run to its end")
 
     def test_a_half_open_connection_is_noticed_and_replaced(self):
         report = Report("a connection that is cut without a word")

@@ -36,6 +36,8 @@ def configure(socket: Any, number: int, keys: Keys) -> None:
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
     socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)  # a connection that is half open shows
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3000)
+    # The broker's own pings wait behind what it cannot send: this tells it how long our silence may last.
+    socket.setsockopt(zmq.HEARTBEAT_TTL, 3000)
     mine = key_tuple(keys, number)
     if mine is not None:
         socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = mine

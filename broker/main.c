@@ -64,9 +64,11 @@ static const qv_option table[] = {
     QV_OPTION(settings, io_threads, INT, "io-threads", "N", "1",
               "Threads that move bytes between sockets and the network.", .section = SOCKETS,
               .min = 1, .max = 64),
-    QV_OPTION(settings, redis, STRING, "redis", "URL", "redis://127.0.0.1:6379",
+    QV_OPTION(settings, redis, STRING, "redis", "URLS", "redis://127.0.0.1:6379",
               "Registry of wanted adapters: redis://[[user]:password@]host[:port][/db], "
-              "unix:///path, or none. Without it only the adapters that workers bring are served.",
+              "unix:///path, or none. Several parted by commas are a server and its replicas: the "
+              "one that takes writes is used. Without it only the adapters that workers bring are "
+              "served.",
               .secret = true, .section = PLACEMENT),
     QV_OPTION(settings, policy, STRING, "policy", "NAME", "score",
               "Which worker gets a request: score (the one whose first token comes soonest, by its "

@@ -26,7 +26,7 @@ typedef struct {
 
 static const qv_option table[] = {
     CLI_COMMON_OPTIONS(settings),
-    QV_OPTION(settings, redis, STRING, "redis", "URL", "redis://127.0.0.1:6379",
+    QV_OPTION(settings, redis, STRING, "redis", "URLS", "redis://127.0.0.1:6379",
               "The Redis that the broker watches (for add and remove).", .section = "Connection",
               .secret = true),
     QV_OPTION(settings, replicas, INT, "replicas", "N", "1",

@@ -1,5 +1,6 @@
-/* Two links to one server. A link is a state and, while it is connecting or up, one hiredis
- * context:
+/* Two links to one server, of those that are named the one that takes writes: the link for commands
+ * looks for it, the other goes where that is. A link is a state and, while it is connecting or up,
+ * one hiredis context:
  *
  *   WAITING -> RESOLVING -> CONNECTING -> UP
  *      ^___________|_____________|_________|   lost: wait, twice as long each time
@@ -42,6 +43,7 @@ typedef struct {
     char *host; /* or the path of a socket, when `port` is 0 */
     char *user, *password;
     int port, db;
+    char shown[256]; /* without the password */
 } redis_url;
 
 /* A look-up of a host name on a thread of its own: getaddrinfo blocks. Freed by the side that is
@@ -62,6 +64,7 @@ typedef struct {
     qv_redis *redis;
     const char *purpose; /* "commands" or "subscriptions", for logs */
     link_state state;
+    size_t server;              /* which of redis->urls it is at, or goes to */
     redisAsyncContext *context; /* CONNECTING and UP; hiredis frees it, cleanup_event tells us */
     resolver *resolver;         /* RESOLVING; owned */
     uint32_t interest;          /* epoll events that hiredis wants */
@@ -99,8 +102,9 @@ struct qv_redis {
 
     qv_redis_options options;
     char *name;
-    redis_url url;
-    char shown_url[256]; /* without the password */
+    redis_url urls[QV_REDIS_MAX_SERVERS];
+    size_t n_urls;
+    size_t n_refused; /* servers tried in a row that would not do */
 
     redis_link main, sub;
     redis_call calls; /* list head */
@@ -206,6 +210,9 @@ static qv_status parse_tcp(const char *rest, const char *shown, redis_url *url)
     }
     if (host_end == NULL || host_end == host || (rest < slash && *rest != ':'))
         return qv_fail(QV_ERR_ARG, "%s: no host where it should be (redis://host:port/db)", shown);
+    if (memchr(host, ',', (size_t)(host_end - host)) != NULL)
+        return qv_fail(QV_ERR_ARG, "%s: a host with a comma; of several urls each has its redis://",
+                       shown);
     url->port = rest < slash ? parse_number(rest + 1, (size_t)(slash - rest - 1), 65535) : 6379;
     if (url->port <= 0)
         return qv_fail(QV_ERR_ARG, "%s: the port is not a number from 1 to 65535", shown);
@@ -242,12 +249,10 @@ static qv_status parse_unix(const char *rest, const char *shown, redis_url *url)
 /* On failure `url` is empty. */
 static qv_status url_parse(const char *text, redis_url *url)
 {
-    char shown[256];
     qv_status status;
     *url = (redis_url){0};
-    if (text == NULL)
-        return qv_fail(QV_ERR_ARG, "no Redis url");
-    qv_log_mask_url(text, shown, sizeof shown);
+    qv_log_mask_url(text, url->shown, sizeof url->shown);
+    const char *shown = url->shown;
     if (strncmp(text, "redis://", 8) == 0)
         status = parse_tcp(text + 8, shown, url);
     else if (strncmp(text, "unix://", 7) == 0)
@@ -262,11 +267,57 @@ static qv_status url_parse(const char *text, redis_url *url)
     return status;
 }
 
+/* The comma before the next url of a list, or the end of the text. */
+static const char *url_end(const char *text)
+{
+    static const char *const starts[] = {",redis://", ",rediss://", ",unix://"};
+    const char *end = text + strlen(text);
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
+        const char *found = strstr(text, starts[i]);
+        end = found != NULL && found < end ? found : end;
+    }
+    return end;
+}
+
+static void urls_deinit(redis_url *urls, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        url_deinit(&urls[i]);
+}
+
+/* On failure nothing is left to free. */
+static qv_status urls_parse(const char *text, redis_url urls[QV_REDIS_MAX_SERVERS], size_t *n)
+{
+    qv_status status = text != NULL ? QV_OK : qv_fail(QV_ERR_ARG, "no Redis url");
+    for (*n = 0; status == QV_OK; text++) { /* behind the comma */
+        const char *end = url_end(text);
+        char *one = strndup(text, (size_t)(end - text));
+        if (one == NULL)
+            status = qv_fail(QV_ERR_NOMEM, "redis: out of memory");
+        else if (*n == QV_REDIS_MAX_SERVERS)
+            status = qv_fail(QV_ERR_ARG, "more than %d Redis urls", QV_REDIS_MAX_SERVERS);
+        else if ((status = url_parse(one, &urls[*n])) == QV_OK && urls[(*n)++].db != urls[0].db)
+            status =
+                qv_fail(QV_ERR_ARG, "%s: another database than %s, and one is a copy of the other",
+                        urls[*n - 1].shown, urls[0].shown);
+        if (one != NULL)
+            explicit_bzero(one, strlen(one));
+        free(one);
+        text = end;
+        if (*end == 0)
+            break;
+    }
+    if (status != QV_OK)
+        urls_deinit(urls, *n);
+    return status;
+}
+
 qv_status qv_redis_check_url(const char *url)
 {
-    redis_url parsed;
-    QV_TRY(url_parse(url, &parsed));
-    url_deinit(&parsed);
+    redis_url parsed[QV_REDIS_MAX_SERVERS];
+    size_t n;
+    QV_TRY(urls_parse(url, parsed, &n));
+    urls_deinit(parsed, n);
     return QV_OK;
 }
 
@@ -531,24 +582,39 @@ static uint64_t jitter(uint64_t ms)
     return ms / 2 + random % (ms / 2 + 1);
 }
 
+/* When to try again, and where: at the server that was lost first, as it may be back at once, and
+ * then at one after the other. Only a round without success makes the pause longer. */
+static void plan_next_try(redis_link *link, bool was_up, uint64_t now)
+{
+    qv_redis *redis = link->redis;
+    uint64_t shortest = (uint64_t)redis->options.backoff_min_ms;
+    uint64_t longest = (uint64_t)redis->options.backoff_max_ms;
+    bool is_round = true;
+    if (link == &redis->main) {
+        redis->n_refused = was_up ? 0 : redis->n_refused + 1;
+        is_round = redis->n_refused % redis->n_urls == 0;
+        if (!was_up)
+            link->server = (link->server + 1) % redis->n_urls;
+    }
+    if (was_up && now - link->up_ms >= STEADY_MS)
+        link->backoff_ms = shortest;
+    link->state = LINK_WAITING;
+    link->deadline_ms = now + jitter(is_round ? link->backoff_ms : shortest);
+    if (is_round)
+        link->backoff_ms = link->backoff_ms * 2 < longest ? link->backoff_ms * 2 : longest;
+}
+
 /* The link is of no use now: fail its calls, tell the owner, plan the next try. Never below
  * hiredis. */
 static void link_lost(redis_link *link, const char *why)
 {
     qv_redis *redis = link->redis;
-    uint64_t now = qv_now_ms();
+    const char *shown = redis->urls[link->server].shown;
     bool was_up = link->state == LINK_UP;
     char reason[REASON_MAX];
     snprintf(reason, sizeof reason, "%s", why);
 
-    if (was_up && now - link->up_ms >= STEADY_MS)
-        link->backoff_ms = (uint64_t)redis->options.backoff_min_ms;
-    uint64_t wait_ms = jitter(link->backoff_ms);
-    link->state = LINK_WAITING;
-    link->deadline_ms = now + wait_ms;
-    link->backoff_ms = link->backoff_ms * 2 < (uint64_t)redis->options.backoff_max_ms
-                           ? link->backoff_ms * 2
-                           : (uint64_t)redis->options.backoff_max_ms;
+    plan_next_try(link, was_up, qv_now_ms());
     if (link->context != NULL) {
         redis->dispatching = true; /* unanswered calls fail in here */
         redisAsyncFree(link->context);
@@ -559,9 +625,9 @@ static void link_lost(redis_link *link, const char *why)
         redis->subscriptions[i].held = false;
 
     if (was_up)
-        qv_warn("redis %s: lost the link for %s: %s", redis->shown_url, link->purpose, reason);
+        qv_warn("redis %s: lost the link for %s: %s", shown, link->purpose, reason);
     else
-        QV_LOG_EVERY(30000, 2, QV_LOG_WARN, NULL, "redis %s: no link for %s: %s", redis->shown_url,
+        QV_LOG_EVERY(30000, 2, QV_LOG_WARN, NULL, "redis %s: no link for %s: %s", shown,
                      link->purpose, reason);
     if (was_up && link == &redis->main && redis->options.on_down != NULL)
         redis->options.on_down(reason, redis->options.user);
@@ -581,7 +647,7 @@ static void link_up(redis_link *link)
 {
     link->state = LINK_UP;
     link->up_ms = link->heard_ms = link->asked_ms = qv_now_ms();
-    qv_info("redis %s: link for %s is up", link->redis->shown_url, link->purpose);
+    qv_info("redis %s: link for %s is up", link->redis->urls[link->server].shown, link->purpose);
 }
 
 /* An answer to AUTH, SELECT or CLIENT SETNAME. */
@@ -654,6 +720,7 @@ static void on_info(redisAsyncContext *context, void *data, void *arg)
             return;
     }
     link_up(link);
+    redis->n_refused = 0;
     redis->n_connects++;
     if (redis->options.on_up != NULL)
         redis->options.on_up(redis->options.user);
@@ -694,7 +761,7 @@ static void psubscribe(redis_link *link, subscription *sub)
 static void greet(redis_link *link)
 {
     qv_redis *redis = link->redis;
-    const redis_url *url = &redis->url;
+    const redis_url *url = &redis->urls[link->server];
     if (url->user != NULL)
         redisAsyncCommand(link->context, on_greeting, "AUTH", "AUTH %s %s", url->user,
                           url->password);
@@ -716,8 +783,9 @@ static void greet(redis_link *link)
 static void link_connect(redis_link *link, const char *address)
 {
     qv_redis *redis = link->redis;
-    redisAsyncContext *context = redis->url.port == 0 ? redisAsyncConnectUnix(redis->url.host)
-                                                      : redisAsyncConnect(address, redis->url.port);
+    const redis_url *url = &redis->urls[link->server];
+    redisAsyncContext *context =
+        url->port == 0 ? redisAsyncConnectUnix(url->host) : redisAsyncConnect(address, url->port);
     if (context == NULL || context->err != 0 || !attach(link, context)) {
         char reason[REASON_MAX];
         snprintf(reason, sizeof reason, "%s",
@@ -734,13 +802,16 @@ static void link_connect(redis_link *link, const char *address)
 static void link_start(redis_link *link, uint64_t now)
 {
     qv_redis *redis = link->redis;
+    if (link == &redis->sub)
+        link->server = redis->main.server;
+    const redis_url *url = &redis->urls[link->server];
     link->doom[0] = 0;
     link->deadline_ms = now + (uint64_t)redis->options.connect_timeout_ms;
-    if (redis->url.port == 0 || is_numeric_address(redis->url.host)) {
-        link_connect(link, redis->url.host);
+    if (url->port == 0 || is_numeric_address(url->host)) {
+        link_connect(link, url->host);
         return;
     }
-    link->resolver = resolver_start(redis->url.host);
+    link->resolver = resolver_start(url->host);
     if (link->resolver != NULL)
         link->state = LINK_RESOLVING;
     else
@@ -786,6 +857,10 @@ static void check_alive(redis_link *link, uint64_t now)
 
 static void link_tick(redis_link *link, uint64_t now)
 {
+    const redis_link *main = &link->redis->main;
+    if (link != main && link->context != NULL && main->state == LINK_UP &&
+        link->server != main->server)
+        doom(link, "commands go to another server now");
     switch (link->state) {
     case LINK_WAITING:
         if (now >= link->deadline_ms)
@@ -860,7 +935,7 @@ static void set_options(qv_redis *redis, const qv_redis_options *options)
     if (o->backoff_max_ms < o->backoff_min_ms)
         o->backoff_max_ms = o->backoff_min_ms;
     o->max_outstanding = o->max_outstanding > 0 ? o->max_outstanding : 65536;
-    o->url = o->name = NULL; /* ours are redis->url and redis->name */
+    o->url = o->name = NULL; /* ours are redis->urls and redis->name */
 }
 
 /* hiredis writes with write(2): a server that goes away would end the process. */
@@ -873,26 +948,24 @@ static void ignore_sigpipe(void)
 
 qv_status qv_redis_new(zloop_t *loop, const qv_redis_options *options, qv_redis **out)
 {
-    redis_url url;
-    QV_TRY(url_parse(options->url, &url));
     qv_redis *redis = calloc(1, sizeof *redis);
-    if (redis == NULL) {
-        url_deinit(&url);
+    if (redis == NULL)
         return qv_fail(QV_ERR_NOMEM, "redis: out of memory");
+    qv_status status = urls_parse(options->url, redis->urls, &redis->n_urls);
+    if (status != QV_OK) {
+        free(redis);
+        return status;
     }
     ignore_sigpipe();
     redis->loop = loop;
-    redis->url = url;
     redis->timer_id = redis->epoll_fd = -1;
     redis->tick_ms = qv_now_ms();
     redis->calls.prev = redis->calls.next = &redis->calls;
     set_options(redis, options);
-    qv_log_mask_url(options->url, redis->shown_url, sizeof redis->shown_url);
     uint64_t backoff = (uint64_t)redis->options.backoff_min_ms;
     redis->main = (redis_link){.redis = redis, .purpose = "commands", .backoff_ms = backoff};
     redis->sub = (redis_link){.redis = redis, .purpose = "subscriptions", .backoff_ms = backoff};
 
-    qv_status status;
     if (options->name != NULL && (redis->name = strdup(options->name)) == NULL) {
         status = qv_fail(QV_ERR_NOMEM, "redis: out of memory");
         goto fail;
@@ -941,7 +1014,7 @@ void qv_redis_free(qv_redis *redis)
         zloop_timer_end(redis->loop, redis->timer_id);
     for (size_t i = 0; i < redis->n_subscriptions; i++)
         free(redis->subscriptions[i].pattern);
-    url_deinit(&redis->url);
+    urls_deinit(redis->urls, redis->n_urls);
     free(redis->name);
     free(redis);
 }
@@ -968,7 +1041,7 @@ bool qv_redis_is_up(const qv_redis *redis)
 
 int qv_redis_db(const qv_redis *redis)
 {
-    return redis->url.db;
+    return redis->urls[0].db;
 }
 
 const char *qv_redis_run_id(const qv_redis *redis)

@@ -23,9 +23,13 @@
 typedef struct _zloop_t zloop_t;
 typedef struct qv_redis qv_redis;
 
+#define QV_REDIS_MAX_SERVERS 8
+
 typedef struct {
     /* redis://[[user]:password@]host[:port][/db], unix:///path[?db=n] or
-     * unix://[user]:password@/path[?db=n]. Users and passwords may be percent-encoded. */
+     * unix://[user]:password@/path[?db=n]. Users and passwords may be percent-encoded. Several,
+     * parted by commas, are a server and its replicas (the same database): the first that takes
+     * writes is used, and another when that is lost and one of them was promoted. */
     const char *url;
     const char *name;           /* CLIENT SETNAME, so that CLIENT LIST reads well; NULL = none */
     int64_t connect_timeout_ms; /* to resolve, connect and authenticate; 0 = 3000 */

@@ -32,10 +32,12 @@ static const qv_option table[] = {
         "for several brokers of one pool. Without one, Redis is asked for brokers; without Redis "
         "either, it is " QV_WORKER_DEFAULT_BROKER ".",
         .max = 64, .section = "Pool"),
-    QV_OPTION(settings, worker.redis, STRING, "redis", "URL", "none",
-              "Redis that gets this worker's lease and knows brokers: "
-              "redis://[[user]:password@]host[:port][/db] or unix:///path[?db=n]. none: no Redis.",
-              .secret = true, .section = "Pool"),
+    QV_OPTION(
+        settings, worker.redis, STRING, "redis", "URLS", "none",
+        "Redis that gets this worker's lease and knows brokers: "
+        "redis://[[user]:password@]host[:port][/db] or unix:///path[?db=n]; several parted by "
+        "commas are a server and its replicas. none: no Redis.",
+        .secret = true, .section = "Pool"),
     QV_OPTION(settings, worker.key, STRING, "key", "FILE", NULL,
               "This worker's key pair (`quiver keys new`), for brokers that ask for keys.",
               .section = "Pool"),

@@ -276,6 +276,17 @@ Test(redis, refuses_malformed_urls_without_telling_the_password)
         {"unix:///run/redis.sock", true},
         {"unix:///run/redis.sock?db=2", true},
         {"unix://:geheim@/run/redis.sock", true},
+        {"redis://a,redis://:geheim@b:1,unix:///c", true},
+        {"redis://:a,b@host", true},
+        {"redis://a/2,unix:///c?db=2", true},
+        {"redis://a/2,redis://:geheim@b/3", false},
+        {"redis://a,rediss://:geheim@b", false},
+        {"redis://a,redis://", false},
+        {"redis://a,b", false},
+        {"redis://a,redis://a,redis://a,redis://a,redis://a,redis://a,redis://a,redis://a", true},
+        {"redis://a,redis://a,redis://a,redis://a,redis://a,redis://a,redis://a,redis://a,redis://"
+         "a",
+         false},
         {"", false},
         {"localhost:6379", false},
         {"rediss://host", false},
@@ -493,6 +504,44 @@ static bool is_held(void *user)
 static bool has_message(void *user)
 {
     return ((client *)user)->n_messages > 0;
+}
+
+/* The link is up and its subscription with it, at this server and no other. */
+static void expect_at(client *c, server *where, const char *case_name)
+{
+    cr_assert(run_until(c->loop, is_up, c, DEADLINE_MS), "%s", case_name);
+    c->n_messages = 0;
+    for (int i = 0; i < 200 && op(where, "PUBLISH news.today hello") < 1; i++)
+        run_until(c->loop, never, NULL, 20);
+    cr_assert(run_until(c->loop, has_message, c, DEADLINE_MS), "%s", case_name);
+    client_ask(c, "SET here %s", case_name);
+    cr_expect_str_eq(ask(where, "GET here"), case_name);
+}
+
+Test(redis, follows_the_server_that_takes_writes)
+{
+    NEEDS_REDIS();
+    client c = {.server.args = {"--replicaof", "127.0.0.1 1"}};
+    server other = {0};
+    char urls[400];
+    server_start(&c.server);
+    server_start(&other);
+    snprintf(urls, sizeof urls, "redis://127.0.0.1:1,%s,%s", c.server.url, other.url);
+    client_open(&c, urls);
+    cr_assert_eq(qv_redis_subscribe(c.redis, "news.*", on_message, &c), QV_OK);
+    expect_at(&c, &other, "one is away, one a replica");
+
+    op(&c.server, "REPLICAOF NO ONE");
+    op(&other, "REPLICAOF 127.0.0.1 1");
+    client_ask(&c, "SET k %s", "v");
+    expect_at(&c, &c.server, "the first was demoted");
+
+    op(&other, "REPLICAOF NO ONE");
+    server_stop(&c.server);
+    cr_assert(run_until(c.loop, is_down, &c, DEADLINE_MS));
+    expect_at(&c, &other, "the second was killed");
+    server_stop(&other);
+    client_close(&c);
 }
 
 Test(redis, subscribes_again_after_a_restart)

@@ -359,6 +359,8 @@ void qv_core_remove_member(qv_core *core, qv_member *member, const char *what, c
     qv_list_remove(&member->lost_link);
     qv_member_apply(member, QV_MEMBER_LOST);
     uint32_t n_suspects = is_loss ? qv_core_count_suspects(core, member) : 0;
+    if (is_loss)
+        qv_core_note_loss(core, member);
     while (!qv_list_is_empty(&member->attempts)) {
         qv_attempt *attempt = QV_LIST_ITEM(member->attempts.next, qv_attempt, member_link);
         qv_job *job = attempt->job;

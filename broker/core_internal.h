@@ -23,6 +23,8 @@
 
 #define QV_MS UINT64_C(1000) /* of our time unit */
 
+#define QV_CORE_LOSSES 64
+
 struct qv_core {
     qv_core_options options;
     qv_core_actions actions;
@@ -32,6 +34,12 @@ struct qv_core {
     qv_callers callers;
     qv_keep keep;
     qv_map *poison; /* fingerprints */
+    struct {
+        char worker[QV_POOL_ID_MAX + 1];
+        int64_t instance;
+        uint64_t epoch;
+    } losses[QV_CORE_LOSSES]; /* sessions of workers that were lost, the last ones in turns */
+    size_t n_lost;            /* ever */
     const qv_identity *sender;
     qv_placement placement;
     qv_explain explain;
@@ -131,8 +139,13 @@ bool qv_core_is_poison(qv_core *core, const qv_msg_submit *submit,
 /* Jobs on a member for which its loss would be one too many. */
 uint32_t qv_core_count_suspects(const qv_core *core, const qv_member *member);
 
-/* Note that a member was lost under a job. */
+/* Note that a member was lost, and under which job. */
+void qv_core_note_loss(qv_core *core, const qv_member *member);
 void qv_core_blame(qv_job *job, const qv_member *member);
+
+/* A process registers: if it was thought dead, its requests did not kill it, and its loss is not
+ * held against them any more. */
+void qv_core_acquit(qv_core *core, const char *worker, int64_t instance);
 
 /* Whether a job that has just lost a worker may run again, having shared it with so many suspects
  * (itself included). */

@@ -3,15 +3,20 @@
  *
  * A lost worker says little about which of its requests did it. So where several could be to blame
  * for a second loss, each of them next runs on a worker without the others, and the one that loses
- * that worker too is it. */
+ * that worker too is it.
+ *
+ * A worker may also be lost because the network was, or because its machine was too busy to speak.
+ * It is the same process then that registers again, and its loss is taken back from the requests
+ * that it ran, but not for ever: one that only hangs workers for a while is found as well. */
 #include "broker/core_internal.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
 
-#define MAX_POISON   4096
-#define MAX_TOGETHER 4 /* losses beyond the bound that a request may share with others */
+#define MAX_POISON    4096
+#define MAX_TOGETHER  4 /* losses beyond the bound that a request may share with others */
+#define MAX_ACQUITTED 8 /* losses that are taken back from one request */
 
 /* --- Fingerprints -----------------------------------------------------------------------------*/
 
@@ -82,6 +87,64 @@ static void note_killed(qv_job *job, const char *worker)
 void qv_core_blame(qv_job *job, const qv_member *member)
 {
     note_killed(job, member->id);
+    job->blamed[1] = job->blamed[0];
+    job->blamed[0] = member->epoch;
+}
+
+void qv_core_note_loss(qv_core *core, const qv_member *member)
+{
+    size_t row = core->n_lost++ % QV_CORE_LOSSES;
+    snprintf(core->losses[row].worker, sizeof core->losses[row].worker, "%s", member->id);
+    core->losses[row].instance = member->instance;
+    core->losses[row].epoch = member->epoch;
+}
+
+/* The worker's name is no longer among those that a job is said to have killed. */
+static void forget_killed(qv_job *job, const char *worker)
+{
+    size_t size = strlen(worker);
+    for (char *at = job->killed; (at = strstr(at, worker)) != NULL; at += size) {
+        bool begins = at == job->killed || at[-1] == ' ';
+        if (!begins || (at[size] != ' ' && at[size] != '\0'))
+            continue;
+        char *rest = at[size] == ' ' ? at + size + 1 : at + size;
+        if (*rest == '\0' && at > job->killed)
+            at--; /* the blank before it */
+        memmove(at, rest, strlen(rest) + 1);
+        return;
+    }
+}
+
+static bool acquit_of(qv_core *core, qv_job *job, const char *worker, uint64_t epoch)
+{
+    for (size_t i = 0; i < 2; i++) {
+        if (job->blamed[i] != epoch || job->n_losses == 0 || job->n_acquitted == MAX_ACQUITTED)
+            continue;
+        job->blamed[i] = 0;
+        job->n_acquitted++;
+        job->n_losses--;
+        job->alone = job->alone && (int64_t)job->n_losses >= core->options.max_worker_losses;
+        forget_killed(job, worker);
+        return true;
+    }
+    return false;
+}
+
+void qv_core_acquit(qv_core *core, const char *worker, int64_t instance)
+{
+    size_t n = 0;
+    for (size_t i = 0; instance != 0 && i < QV_CORE_LOSSES; i++) {
+        if (core->losses[i].instance != instance || strcmp(core->losses[i].worker, worker) != 0)
+            continue;
+        core->losses[i].instance = 0;
+        QV_MAP_EACH(core->requests.by_id, entry)
+        n += acquit_of(core, entry->value, worker, core->losses[i].epoch);
+    }
+    if (n == 0)
+        return;
+    char text[96];
+    snprintf(text, sizeof text, "it lives: its loss is not held against %zu requests", n);
+    qv_core_event(core, "worker_alive", NULL, worker, text);
 }
 
 void qv_core_quarantine(qv_core *core, qv_job *job, uint64_t now_us)

@@ -34,6 +34,12 @@ static void welcome(qv_core *core, qv_member *member, uint64_t now_us)
     qv_core_apply_orders(core, member, now_us);
 }
 
+/* A process that opened another session was not killed by what it ran. */
+static bool is_same_process(const qv_member *old, const qv_msg_ready *ready)
+{
+    return qv_has(ready, ready, instance) && old->instance == ready->instance;
+}
+
 static void on_ready(qv_core *core, const qv_mq_peer *peer, const qv_msg_ready *ready,
                      uint64_t now_us)
 {
@@ -44,11 +50,14 @@ static void on_ready(qv_core *core, const qv_mq_peer *peer, const qv_msg_ready *
         return;
     qv_member *old = qv_pool_find_peer(&core->pool, peer);
     if (old != NULL)
-        qv_core_remove_member(core, old, "worker_lost", "it registered again", true, now_us);
+        qv_core_remove_member(core, old, "worker_lost", "it registered again",
+                              !is_same_process(old, ready), now_us);
     old = qv_pool_find_id(&core->pool, id);
     if (old != NULL)
-        qv_core_remove_member(core, old, "worker_lost", "another session took its id", true,
-                              now_us);
+        qv_core_remove_member(core, old, "worker_lost", "another session took its id",
+                              !is_same_process(old, ready), now_us);
+    if (qv_has(ready, ready, instance))
+        qv_core_acquit(core, id, ready->instance);
     qv_member *member;
     if (qv_pool_join(&core->pool, peer, ready, now_us, &member) != QV_OK) {
         refuse_worker(core, peer, id);

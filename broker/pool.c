@@ -195,6 +195,7 @@ qv_status qv_pool_join(qv_pool *pool, const qv_mq_peer *peer, const qv_msg_ready
     member->max_rank = ready->max_rank;
     member->max_context = ready->max_context;
     member->total_pages = member->free_pages = ready->total_pages;
+    member->instance = qv_has(ready, ready, instance) ? ready->instance : 0;
     member->prefix = calloc(1, sizeof *member->prefix);
     qv_list_init(&member->attempts);
     qv_list_init(&member->residents);

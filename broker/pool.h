@@ -72,6 +72,7 @@ struct qv_member {
     /* What `ready` said. */
     char *model, *model_digest, *backend, *devices, *version; /* owned */
     int64_t capacity, adapter_slots, max_rank, max_context, total_pages;
+    int64_t instance; /* of the process; 0 = it does not say */
 
     /* What the last heartbeat said. */
     uint64_t steps;

@@ -139,6 +139,8 @@ struct qv_job {
     qv_job_abort abort;
     uint32_t n_losses;                   /* workers lost under it */
     char killed[2 * (QV_ID_MAX + 1)];    /* the first of them */
+    uint64_t blamed[2];                  /* sessions of the last of them; 0 = none, or acquitted */
+    uint8_t n_acquitted;                 /* losses that were taken back */
     uint32_t n_refusals;                 /* workers that did not hold the adapter after all */
     char digest[QV_POOL_DIGEST_MAX + 1]; /* of the adapter that began to answer; "" before */
     bool held;        /* the client has tokens of this version: only that will do */

@@ -21,6 +21,10 @@
 
 static qv_status set_id(qv_worker *w)
 {
+    uint64_t drawn = 0;
+    if (getrandom(&drawn, sizeof drawn, 0) != sizeof drawn)
+        drawn = qv_now_ns();
+    w->instance = (int64_t)(drawn >> 1) | 1;
     if (w->options.id != NULL && w->options.id[0] != 0) {
         qv_status status = qv_check_id(w->options.id, strlen(w->options.id));
         if (status != QV_OK)

@@ -36,6 +36,7 @@ typedef struct {
 struct qv_worker {
     qv_worker_options options;
     char id[QV_ID_MAX + 1];
+    int64_t instance; /* drawn at the start: tells this process from others of the same id */
     char model[257];
     char model_digest[QV_MODEL_DIGEST_SIZE];
     qv_curve curve; /* if options.key is set */

@@ -76,6 +76,7 @@ static void fill_ready(qv_msg_ready *ready, qv_arena *arena, void *user)
     ready->max_rank = options->adapter_slots > 0 ? options->max_lora_rank : 0;
     ready->max_context = options->max_context;
     ready->total_pages = qv_engine_total_pages(engine);
+    qv_set(ready, ready, instance, w->instance);
     qv_set(ready, ready, version, qv_str_from(QV_VERSION));
     qv_set(ready, ready, devices, qv_str_from(qv_engine_device(engine)));
     if (w->model_digest[0] != 0)

@@ -495,6 +495,69 @@ Test(poison, a_request_that_killed_two_workers_is_quarantined_until_it_is_cleare
     world_free(w);
 }
 
+/* A process registers as this worker. */
+static void join_as(world *w, const char *worker, int64_t instance)
+{
+    w->instance = instance;
+    world_join(w, worker, 4, 0, NULL);
+}
+
+Test(poison, a_request_is_not_blamed_for_workers_that_turn_out_to_live)
+{
+    world *w = world_new(NULL);
+    world_submit(w, "c1", "a", NULL, NULL);
+    world_expect(w, "c1", QV_MSG_ACCEPTED);
+    join_as(w, "w1", 71);
+    world_expect(w, "w1", QV_MSG_RUN);
+    kill_worker(w, "w1"); /* the network, in truth */
+    join_as(w, "w2", 72);
+    world_expect(w, "w2", QV_MSG_RUN);
+    join_as(w, "w1", 71);
+    cr_assert_not_null(strstr(w->events, "worker_alive - w1"), "%s", w->events);
+    kill_worker(w, "w2");
+    cr_assert_eq(count(w), 1, "it has lost one worker, not two");
+    world_expect(w, "w1", QV_MSG_RUN);
+    join_as(w, "w2", 73); /* another process: this one was dead */
+    kill_worker(w, "w1");
+    expect_error(w, "c1", "QUARANTINED");
+    world_free(w);
+}
+
+Test(poison, a_process_that_opens_another_session_was_not_killed)
+{
+    world *w = world_new(NULL);
+    world_submit(w, "c1", "a", NULL, NULL);
+    world_expect(w, "c1", QV_MSG_ACCEPTED);
+    for (int i = 0; i < 5; i++) {
+        join_as(w, "w1", 71);
+        world_expect(w, "w1", QV_MSG_RUN);
+    }
+    cr_assert_eq(count(w), 1);
+    for (int i = 0; i < 2; i++) { /* a restart under the same id is a death */
+        join_as(w, "w1", 80 + i);
+        if (i == 0)
+            world_expect(w, "w1", QV_MSG_RUN);
+    }
+    expect_error(w, "c1", "QUARANTINED");
+    world_free(w);
+}
+
+Test(poison, a_request_that_hangs_workers_for_a_while_is_found_too)
+{
+    world *w = world_new(NULL);
+    world_submit(w, "c1", "a", NULL, NULL);
+    world_expect(w, "c1", QV_MSG_ACCEPTED);
+    int n = 0;
+    for (; count(w) == 1 && n < 100; n++) {
+        join_as(w, "w1", 71);
+        world_expect(w, "w1", QV_MSG_RUN);
+        kill_worker(w, "w1");
+    }
+    expect_error(w, "c1", "QUARANTINED");
+    cr_assert_eq(n, 10);
+    world_free(w);
+}
+
 Test(poison, requests_that_share_the_blame_run_apart_until_one_is_it)
 {
     world *w = world_new(NULL);

@@ -312,6 +312,8 @@ void world_ready(world *w, const char *connection, const char *id, const char *m
     ready->max_rank = 64;
     ready->max_context = 4096;
     ready->total_pages = 1000;
+    if (w->instance != 0)
+        qv_set(ready, ready, instance, w->instance);
     char *list = qv_arena_strdup(&w->arena, adapters ? adapters : "");
     for (char *name = strtok(list, " "); name != NULL; name = strtok(NULL, " ")) {
         char *digest = strchr(name, ':');

@@ -32,6 +32,7 @@ struct world {
     qv_durable stored, finished;
     qv_str answer; /* packed; data NULL: it was forgotten */
     int n_stored, n_finished, n_looked_up, n_quarantined;
+    int64_t instance; /* of the processes that register from now on; 0 = they do not say */
     char fingerprint[QV_FINGERPRINT_SIZE];
 };
 

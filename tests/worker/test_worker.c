@@ -122,14 +122,20 @@ static void broker_close(broker *b)
     qv_arena_deinit(&b->arena);
 }
 
-static void send_to_worker(broker *b, const qv_message *message)
+static qv_status try_to_send(broker *b, const qv_message *message)
 {
     const void *data;
     size_t size;
     qv_arena arena = {0};
     cr_assert_eq(qv_message_encode(message, &arena, &data, &size), QV_OK, "%s", qv_error());
-    cr_assert_eq(qv_mq_send(b->mq, &b->peer, data, size), QV_OK, "%s", qv_error());
+    qv_status status = qv_mq_send(b->mq, &b->peer, data, size);
     qv_arena_deinit(&arena);
+    return status;
+}
+
+static void send_to_worker(broker *b, const qv_message *message)
+{
+    cr_assert_eq(try_to_send(b, message), QV_OK, "%s", qv_error());
 }
 
 static void ping_when_due(broker *b)
@@ -139,7 +145,7 @@ static void ping_when_due(broker *b)
         return;
     b->last_ping_ms = now;
     qv_message ping = {.type = QV_MSG_PING, .ping = {.epoch = b->epoch}};
-    send_to_worker(b, &ping);
+    try_to_send(b, &ping); /* it may have said goodbye and be gone */
 }
 
 /* Say that we know no session of this worker, as a broker that restarted does. */
@@ -147,12 +153,7 @@ static void disown(broker *b)
 {
     qv_message message = {.type = QV_MSG_UNKNOWN_SESSION};
     message.unknown_session.broker = qv_str_from("b1");
-    const void *data;
-    size_t size;
-    qv_arena arena = {0};
-    cr_assert_eq(qv_message_encode(&message, &arena, &data, &size), QV_OK);
-    qv_mq_send(b->mq, &b->peer, data, size); /* that socket may be gone already */
-    qv_arena_deinit(&arena);
+    try_to_send(b, &message); /* that socket may be gone already */
 }
 
 static void note_heartbeat(broker *b)

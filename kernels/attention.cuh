@@ -4,6 +4,7 @@
 
 #include "kernels/device.cuh"
 #include "kernels/kernels_attention.h"
+#include "kernels/tensor_map.cuh"
 
 #define LOG2_E 1.4426950408889634f
 
@@ -15,6 +16,27 @@ __device__ __forceinline__ int64_t key_at(const qv_k_attention_args &c, const in
     int page = p / c.page_tokens, slot = p - page * c.page_tokens;
     int64_t row = (int64_t)pages[page] * c.page_tokens + slot;
     return (row * c.n_kv_heads + kv_head) * c.head_dim;
+}
+
+/* Hopper's copy engine brings pages in boxes of so many tokens by 64 columns of a KV head. */
+constexpr int PAGE_BOX = 16;
+
+/* Whether it can: pages are whole boxes. */
+static inline bool has_boxes(const qv_k_attention_args &c)
+{
+    return c.hopper && c.page_tokens % PAGE_BOX == 0 && c.n_pages > 0 &&
+           c.n_pages * c.page_tokens <= INT32_MAX;
+}
+
+/* The pages as [n_pages * page_tokens][n_kv_heads][head_dim]. */
+static inline qv_status pages_map(const char *name, const qv_k_attention_args &c, const void *pages,
+                                  CUtensorMap *map)
+{
+    const cuuint64_t d = (cuuint64_t)c.head_dim, heads = (cuuint64_t)c.n_kv_heads;
+    const cuuint64_t sizes[3] = {d, heads, (cuuint64_t)(c.n_pages * c.page_tokens)};
+    const cuuint64_t strides[2] = {d * 2, d * heads * 2};
+    const cuuint32_t box[3] = {64, 1, PAGE_BOX};
+    return qv_k_tensor_map(name, pages, sizes, strides, box, map);
 }
 
 /* Prefill: the sequence of tile number `tile`, and which of its tiles; -1 when there are fewer. A

@@ -12,10 +12,8 @@
  * as it was to the bit: what a row gets does not depend on the rows beside it.
  */
 #include "kernels/attention.cuh"
-#include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_attention.cuh"
 
-extern "C" bool qv_k_attention_hopper_can(const qv_k_attention_args *c);
 extern "C" qv_status qv_k_attention_hopper(const qv_k_attention_args *c, void *stream);
 
 namespace
@@ -24,7 +22,6 @@ namespace
 constexpr int ROWS = 128; /* of a block */
 constexpr int GROUP_ROWS = 64;
 constexpr int THREADS = 3 * 128;
-constexpr int BOX = 16; /* tokens */
 
 /* Shared memory: queries [2][D / 64] tiles [64][64], then stages of keys, then of values, each
  * [D / 64] tiles [KEYS][64]; all tiles in the arrangement of tile_at<64>. */
@@ -33,8 +30,8 @@ template <int D, int KEYS, int STAGES> struct wide_shape {
     static constexpr int QUERIES = GROUP_ROWS * D; /* numbers, of a warpgroup */
     static constexpr int STAGE = KEYS * D;         /* numbers, of keys or of values */
     static constexpr int BYTES = (2 * QUERIES + 2 * STAGES * STAGE) * (int)sizeof(bf16) + 1024;
-    static_assert(D % 64 == 0 && KEYS % BOX == 0, "whole boxes");
-    static_assert(KEYS / BOX * SLABS <= 32, "a box of a stage a lane");
+    static_assert(D % 64 == 0 && KEYS % PAGE_BOX == 0, "whole boxes");
+    static_assert(KEYS / PAGE_BOX * SLABS <= 32, "a box of a stage a lane");
     static_assert(KEYS * 128 % 1024 == 0, "tiles begin at multiples of 1024 bytes");
     static_assert(BYTES + 1024 <= 227 << 10, "what a block may have, with the barriers");
 };
@@ -68,8 +65,8 @@ __device__ __forceinline__ void fetch(const qv_k_attention_args &c, const CUtens
     using shape = wide_shape<D, KEYS, STAGES>;
     int lane = threadIdx.x & 31, box = lane / shape::SLABS, slab = lane % shape::SLABS;
     auto row_of = [&](int tile) { /* of this lane's box in the pool; -1: there is none */
-                                  int p = tile * KEYS + box * BOX;
-                                  if (box >= KEYS / BOX || p >= end)
+                                  int p = tile * KEYS + box * PAGE_BOX;
+                                  if (box >= KEYS / PAGE_BOX || p >= end)
                                       return -1;
                                   int page = p / c.page_tokens;
                                   return pages[page] * c.page_tokens + p - page * c.page_tokens;
@@ -79,12 +76,12 @@ __device__ __forceinline__ void fetch(const qv_k_attention_args &c, const CUtens
         int at = tile % STAGES, round = tile / STAGES;
         if (round > 0)
             barrier_wait(&empty[at], (round - 1) & 1);
-        int n_boxes = (min(KEYS, end - tile * KEYS) + BOX - 1) / BOX;
+        int n_boxes = (min(KEYS, end - tile * KEYS) + PAGE_BOX - 1) / PAGE_BOX;
         if (lane == 0)
-            barrier_expect(&full[at], n_boxes * shape::SLABS * BOX * 64 * (int)sizeof(bf16));
+            barrier_expect(&full[at], n_boxes * shape::SLABS * PAGE_BOX * 64 * (int)sizeof(bf16));
         __syncwarp();
         if (row >= 0)
-            copy_box_here(stages + at * shape::STAGE + slab * KEYS * 64 + box * BOX * 64, map,
+            copy_box_here(stages + at * shape::STAGE + slab * KEYS * 64 + box * PAGE_BOX * 64, map,
                           slab * 64, kv_head, row, &full[at]);
     };
     int row = row_of(0);
@@ -334,23 +331,13 @@ __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
-/* The pages as [n_pages * page_tokens][n_kv_heads][D]. */
-qv_status make_map(const qv_k_attention_args &c, const void *pages, CUtensorMap *map)
-{
-    const cuuint64_t d = (cuuint64_t)c.head_dim, heads = (cuuint64_t)c.n_kv_heads;
-    const cuuint64_t sizes[3] = {d, heads, (cuuint64_t)(c.n_pages * c.page_tokens)};
-    const cuuint64_t strides[2] = {d * 2, d * heads * 2};
-    const cuuint32_t box[3] = {64, 1, BOX};
-    return qv_k_tensor_map("attention_prefill", pages, sizes, strides, box, map);
-}
-
 template <int D, int KEYS, int STAGES>
 qv_status launch(const qv_k_attention_args &c, cudaStream_t s)
 {
     constexpr int BYTES = wide_shape<D, KEYS, STAGES>::BYTES;
     CUtensorMap k_map, v_map;
-    QV_TRY(make_map(c, c.k_pages, &k_map));
-    QV_TRY(make_map(c, c.v_pages, &v_map));
+    QV_TRY(pages_map("attention_prefill", c, c.k_pages, &k_map));
+    QV_TRY(pages_map("attention_prefill", c, c.v_pages, &v_map));
     auto *kernel = wide_kernel<D, KEYS, STAGES>;
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
@@ -363,12 +350,6 @@ qv_status launch(const qv_k_attention_args &c, cudaStream_t s)
 }
 
 } // namespace
-
-bool qv_k_attention_hopper_can(const qv_k_attention_args *c)
-{
-    return c->hopper && c->page_tokens % BOX == 0 && c->n_pages > 0 &&
-           c->n_pages * c->page_tokens <= INT32_MAX;
-}
 
 qv_status qv_k_attention_hopper(const qv_k_attention_args *c, void *stream)
 {

@@ -7,7 +7,6 @@
 #include "kernels/attention.cuh"
 
 extern "C" qv_status qv_k_attention_decode(const qv_k_attention_args *c, bool large, void *stream);
-extern "C" bool qv_k_attention_hopper_can(const qv_k_attention_args *c);
 extern "C" qv_status qv_k_attention_hopper(const qv_k_attention_args *c, void *stream);
 
 namespace
@@ -191,7 +190,7 @@ qv_status qv_k_attention(const qv_k_attention_args *c, void *stream)
         QV_TRY(qv_k_attention_decode(c, large, stream));
     if (c->max_seq_tokens <= 1)
         return QV_OK;
-    if (qv_k_attention_hopper_can(c))
+    if (has_boxes(*c))
         return qv_k_attention_hopper(c, stream);
     cudaError_t error = cudaSuccess;
     switch (c->head_dim) {

@@ -1,0 +1,203 @@
+/* What the kernels of decode share: which piece of a context a block has, and how pieces join. */
+#ifndef QV_KERNELS_ATTENTION_PIECES_CUH
+#define QV_KERNELS_ATTENTION_PIECES_CUH
+
+#include "kernels/attention.cuh"
+
+constexpr int GROUP = 16; /* rows of a fragment: query heads of a KV head */
+constexpr int MAX_PIECES = 64;
+constexpr int MIN_PIECE = 128; /* keys; less is not worth a block */
+
+/* Which keys a block has. */
+struct piece_of_context {
+    int token, begin, end, n_pieces;
+};
+
+/* Pieces are whole tiles. */
+template <int TILE>
+__device__ __forceinline__ piece_of_context find_piece(const qv_k_attention_args &c)
+{
+    int seq = blockIdx.z;
+    piece_of_context p = {c.seq_start[seq], 0, 0, 0};
+    if (c.seq_start[seq + 1] - p.token != 1)
+        return p;
+    int context = c.pos[p.token] + 1;
+    int size = max(MIN_PIECE, (context + c.n_splits - 1) / c.n_splits);
+    size = (size + TILE - 1) / TILE * TILE;
+    p.begin = blockIdx.x * size;
+    p.end = min(p.begin + size, context);
+    p.n_pieces = (context + size - 1) / size;
+    return p;
+}
+
+/* Where the pieces of one KV head of one sequence are: [n_splits][group][D] sums, then the two
+ * numbers of each row. */
+__device__ __forceinline__ float *piece_sums(const qv_k_attention_args &c, int seq, int kv_head,
+                                             int piece)
+{
+    int64_t group = c.n_heads / c.n_kv_heads;
+    int64_t at = ((int64_t)seq * c.n_kv_heads + kv_head) * c.n_splits + piece;
+    return (float *)c.scratch + at * group * (c.head_dim + 2);
+}
+
+/* Add up the pieces of one KV head: out[row, col] = sum of piece * factor. `shared` has room for
+ * MAX_PIECES * GROUP factors. Columns four at a time, the pieces' loads independent of each other.
+ */
+template <int D, int THREADS>
+__device__ __forceinline__ void join_pieces(const qv_k_attention_args &c, const float *all,
+                                            int n_pieces, int group, float *shared, bf16 *out)
+{
+    int64_t step = (int64_t)group * (D + 2);
+    float *factor = shared, *total = shared + MAX_PIECES * GROUP;
+    for (int i = threadIdx.x; i < n_pieces * group; i += THREADS) {
+        int piece = i / group, row = i % group;
+        factor[piece * GROUP + row] = __ldcg(all + piece * step + group * D + 2 * row);
+    }
+    __syncthreads();
+    for (int row = threadIdx.x; row < group; row += THREADS) {
+        float whole = -INFINITY, sum = 0;
+        for (int p = 0; p < n_pieces; p++)
+            whole = fmaxf(whole, factor[p * GROUP + row]);
+#pragma unroll 8
+        for (int p = 0; p < n_pieces; p++) {
+            float f = exp2f(factor[p * GROUP + row] - whole);
+            factor[p * GROUP + row] = f;
+            sum += __ldcg(all + p * step + group * D + 2 * row + 1) * f;
+        }
+        total[row] = 1.0f / sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < group * D / 4; i += THREADS) {
+        int row = i * 4 / D, col = i * 4 % D;
+        float4 v = {0, 0, 0, 0};
+#pragma unroll 8
+        for (int p = 0; p < n_pieces; p++) {
+            float2 a = __ldcg((const float2 *)(all + p * step) + 2 * i);
+            float2 b = __ldcg((const float2 *)(all + p * step) + 2 * i + 1);
+            float f = factor[p * GROUP + row];
+            v.x = fmaf(a.x, f, v.x);
+            v.y = fmaf(a.y, f, v.y);
+            v.z = fmaf(b.x, f, v.z);
+            v.w = fmaf(b.y, f, v.w);
+        }
+        float scale = total[row];
+        uint2 packed = {pack_bf16(v.x * scale, v.y * scale), pack_bf16(v.z * scale, v.w * scale)};
+        *(uint2 *)(out + row * c.o.head + col) = packed;
+    }
+}
+
+template <int WARPS> struct warp_ends {
+    float max[WARPS][GROUP], sum[WARPS][GROUP];
+};
+
+/* Join what the warps of a block have of its piece, and the pieces if it is the last block of its
+ * KV head. `joined` is [WARPS][GROUP][D] of shared memory and free, max[] times the scale. */
+template <int D, int WARPS>
+__device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece_of_context &piece,
+                                       float (&o)[D / 8][4], float (&max)[2], float (&sum)[2],
+                                       float *joined, warp_ends<WARPS> &ends, bool &is_last)
+{
+    constexpr int THREADS = 32 * WARPS;
+    int seq = blockIdx.z, kv_head = blockIdx.y, group = c.n_heads / c.n_kv_heads;
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    float scale = c.scale * LOG2_E;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+        if (t == 0) {
+            ends.max[warp][g + 8 * r] = max[r] * scale;
+            ends.sum[warp][g + 8 * r] = sum[r];
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float whole = -INFINITY;
+        for (int w = 0; w < WARPS; w++)
+            whole = fmaxf(whole, ends.max[w][g + 8 * r]);
+        float factor = max[r] == -INFINITY ? 0.0f : exp2f(max[r] * scale - whole);
+        float *row = joined + (warp * GROUP + g + 8 * r) * D;
+        if (g + 8 * r < group)
+#pragma unroll
+            for (int i = 0; i < D / 8; i++)
+                *(float2 *)(row + i * 8 + 2 * t) =
+                    make_float2(o[i][2 * r] * factor, o[i][2 * r + 1] * factor);
+    }
+    __syncthreads();
+
+    /* Store: the result, or a piece of it. */
+    float *sums = piece_sums(c, seq, kv_head, blockIdx.x);
+    for (int i = threadIdx.x; i < group * D / 4; i += THREADS) {
+        int row = i * 4 / D, col = i * 4 % D;
+        float whole = -INFINITY, total = 0;
+        float4 v = {0, 0, 0, 0};
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            whole = fmaxf(whole, ends.max[w][row]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            if (ends.max[w][row] != -INFINITY)
+                total += ends.sum[w][row] * exp2f(ends.max[w][row] - whole);
+            float4 part = *(const float4 *)(joined + (w * GROUP + row) * D + col);
+            v.x += part.x;
+            v.y += part.y;
+            v.z += part.z;
+            v.w += part.w;
+        }
+        if (piece.n_pieces == 1) {
+            float f = 1.0f / total;
+            uint2 packed = {pack_bf16(v.x * f, v.y * f), pack_bf16(v.z * f, v.w * f)};
+            *(uint2 *)((bf16 *)c.o.data + piece.token * c.o.token +
+                       (kv_head * group + row) * c.o.head + col) = packed;
+            continue;
+        }
+        /* A piece begins at a multiple of 8 bytes. */
+        *(float2 *)(sums + row * D + col) = make_float2(v.x, v.y);
+        *(float2 *)(sums + row * D + col + 2) = make_float2(v.z, v.w);
+        if (col == 0) {
+            sums[group * D + 2 * row] = whole;
+            sums[group * D + 2 * row + 1] = total;
+        }
+    }
+    if (piece.n_pieces == 1)
+        return;
+
+    /* The last block adds the pieces up. The counter wraps to 0 for the next launch. */
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+        is_last = atomicInc(&c.counters[seq * c.n_kv_heads + kv_head],
+                            (unsigned)piece.n_pieces - 1) == (unsigned)piece.n_pieces - 1;
+    __syncthreads();
+    if (!is_last)
+        return;
+    __threadfence();
+    join_pieces<D, THREADS>(c, piece_sums(c, seq, kv_head, 0), piece.n_pieces, group, joined,
+                            (bf16 *)c.o.data + piece.token * c.o.token +
+                                kv_head * group * c.o.head);
+}
+
+/* Beginning before the kernel in front has ended, on Hopper. */
+template <typename... ARGS, typename... GIVEN>
+cudaError_t launch_early(const qv_k_attention_args &c, void (*kernel)(ARGS...), int threads,
+                         int bytes, cudaStream_t s, const GIVEN &...given)
+{
+    cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess)
+        return error;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)c.n_splits, (unsigned)c.n_kv_heads, (unsigned)c.n_seqs);
+    config.blockDim = (unsigned)threads;
+    config.dynamicSmemBytes = (size_t)bytes;
+    config.stream = s;
+    config.attrs = &attribute;
+    config.numAttrs = c.hopper ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, given...);
+}
+
+#endif

@@ -45,6 +45,16 @@ class Report:
         for stream, want in zip(streams, expected):
             self.count([answer.tokens for answer in stream._request.answers], want)
 
+    def resume(self, stream, expected):
+        """Follow a stream that another client began; its pieces."""
+        pieces, last = [], time.monotonic()
+        for piece in stream:
+            self.gap, last = max(self.gap, time.monotonic() - last), time.monotonic()
+            pieces.append(piece)
+        tokens = [[t for d in pieces if d.index == i for t in d.tokens] for i in range(len(expected))]
+        self.count(tokens, expected)
+        return pieces
+
     def count(self, answers, expected):
         """One request's tokens against what they should be."""
         self.acknowledged += 1

@@ -97,6 +97,7 @@ class Brokers(unittest.TestCase):
             wait_until("the lost broker's requests are done with", lambda: pool.redis("EXISTS", "quiver:jobs:b2") == "0")
 
     def test_a_durable_request_is_answered_to_whoever_asks_with_its_id(self):
+        report = Report("kill -9 of client and broker, the stream resumed by another client")
         with Pool(workers=1, broker_args=FAST) as pool:
             wanted = job(3, request_id="order-17", durable=True)
             with pool.client() as client:
@@ -107,10 +108,9 @@ class Brokers(unittest.TestCase):
             pool.kill("broker")
             pool.start_broker()
             with pool.client() as client:
-                rest = client.resume("order-17", [seqs[-1]], durable=True)
-                deltas = list(rest)
+                deltas = report.resume(client.resume("order-17", [seqs[-1]], durable=True), [expected.tokens[5:]])
                 self.assertEqual(deltas[0].seq, 5)
-                self.assertEqual([t for d in deltas for t in d.tokens], expected.tokens[5:])
+                report.check(self, 15)
                 whole = client.stream(**wanted).answer()
                 self.assertEqual((whole.tokens, whole.text), (expected.tokens, expected.text), "the same, not a second one")
             pool.kill("broker")
@@ -134,9 +134,8 @@ class Brokers(unittest.TestCase):
                 pool.kill("broker2", signal.SIGSTOP)
                 client._detach()
             with pool.client(endpoint=pool.frontends[0]) as client:
-                rest = client.resume("ghost", [last], durable=True)
-                tokens = [t for d in rest for t in d.tokens]
-                self.assertEqual(tokens, expected[0][0][last + 1 :])
+                report.resume(client.resume("ghost", [last], durable=True), [expected[0][0][last + 1 :]])
+                report.check(self, 15)
             pool.kill("broker2", signal.SIGCONT)
             wait_until("it lives again", lambda: pool.status(1))
             with pool.client(endpoint=pool.frontends[1]) as client:
@@ -207,6 +206,7 @@ class Clients(unittest.TestCase):
             report.check(self, 30)
 
     def test_a_client_that_vanished_comes_back_for_the_rest(self):
+        report = Report("a client killed, the stream resumed by another")
         with Pool(workers=1, broker_args=FAST) as pool:
             with pool.client() as client:
                 expected = client.stream(**job(5)).answer().tokens
@@ -214,9 +214,10 @@ class Clients(unittest.TestCase):
                 tokens = [t for _ in range(10) for t in next(stream).tokens]
                 client._detach()
             wait_until("nothing runs for it", lambda: pool.status()["in_flight"] == 0)
+            self.assertEqual(tokens, expected[: len(tokens)])
             with pool.client() as client:
-                tokens += [t for d in client.resume("mine-5", [9]) for t in d.tokens]
-            self.assertEqual(tokens, expected)
+                report.resume(client.resume("mine-5", [9]), [expected[len(tokens) :]])
+            report.check(self, 15)
 
     def test_a_killed_client_frees_its_places_at_the_next_token(self):
         with Pool(workers=1, worker_args=["--max-running", "1"], broker_args=FAST) as pool, pool.client() as near:
@@ -297,6 +298,7 @@ class Poison(unittest.TestCase):
             def fragile(name):
                 return pool._start(name, sys.executable, POISON, pool.backend, name)
 
+            report = Report("a request that kills workers, beside one that does not")
             workers = [fragile("f1"), fragile("f2")]
             wait_until("both are there", lambda: len(pool.status()["workers"]) == 2)
             with self.assertRaises(QuiverError) as caught:
@@ -312,7 +314,8 @@ class Poison(unittest.TestCase):
             with self.assertRaises(QuiverError) as caught:
                 client.stream("this is poison").answer()
             self.assertIn(fingerprint, caught.exception.message)
-            self.assertEqual(client.stream("this is fine").answer().text, "fine")
+            report.finish([client.stream("this is fine")], [[[1]]])
+            report.check(self, 5)
             self.assertIsNone(third.poll())
             pool.redis("HDEL", "quiver:quarantine", fingerprint)
 
@@ -328,7 +331,11 @@ class Poison(unittest.TestCase):
 
 class Adapters(unittest.TestCase):
     def test_files_replaced_while_they_load_never_give_a_mixed_adapter(self):
+        report = Report("adapter files replaced while they load, beside a stream")
         with Pool(workers=1, broker_args=FAST) as pool, pool.client() as client:
+            beside = [job(i, max_tokens=1500) for i in range(2)]
+            expected = report.expect(client, beside)
+            streams = begin(client, beside)
             folder = pool.dir / "moving"
             versions = [DEMO / "adapters" / name for name in ("json", "emoji")]
             shutil.copytree(versions[0], folder)
@@ -343,6 +350,8 @@ class Adapters(unittest.TestCase):
                     answers.add(client.generate(chat(SENTENCE), adapter="moving", temperature=0, max_tokens=12).text)
                 except QuiverError as error:
                     self.assertIn(error.code, ("ADAPTER_INVALID", "ADAPTER_NOT_FOUND", "OVERLOADED"))
+            report.finish(streams, expected)
+            report.check(self, 5)
             for answer in answers:
                 self.assertTrue(answer.startswith('{"who"') or answer.startswith("Ines: "), answer)
 

@@ -5,6 +5,7 @@
  *     jinja_parser.c   tokens to a tree; unknown names are refused here (jinja_parse_expr.c has
  *                      the expressions, jinja_parse_stmt.c the statements)
  *     jinja_eval.c     runs the tree
+ *     jinja_arithmetic.c operators
  *     jinja_value.c    what values are and how they compare
  *     jinja_print.c    values as text and as JSON
  *     jinja_text.c     Python's string functions
@@ -639,8 +640,10 @@ typedef struct {
 
 qv_status qv_j_add_json(qv_jbuilder *b, qv_jvalue v, const qv_jjson_style *style);
 
-/* a op b for the arithmetic operators. */
+/* Operators (jinja_arithmetic.c): a op b, -v or +v, and whether a op b holds. */
 qv_status qv_j_binary(qv_jrun *run, int op, qv_jvalue a, qv_jvalue b, qv_jvalue *out);
+qv_status qv_j_sign(qv_jrun *run, bool negate, qv_jvalue v, qv_jvalue *out);
+qv_status qv_j_relation(qv_jrun *run, int op, qv_jvalue a, qv_jvalue b, bool *out);
 
 /* Order items by key in place, stably: items[i] goes with keys[i]. */
 qv_status qv_j_sort(qv_jrun *run, qv_jvalue *items, qv_jvalue *keys, size_t n, bool reverse);

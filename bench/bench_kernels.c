@@ -451,8 +451,8 @@ static void launch_combine(void *ctx, int i)
 {
     moe_ctx *c = ctx;
     (void)i;
-    pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, NULL, NULL, c->y, false, c->d, c->d,
-                          stream));
+    pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, NULL, NULL, NULL, c->y, false, c->d,
+                          c->d, stream));
 }
 
 static void route_case(const moe_shape *s, int n)
@@ -657,8 +657,8 @@ static void launch_moe_lora(void *ctx, int i)
                        stream));
     pass(qv_k_moe_lora(&c->list, &c->down, c->h, c->down.n_in, 1, c->scratch, c->o, c->down.n_out,
                        stream));
-    pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, &c->down, c->scratch, c->y, false, c->d,
-                          c->d, stream));
+    pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, &c->down, c->scratch, NULL, c->y, false,
+                          c->d, c->d, stream));
 }
 
 static qv_k_moe_lora_site new_site(const moe_shape *s, int down, int n_adapters, int rank,

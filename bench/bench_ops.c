@@ -361,7 +361,7 @@ static void run_swiglu(void *ctx)
 static void run_add(void *ctx)
 {
     rows_ctx *c = ctx;
-    check(qv_op_add(be, c->x, c->z));
+    check(qv_op_add(be, c->x, c->z, (qv_tensor){0}));
 }
 
 static void run_sigmoid_gate(void *ctx)

@@ -61,11 +61,9 @@ typedef enum {
 qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows a, qv_k_rows b,
                          qv_k_rows y, void *stream);
 
-/* x += delta, float32: n is 1. */
-qv_status qv_k_add(qv_k_extent extent, qv_k_rows x, qv_k_rows delta, void *stream);
-
-/* x[t, i] *= sigmoid(gate[t]): x float32, gate BF16; n is 1; gate's d is 1. */
-qv_status qv_k_sigmoid_scale(qv_k_extent extent, qv_k_rows x, qv_k_rows gate, void *stream);
+/* x[t] += delta[t], times sigmoid(gate[t]) where there is a gate: x and delta float32, gate BF16 or
+ * NULL; n is 1. */
+qv_status qv_k_add(qv_k_extent extent, qv_k_rows x, qv_k_rows delta, qv_k_rows gate, void *stream);
 
 /* y[t] = table[ids[t] - first], 0 where that is not in [0, n_rows). table BF16 or, with `f32`,
  * float32, rows table_stride apart. y float32, or BF16 of a BF16 table with `as_stored`. */

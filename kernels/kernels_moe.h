@@ -62,13 +62,22 @@ typedef struct {
 /* Errors: DEVICE. */
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream);
 
+/* What combine adds last: rows [n_tokens, d] float32, times sigmoid(gate[t]) where there is one. */
+typedef struct {
+    const float *data; /* NULL: nothing */
+    const void *gate;  /* BF16, or NULL */
+    int64_t stride, gate_stride;
+} qv_k_shared_rows;
+
 /* y[t] = sum over j of weights[t, j] o[place], plus what experts share of the adapters' B (site
- * NULL: none), whose A x stands in `scratch`. Rounded once, or with y_f32 not at all. Errors: LIMIT
+ * NULL: none), whose A x stands in `scratch`, plus
+ * `shared` (NULL: none). Rounded once, or with y_f32 not at all. Errors: LIMIT
  * (slices, rank), DEVICE.
  */
 qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
                            int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
-                           void *y, bool y_f32, int64_t y_stride, int64_t d, void *stream);
+                           const qv_k_shared_rows *shared, void *y, bool y_f32, int64_t y_stride,
+                           int64_t d, void *stream);
 
 /* qv_op_moe_lora. scratch [pairs, n_slices, max_rank]. Errors: LIMIT (slices, rank), DEVICE. */
 qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, const void *x,

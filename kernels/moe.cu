@@ -551,8 +551,8 @@ __device__ __forceinline__ void put8(bf16 *p, const float (&v)[8])
 template <typename Y>
 __global__ void __launch_bounds__(256)
     combine_kernel(qv_k_list list, const float *weights, const bf16 *o, int64_t o_stride,
-                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch, Y *y,
-                   int64_t y_stride, int64_t d, bool wide)
+                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch,
+                   qv_k_shared_rows shared, Y *y, int64_t y_stride, int64_t d, bool wide)
 {
     extern __shared__ float folded[];
     int64_t t = blockIdx.x;
@@ -579,6 +579,10 @@ __global__ void __launch_bounds__(256)
         }
         __syncthreads();
     }
+    const float *more = shared.data ? shared.data + t * shared.stride : nullptr;
+    float gate = 1;
+    if (shared.gate)
+        gate = sigmoid(to_float(((const bf16 *)shared.gate)[t * shared.gate_stride]));
     if (wide) {
         for (int64_t col = threadIdx.x * 8; col < d; col += blockDim.x * 8) {
             float sum[8] = {};
@@ -595,6 +599,13 @@ __global__ void __launch_bounds__(256)
             }
             if (part)
                 shared_deltas(site, *part, folded, col, sum);
+            if (more) {
+                float4 a = *(const float4 *)(more + col), b = *(const float4 *)(more + col + 4);
+                const float v[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+                for (int i = 0; i < 8; i++)
+                    sum[i] += v[i] * gate;
+            }
             put8(y + t * y_stride + col, sum);
         }
     } else {
@@ -605,6 +616,8 @@ __global__ void __launch_bounds__(256)
                     sum = fmaf(w[j], to_float(o[place[j] * o_stride + col]), sum);
             if (part)
                 sum += shared_delta(site, *part, folded, col);
+            if (more)
+                sum += more[col] * gate;
             put(y + t * y_stride + col, sum);
         }
     }
@@ -654,24 +667,28 @@ qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream
 
 qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const void *o,
                            int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
-                           void *y, bool y_f32, int64_t y_stride, int64_t d, void *stream)
+                           const qv_k_shared_rows *shared, void *y, bool y_f32, int64_t y_stride,
+                           int64_t d, void *stream)
 {
     qv_k_moe_lora_site none = {};
+    qv_k_shared_rows more = {};
+    if (shared)
+        more = *shared;
     size_t bytes = site ? (size_t)site->ranges.n * site->max_rank * sizeof(float) : 0;
     if (bytes > 48 * 1024)
         return qv_fail(QV_ERR_LIMIT, "moe_combine: %d slices of rank %d", site->ranges.n,
                        site->max_rank);
     bool wide = d % 8 == 0 && o_stride % 8 == 0 && y_stride % 8 == 0 && (uintptr_t)o % 16 == 0 &&
-                (uintptr_t)y % 16 == 0;
+                (uintptr_t)y % 16 == 0 && (uintptr_t)more.data % 16 == 0 && more.stride % 4 == 0;
     int threads = wide && d / 8 < 256 ? (int)((d / 8 + 31) / 32 * 32) : 256;
     cudaStream_t on = (cudaStream_t)stream;
     if (y_f32)
         combine_kernel<<<list->n_tokens, threads, bytes, on>>>(
-            *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (float *)y,
-            y_stride, d, wide);
+            *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, more,
+            (float *)y, y_stride, d, wide);
     else
         combine_kernel<<<list->n_tokens, threads, bytes, on>>>(
-            *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, (bf16 *)y,
-            y_stride, d, wide);
+            *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, more,
+            (bf16 *)y, y_stride, d, wide);
     return qv_k_check_launch("moe_combine");
 }

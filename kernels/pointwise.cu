@@ -76,33 +76,22 @@ void launch(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, cudaStream_t s
 
 /* A block a token; STEP numbers a thread. */
 template <int STEP>
-__global__ void __launch_bounds__(THREADS) add_kernel(int64_t d, qv_k_rows x, qv_k_rows delta)
+__global__ void __launch_bounds__(THREADS)
+    add_kernel(int64_t d, qv_k_rows x, qv_k_rows delta, qv_k_rows gate)
 {
     float *row = (float *)x.data + blockIdx.x * x.token;
     const float *add = (const float *)delta.data + blockIdx.x * delta.token;
     let_next_start();
+    float g = 1;
+    if (gate.data)
+        g = sigmoid(to_float(((const bf16 *)gate.data)[blockIdx.x * gate.token]));
     for (int64_t i = threadIdx.x * STEP; i < d; i += THREADS * STEP) {
         if constexpr (STEP == 1) {
-            row[i] += add[i];
+            row[i] += add[i] * g;
         } else {
             float4 a = *(const float4 *)(row + i), b = *(const float4 *)(add + i);
-            *(float4 *)(row + i) = make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-        }
-    }
-}
-
-template <int STEP>
-__global__ void __launch_bounds__(THREADS)
-    sigmoid_scale_kernel(int64_t d, qv_k_rows x, qv_k_rows gate)
-{
-    float g = sigmoid(to_float(((const bf16 *)gate.data)[blockIdx.x * gate.token]));
-    float *row = (float *)x.data + blockIdx.x * x.token;
-    for (int64_t i = threadIdx.x * STEP; i < d; i += THREADS * STEP) {
-        if constexpr (STEP == 1) {
-            row[i] *= g;
-        } else {
-            float4 a = *(const float4 *)(row + i);
-            *(float4 *)(row + i) = make_float4(a.x * g, a.y * g, a.z * g, a.w * g);
+            *(float4 *)(row + i) =
+                make_float4(a.x + b.x * g, a.y + b.y * g, a.z + b.z * g, a.w + b.w * g);
         }
     }
 }
@@ -239,26 +228,15 @@ qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows
     return qv_k_check_launch("pointwise");
 }
 
-qv_status qv_k_add(qv_k_extent extent, qv_k_rows x, qv_k_rows delta, void *stream)
+qv_status qv_k_add(qv_k_extent extent, qv_k_rows x, qv_k_rows delta, qv_k_rows gate, void *stream)
 {
     unsigned rows = (unsigned)extent.n_tokens;
     cudaStream_t on = (cudaStream_t)stream;
     if (extent.d % 4 == 0 && aligned_f32(x) && aligned_f32(delta))
-        add_kernel<4><<<rows, THREADS, 0, on>>>(extent.d, x, delta);
+        add_kernel<4><<<rows, THREADS, 0, on>>>(extent.d, x, delta, gate);
     else
-        add_kernel<1><<<rows, THREADS, 0, on>>>(extent.d, x, delta);
+        add_kernel<1><<<rows, THREADS, 0, on>>>(extent.d, x, delta, gate);
     return qv_k_check_launch("add");
-}
-
-qv_status qv_k_sigmoid_scale(qv_k_extent extent, qv_k_rows x, qv_k_rows gate, void *stream)
-{
-    unsigned rows = (unsigned)extent.n_tokens;
-    cudaStream_t on = (cudaStream_t)stream;
-    if (extent.d % 4 == 0 && aligned_f32(x))
-        sigmoid_scale_kernel<4><<<rows, THREADS, 0, on>>>(extent.d, x, gate);
-    else
-        sigmoid_scale_kernel<1><<<rows, THREADS, 0, on>>>(extent.d, x, gate);
-    return qv_k_check_launch("sigmoid_scale");
 }
 
 qv_status qv_k_embed(const void *table, bool f32, int64_t table_stride, int64_t n_rows,

@@ -106,20 +106,24 @@ typedef enum {
 
 qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y);
 
-/* The parts of a mixture of experts, in this order. */
+/* The parts of a mixture of experts. */
 
 /* Choose experts for each token: x [T, hidden], into the pass's list. */
 qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x);
-/* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch. x, y [T,
- * expert_in], not the same; y F32 where that is the stream, and not a latent space. */
+/* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch, in a latent
+ * space. x, y [T, latent], not the same. */
+qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                                  qv_tensor y);
+/* The same for the stream, and y[t] += shared[t], times sigmoid(gate[t]). x [T, hidden], y [T,
+ * hidden] F32; shared [T, hidden] F32 and gate [T, 1] may be empty. */
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                           qv_tensor y);
+                           qv_tensor shared, qv_tensor gate, qv_tensor y);
 /* Experts that every token goes through: x [T, hidden], y [T, hidden] F32. */
 qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                                  qv_tensor y);
-/* shared[t] *= sigmoid(x[t] . gate); shared F32. */
-qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor shared);
-/* y += shared, [T, hidden] F32: what the whole mixture adds to the residual stream. */
+/* *gate [T, 1] = x[t] . the gate of the shared expert; good until the next mixer or MLP. */
+qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor *gate);
+/* y += shared, [T, hidden] F32, where routed experts are in a latent space. */
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y);
 
 /* Logits of the rows that need them: x [T, hidden] after the final norm, into pass->logits. */

@@ -83,25 +83,45 @@ static qv_status expert_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_te
                : QV_OK;
 }
 
-qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y)
+/* What experts give, a row a pair; *site: of the adapters on their last projection. */
+static qv_status run_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                             const qv_moe_lora_site **site, qv_tensor *out)
 {
     int64_t n_pairs = (int64_t)pass->batch->n_tokens * pass->config->moe_top_k;
     qv_dtype dtype = qv_backend_activation_dtype(pass->be);
     int64_t n_wide = pass->layout->proj[QV_PROJ_EXPERT_IN].n_out;
     int64_t n_inner = pass->layout->proj[QV_PROJ_EXPERT_OUT].n_in;
+    int64_t n_out = pass->layout->proj[QV_PROJ_EXPERT_OUT].n_out;
     qv_tensor wide = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_WIDE], dtype, n_pairs, n_wide);
     qv_tensor inner = qv_tensor_cols(wide, 0, n_inner); /* the activation works in place */
-    qv_tensor out =
-        qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, y.shape[1]);
-    const qv_moe_lora_site *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
+    *out = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, n_out);
+    *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
     QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
     QV_TRY(activate(pass, kind, wide, inner));
-    QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, out));
-    bool latent = pass->config->layer_parts[layer] & QV_PART_LATENT;
-    QV_TRY((latent ? qv_op_moe_combine : qv_op_moe_combine_f32)(
-        pass->be, pass->list, chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), out, site,
-        expert_scratch(pass, site), y));
+    return expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, *out);
+}
+
+qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                                  qv_tensor y)
+{
+    const qv_moe_lora_site *site;
+    qv_tensor out, weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
+    QV_TRY(run_experts(pass, layer, kind, x, &site, &out));
+    QV_TRY(
+        qv_op_moe_combine(pass->be, pass->list, weights, out, site, expert_scratch(pass, site), y));
     probe(pass, layer, "experts_out", y);
+    return QV_OK;
+}
+
+qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                           qv_tensor shared, qv_tensor gate, qv_tensor y)
+{
+    const qv_moe_lora_site *site;
+    qv_tensor out, weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
+    QV_TRY(run_experts(pass, layer, kind, x, &site, &out));
+    QV_TRY(qv_op_moe_combine_f32(pass->be, pass->list, weights, out, site,
+                                 expert_scratch(pass, site), shared, gate, y));
+    probe(pass, layer, "moe_out", y);
     return QV_OK;
 }
 
@@ -113,16 +133,15 @@ qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind,
     return QV_OK;
 }
 
-qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor shared)
+qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor *gate)
 {
-    qv_tensor gate = view(pass, QV_BUF_WIDE, 1);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_GATE, x, gate));
-    return qv_op_sigmoid_scale(pass->be, shared, gate);
+    *gate = view(pass, QV_BUF_WIDE, 1);
+    return qv_linear(pass, layer, QV_PROJ_SHARED_GATE, x, *gate);
 }
 
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y)
 {
-    QV_TRY(qv_op_add(pass->be, y, shared));
+    QV_TRY(qv_op_add(pass->be, y, shared, (qv_tensor){.data = NULL}));
     probe(pass, layer, "moe_out", y);
     return QV_OK;
 }

@@ -273,12 +273,11 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
                         .scale = 1,
                         .n_groups = 1,
                         .topk_groups = 1};
-    qv_tensor shared = qv_pass_shared(pass); /* [T, hidden] */
-    QV_TRY(qv_block_route(pass, layer, &router, x));
-    QV_TRY(qv_block_experts(pass, layer, QV_MLP_SWIGLU, x, y));
+    qv_tensor shared = qv_pass_shared(pass), gate; /* [T, hidden] F32, [T, 1] */
     QV_TRY(qv_block_shared_expert(pass, layer, QV_MLP_SWIGLU, x, shared));
-    QV_TRY(qv_block_shared_gate(pass, layer, x, shared));
-    return qv_block_moe_sum(pass, layer, shared, y);
+    QV_TRY(qv_block_shared_gate(pass, layer, x, &gate));
+    QV_TRY(qv_block_route(pass, layer, &router, x));
+    return qv_block_experts(pass, layer, QV_MLP_SWIGLU, x, shared, gate, y);
 }
 
 static qv_status forward(qv_pass *pass)

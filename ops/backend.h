@@ -30,9 +30,8 @@
                        bool gate_first, qv_tensor y))                                              \
     X(swiglu, (qv_backend * be, qv_tensor gate, qv_tensor up, qv_tensor y))                        \
     X(sigmoid_gate, (qv_backend * be, qv_tensor x, qv_tensor gate))                                \
-    X(sigmoid_scale, (qv_backend * be, qv_tensor x, qv_tensor gate))                               \
     X(relu2, (qv_backend * be, qv_tensor x, qv_tensor y))                                          \
-    X(add, (qv_backend * be, qv_tensor residual, qv_tensor delta))                                 \
+    X(add, (qv_backend * be, qv_tensor residual, qv_tensor delta, qv_tensor gate))                 \
     X(gather_rows, (qv_backend * be, qv_tensor x, const int32_t *rows, qv_tensor y))               \
     X(rope_kv_write, (qv_backend * be, const qv_batch *batch, int rotary_dim, double theta,        \
                       qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv))               \
@@ -52,7 +51,8 @@
     X(moe_combine, (qv_backend * be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,      \
                     const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y))                 \
     X(moe_combine_f32, (qv_backend * be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,  \
-                        const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y))             \
+                        const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor shared,         \
+                        qv_tensor gate, qv_tensor y))                                              \
     X(sample, (qv_backend * be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,      \
                qv_sample_result *results))
 

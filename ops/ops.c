@@ -460,14 +460,6 @@ qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
     return qv_tensor_count(&x) ? be->ops->sigmoid_gate(be, x, gate) : QV_OK;
 }
 
-qv_status qv_op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate)
-{
-    qv_dtype act = be->table->activation_dtype;
-    EXPECT("sigmoid_scale", x, QV_F32, ANY, ANY);
-    EXPECT("sigmoid_scale", gate, act, x.shape[0], 1);
-    return qv_tensor_count(&x) ? be->ops->sigmoid_scale(be, x, gate) : QV_OK;
-}
-
 qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
 {
     qv_dtype act = be->table->activation_dtype;
@@ -476,11 +468,21 @@ qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
     return qv_tensor_count(&y) ? be->ops->relu2(be, x, y) : QV_OK;
 }
 
-qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
+/* What qv_op_add adds: delta [n, d] F32, gate [n, 1] or empty. */
+static qv_status check_delta(qv_backend *be, const char *op, qv_tensor delta, qv_tensor gate,
+                             int64_t n, int64_t d)
+{
+    EXPECT(op, delta, QV_F32, n, d);
+    if (gate.data)
+        EXPECT(op, gate, be->table->activation_dtype, n, 1);
+    return QV_OK;
+}
+
+qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor gate)
 {
     EXPECT("add", residual, QV_F32, ANY, ANY);
-    EXPECT("add", delta, QV_F32, residual.shape[0], residual.shape[1]);
-    return qv_tensor_count(&delta) ? be->ops->add(be, residual, delta) : QV_OK;
+    QV_TRY(check_delta(be, "add", delta, gate, residual.shape[0], residual.shape[1]));
+    return qv_tensor_count(&delta) ? be->ops->add(be, residual, delta, gate) : QV_OK;
 }
 
 /* Whether a collective has anybody to meet. */
@@ -859,11 +861,14 @@ qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor w
 
 qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
                                 qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
-                                qv_tensor y)
+                                qv_tensor shared, qv_tensor gate, qv_tensor y)
 {
     QV_TRY(check_combine(be, list, weights, o, site, scratch, y, QV_F32));
-    return qv_tensor_count(&y) ? be->ops->moe_combine_f32(be, list, weights, o, site, scratch, y)
-                               : QV_OK;
+    if (shared.data)
+        QV_TRY(check_delta(be, "moe_combine", shared, gate, y.shape[0], y.shape[1]));
+    return qv_tensor_count(&y)
+               ? be->ops->moe_combine_f32(be, list, weights, o, site, scratch, shared, gate, y)
+               : QV_OK;
 }
 
 /* --- Sampling ----------------------------------------------------------------------------- */

@@ -251,15 +251,12 @@ qv_status qv_op_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_tensor y
 /* x[t, n, i] *= sigmoid(gate[t, n, i]). x, gate [T, n, d], strided. */
 qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate);
 
-/* x[t, i] *= sigmoid(gate[t, 0]): one gate a token. x [T, d] F32, never rounded; gate [T, 1];
- * strided. */
-qv_status qv_op_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate);
-
 /* y[t, i] = max(x[t, i], 0)^2. x, y [T, d], strided; in place allowed. */
 qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y);
 
-/* residual += delta. [T, d] F32, never rounded. */
-qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta);
+/* residual += delta, times sigmoid(gate[t, 0]) where there is a gate. residual, delta [T, d] F32,
+ * never rounded; gate [T, 1] or empty; strided. */
+qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor gate);
 
 /* y[i, :] = x[rows[i], :]. */
 qv_status qv_op_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y);
@@ -468,10 +465,12 @@ qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_
  * SHAPE, LIMIT. */
 qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
                             const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y);
-/* The same with y F32, never rounded. */
+/* The same with y F32, never rounded, and after it y += shared, times sigmoid(gate[t, 0]) where
+ * there is a gate: what experts give that every token goes through. shared [T, d] F32 or empty,
+ * gate [T, 1] or empty. */
 qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
                                 qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
-                                qv_tensor y);
+                                qv_tensor shared, qv_tensor gate, qv_tensor y);
 
 /* --- Ranks: all of them call, in the same order (ops/comm.h) ---------------------------------- */
 

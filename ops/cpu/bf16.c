@@ -160,9 +160,9 @@ static qv_status bf16_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float e
     ROUNDED(OPS(be)->rms_norm(be, x, w, eps, plus_one, y), round_tensor(be, y));
 }
 
-static qv_status bf16_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
+static qv_status bf16_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor gate)
 {
-    return OPS(be)->add(be, residual, delta);
+    return OPS(be)->add(be, residual, delta, gate);
 }
 
 static qv_status bf16_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
@@ -190,11 +190,6 @@ static qv_status bf16_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_te
 static qv_status bf16_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
 {
     ROUNDED(OPS(be)->sigmoid_gate(be, x, gate), round_tensor(be, x));
-}
-
-static qv_status bf16_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate)
-{
-    return OPS(be)->sigmoid_scale(be, x, gate);
 }
 
 static qv_status bf16_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
@@ -286,9 +281,9 @@ static qv_status bf16_moe_combine(qv_backend *be, const qv_moe_list *list, qv_te
 
 static qv_status bf16_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
                                       qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
-                                      qv_tensor y)
+                                      qv_tensor shared, qv_tensor gate, qv_tensor y)
 {
-    return OPS(be)->moe_combine(be, list, weights, o, site, scratch, y);
+    return OPS(be)->moe_combine_f32(be, list, weights, o, site, scratch, shared, gate, y);
 }
 
 static qv_status bf16_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,

@@ -175,7 +175,9 @@ qv_status QV_ISA(qv_cpu_moe_combine)(qv_backend *be, const qv_moe_list *list, qv
 
 qv_status QV_ISA(qv_cpu_moe_combine_f32)(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
                                          qv_tensor o, const qv_moe_lora_site *site,
-                                         qv_tensor scratch, qv_tensor y)
+                                         qv_tensor scratch, qv_tensor shared, qv_tensor gate,
+                                         qv_tensor y)
 {
-    return QV_ISA(qv_cpu_moe_combine)(be, list, weights, o, site, scratch, y);
+    QV_TRY(QV_ISA(qv_cpu_moe_combine)(be, list, weights, o, site, scratch, y));
+    return shared.data != NULL ? QV_ISA(qv_cpu_add)(be, y, shared, gate) : QV_OK;
 }

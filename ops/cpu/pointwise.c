@@ -83,32 +83,22 @@ static void sigmoid_gate_rows(void *ctx, int64_t begin, int64_t end, int thread)
     }
 }
 
+/* b is [T, 1, 1], one gate a token, or empty. */
 static void add_rows(void *ctx, int64_t begin, int64_t end, int thread)
 {
     (void)thread;
     const pair_ctx *c = ctx;
-    int64_t n = c->y.shape[1], d = c->y.shape[2];
-    for (int64_t row = begin; row < end; row++) {
-        const float *delta = qv_row3(c->a, row / n, row % n);
-        float *residual = qv_row3(c->y, row / n, row % n);
-        QV_FOR_LANES(i, lanes, d)
-        {
-            v16 sum = v_add(v_load_lanes(residual + i, lanes), v_load_lanes(delta + i, lanes));
-            v_store_lanes(residual + i, sum, lanes);
-        }
-    }
-}
-
-/* b is [T, 1, 1]: one gate a token. */
-static void sigmoid_scale_rows(void *ctx, int64_t begin, int64_t end, int thread)
-{
-    (void)thread;
-    const pair_ctx *c = ctx;
     for (int64_t t = begin; t < end; t++) {
-        v16 g = v_sigmoid(v_set1(*qv_row3(c->b, t, 0)));
-        float *x = qv_row3(c->y, t, 0);
+        v16 g = v_set1(1.0f);
+        if (c->b.data != NULL)
+            g = v_sigmoid(v_set1(*qv_row3(c->b, t, 0)));
+        const float *delta = qv_row3(c->a, t, 0);
+        float *residual = qv_row3(c->y, t, 0);
         QV_FOR_LANES(i, lanes, c->y.shape[2])
-        v_store_lanes(x + i, v_mul(v_load_lanes(x + i, lanes), g), lanes);
+        {
+            v16 part = v_mul(v_load_lanes(delta + i, lanes), g);
+            v_store_lanes(residual + i, v_add(v_load_lanes(residual + i, lanes), part), lanes);
+        }
     }
 }
 
@@ -154,13 +144,6 @@ qv_status QV_ISA(qv_cpu_sigmoid_gate)(qv_backend *be, qv_tensor x, qv_tensor gat
     return QV_OK;
 }
 
-qv_status QV_ISA(qv_cpu_sigmoid_scale)(qv_backend *be, qv_tensor x, qv_tensor gate)
-{
-    pair_ctx c = {.b = one_each(gate), .y = one_each(x)};
-    run_rows(be, &c, 2, sigmoid_scale_rows);
-    return QV_OK;
-}
-
 qv_status QV_ISA(qv_cpu_relu2)(qv_backend *be, qv_tensor x, qv_tensor y)
 {
     pair_ctx c = {.a = one_each(x), .y = one_each(y)};
@@ -168,9 +151,11 @@ qv_status QV_ISA(qv_cpu_relu2)(qv_backend *be, qv_tensor x, qv_tensor y)
     return QV_OK;
 }
 
-qv_status QV_ISA(qv_cpu_add)(qv_backend *be, qv_tensor residual, qv_tensor delta)
+qv_status QV_ISA(qv_cpu_add)(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor gate)
 {
     pair_ctx c = {.a = one_each(delta), .y = one_each(residual)};
+    if (gate.data != NULL)
+        c.b = one_each(gate);
     run_rows(be, &c, 2, add_rows);
     return QV_OK;
 }

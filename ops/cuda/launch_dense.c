@@ -83,19 +83,14 @@ qv_status qv_cuda_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
                           stream_of(be));
 }
 
-qv_status qv_cuda_sigmoid_scale(qv_backend *be, qv_tensor x, qv_tensor gate)
-{
-    return qv_k_sigmoid_scale(extent2(x), rows2(x), rows2(gate), stream_of(be));
-}
-
 qv_status qv_cuda_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
 {
     return qv_k_pointwise(QV_K_RELU2, extent2(y), rows2(x), rows2(x), rows2(y), stream_of(be));
 }
 
-qv_status qv_cuda_add(qv_backend *be, qv_tensor residual, qv_tensor delta)
+qv_status qv_cuda_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor gate)
 {
-    return qv_k_add(extent2(delta), rows2(residual), rows2(delta), stream_of(be));
+    return qv_k_add(extent2(delta), rows2(residual), rows2(delta), rows2(gate), stream_of(be));
 }
 
 qv_status qv_cuda_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,

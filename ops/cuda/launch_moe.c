@@ -94,14 +94,15 @@ qv_status qv_cuda_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const q
 }
 
 static qv_status combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,
-                         const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor y)
+                         const qv_moe_lora_site *site, qv_tensor scratch,
+                         const qv_k_shared_rows *shared, qv_tensor y)
 {
     qv_k_list l = list_of(list);
     qv_k_moe_lora_site s;
     if (site)
         QV_TRY(site_of("moe_combine", site, &s));
     return qv_k_moe_combine(&l, weights.data, o.data, o.stride[0], site ? &s : NULL, scratch.data,
-                            y.data, y.dtype == QV_F32, y.stride[0], y.shape[1],
+                            shared, y.data, y.dtype == QV_F32, y.stride[0], y.shape[1],
                             qv_cuda(be)->stream);
 }
 
@@ -109,12 +110,16 @@ qv_status qv_cuda_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor
                               qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
                               qv_tensor y)
 {
-    return combine(be, list, weights, o, site, scratch, y);
+    return combine(be, list, weights, o, site, scratch, NULL, y);
 }
 
 qv_status qv_cuda_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
                                   qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
-                                  qv_tensor y)
+                                  qv_tensor shared, qv_tensor gate, qv_tensor y)
 {
-    return combine(be, list, weights, o, site, scratch, y);
+    const qv_k_shared_rows more = {.data = shared.data,
+                                   .gate = gate.data,
+                                   .stride = shared.stride[0],
+                                   .gate_stride = gate.stride[0]};
+    return combine(be, list, weights, o, site, scratch, &more, y);
 }

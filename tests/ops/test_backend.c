@@ -186,7 +186,7 @@ static void run_dense(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor
                               false, qv_tensor_split(y, 1, D)));
     PASS(qv_op_swiglu(be, x, y, y));
     PASS(qv_op_sigmoid_gate(be, qv_tensor_split(x, 1, D), qv_tensor_split(y, 1, D)));
-    PASS(qv_op_add(be, x, y));
+    PASS(qv_op_add(be, x, y, qv_tensor_cols(y, 0, 1)));
     PASS(qv_op_gather_rows(be, x, zeros, y));
 }
 
@@ -283,7 +283,8 @@ static void run_moe(qv_backend *be, const qv_weight *experts, qv_moe_list *list,
     PASS(qv_op_relu2(be, pairs, pairs));
     PASS(qv_op_moe_lora(be, &site, list, pairs, QV_MOE_PAIRS, scratch, pairs));
     PASS(qv_op_moe_combine(be, list, weights, pairs, &site, scratch, x));
-    PASS(qv_op_sigmoid_scale(be, x, qv_tensor_cols(x, 0, 1)));
+    PASS(qv_op_moe_combine_f32(be, list, weights, pairs, &site, scratch,
+                               qv_tensor_rows(pairs, 0, T), (qv_tensor){0}, x));
 }
 
 static void run_sample(qv_backend *be, float *m)

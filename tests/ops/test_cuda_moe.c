@@ -158,14 +158,15 @@ static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
     load_both(p, &rng, s->n_experts, n_out, s->d, w);
     both x = random_act(p, &rng, pairs ? n_pairs : n, s->d, 1), y = nan_act(p, n_pairs, n_out);
     both weights = random_f32(p, &rng, n, s->top_k, 1), sum = nan_act(p, n, n_out);
-    both stream = random_f32(p, &rng, n, n_out, 1);
+    both stream = random_f32(p, &rng, n, n_out, 1), shared = random_f32(p, &rng, n, n_out, 1);
+    both gate = random_act(p, &rng, n, 1, 3);
     for (int side = 0; side < 2; side++) {
         PASS(qv_op_moe_linear(p->be[side], w[side], &l.list[side], x.t[side],
                               pairs ? QV_MOE_PAIRS : QV_MOE_TOKENS, y.t[side]));
         PASS(qv_op_moe_combine(p->be[side], &l.list[side], weights.t[side], y.t[side], NULL,
                                (qv_tensor){0}, sum.t[side]));
         PASS(qv_op_moe_combine_f32(p->be[side], &l.list[side], weights.t[side], y.t[side], NULL,
-                                   (qv_tensor){0}, stream.t[side]));
+                                   (qv_tensor){0}, shared.t[side], gate.t[side], stream.t[side]));
     }
     char what[96];
     snprintf(what, sizeof what, "moe_linear %s, %d tokens by %s", s->name, n,

@@ -122,7 +122,7 @@ Test(norm, add_rms_norm_adds_into_the_residual_first)
         strided y = new_strided(&rng, &s, 1), sum = copy_of(&residual), normed = copy_of(&y);
         float *w = random_floats(&rng, s.d, 1);
         qv_tensor wt = qv_tensor_1d(w, QV_F32, s.d);
-        PASS(qv_op_add(be, as_rows(&sum), as_rows(&delta)));
+        PASS(qv_op_add(be, as_rows(&sum), as_rows(&delta), (qv_tensor){0}));
         PASS(qv_op_rms_norm(be, as_rows(&sum), wt, EPS, true, as_rows(&normed)));
         qv_tensor none = {.data = NULL};
         PASS(qv_op_add_rms_norm(be, as_rows(&residual), as_rows(&delta), wt, EPS, true, as_rows(&y),
@@ -233,22 +233,25 @@ Test(gate, sigmoid_gate_agrees_with_double)
 }
 
 /* The gate is a column of wider rows. */
-Test(gate, sigmoid_scale_agrees_with_double)
+Test(gate, add_by_a_gate_agrees_with_double)
 {
     FOR_EACH_ISA(be, 2)
     for (size_t c = 0; c < QV_ROWS(qv_row_shapes); c++) {
         qv_row_shape s = {qv_row_shapes[c].n_tokens, 1, qv_row_shapes[c].n * qv_row_shapes[c].d};
         qv_rng rng = qv_rng_seed(6);
-        strided x = new_strided(&rng, &s, 2), gate = new_strided(&rng, &s, 12),
-                before = copy_of(&x);
+        strided x = new_strided(&rng, &s, 2), gate = new_strided(&rng, &s, 12);
+        strided delta = new_strided(&rng, &s, 2), before = copy_of(&x);
         double *want = new_doubles(s.n_tokens * s.d);
-        for (int64_t t = 0; t < s.n_tokens; t++)
+        for (int64_t t = 0; t < s.n_tokens; t++) {
+            double g = sigmoid_d(row_of(&gate, t, 0)[0]);
             for (int64_t i = 0; i < s.d; i++)
-                want[t * s.d + i] = sigmoid_d(row_of(&gate, t, 0)[0]) * row_of(&x, t, 0)[i];
-        PASS(qv_op_sigmoid_scale(be, as_rows(&x), qv_tensor_cols(as_rows(&gate), 0, 1)));
-        check_rows("sigmoid_scale", be, &x, want, 8 * U32, 1e-30);
+                want[t * s.d + i] = row_of(&x, t, 0)[i] + g * row_of(&delta, t, 0)[i];
+        }
+        PASS(qv_op_add(be, as_rows(&x), as_rows(&delta), qv_tensor_cols(as_rows(&gate), 0, 1)));
+        check_rows("add", be, &x, want, 8 * U32, 8 * U32);
         check_gaps(&x, &before);
         free(x.data);
+        free(delta.data);
         free(gate.data);
         free(before.data);
         free(want);
@@ -383,11 +386,11 @@ Test(norm, refuses_what_does_not_fit)
     qv_tensor turned = x;
     turned.stride[0] = 1;
     turned.stride[1] = 4;
-    FAIL_WITH(QV_ERR_SHAPE, "stride 4", qv_op_add(be, x, turned));
+    FAIL_WITH(QV_ERR_SHAPE, "stride 4", qv_op_add(be, x, turned, (qv_tensor){0}));
     FAIL_WITH(QV_ERR_SHAPE, "up is f32[4, 5]",
               qv_op_swiglu(be, x, qv_tensor_2d(m, QV_F32, 4, 5), x));
     FAIL_WITH(QV_ERR_SHAPE, "gate is f32[4, 2], but needs f32[4, 1]",
-              qv_op_sigmoid_scale(be, x, qv_tensor_2d(m, QV_F32, 4, 2)));
+              qv_op_add(be, x, x, qv_tensor_2d(m, QV_F32, 4, 2)));
     FAIL_WITH(QV_ERR_SHAPE, "y is f32[4, 5], but needs f32[4, 6]",
               qv_op_relu2(be, x, qv_tensor_2d(m, QV_F32, 4, 5)));
     FAIL_WITH(QV_ERR_SHAPE, "table is f16[4, 6]",

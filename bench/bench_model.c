@@ -395,7 +395,8 @@ static void open_model(bench *b)
     const qv_model_config *c = qv_model_get_config(b->model);
     check(qv_model_plan(c, b->be, &limits, &b->plan), "plan");
     b->vocab = c->vocab;
-    b->embed_bytes = c->vocab * c->hidden * 2;
+    bool one_memory = c->tied_head && qv_backend_keeps_rows(b->be);
+    b->embed_bytes = one_memory ? 0 : c->vocab * c->hidden * 2;
     b->ints = calloc((size_t)limits.max_tokens * 2 + (size_t)args.max_size * 16 +
                          (size_t)args.max_size * (size_t)b->pages_each + 64,
                      sizeof *b->ints);

@@ -78,7 +78,7 @@ static void plan_memory(const qv_layout *layout, const qv_backend *be,
 {
     qv_dtype activation = qv_backend_activation_dtype(be);
     *out = (qv_memory_plan){
-        .weights = qv_weights_bytes(layout),
+        .weights = qv_weights_bytes(layout, be),
         .activations = qv_buffers_bytes(layout, limits, activation),
         .kv_page = qv_state_page_bytes(layout, limits->page_tokens, qv_backend_kv_dtype(be)),
         .state_slot = qv_state_slot_bytes(layout, activation),

@@ -21,7 +21,18 @@ static qv_dtype storage_dtype(qv_dtype stored)
     return stored == QV_BF16 ? QV_BF16 : QV_F32;
 }
 
-uint64_t qv_weights_bytes(const qv_layout *layout)
+/* Whether the embedding is the memory of the head. */
+static bool is_shared(const qv_layout *layout, const qv_backend *be, int64_t layer, qv_vec vec)
+{
+    const qv_proj_shape *head = &layout->proj[QV_PROJ_LM_HEAD];
+    const qv_vec_shape *embed = &layout->vec[QV_VEC_EMBED];
+    return layer == QV_GLOBAL && vec == QV_VEC_EMBED && layout->config->tied_head &&
+           qv_backend_keeps_rows(be) && head->n_slices == 1 && embed->n_slices == 1 &&
+           head->n_out == embed->n_rows && head->n_in == embed->row_elems &&
+           head->slices[0].src_row == embed->slices[0].src_row;
+}
+
+uint64_t qv_weights_bytes(const qv_layout *layout, const qv_backend *be)
 {
     qv_dtype dtype = storage_dtype(layout->config->dtype);
     uint64_t total = 0;
@@ -34,7 +45,8 @@ uint64_t qv_weights_bytes(const qv_layout *layout)
     }
     for (int v = 0; v < QV_VEC_COUNT; v++) {
         const qv_vec_shape *shape = &layout->vec[v];
-        if (shape->n_slices > 0)
+        int64_t layer = v == QV_VEC_EMBED ? QV_GLOBAL : 0;
+        if (shape->n_slices > 0 && !is_shared(layout, be, layer, (qv_vec)v))
             total += (uint64_t)(shape->n_rows * shape->row_elems) *
                      qv_dtype_size(shape->as_stored ? dtype : QV_F32) *
                      (uint64_t)qv_layout_part_count(layout, shape->part);
@@ -401,7 +413,9 @@ static qv_status plan_layer(plan *pl, int64_t layer)
             QV_TRY(plan_proj(pl, layer, (qv_proj)p, &out->proj[p]));
     }
     for (int v = 0; v < QV_VEC_COUNT; v++) {
-        if (has_vec(layout, layer, (qv_vec)v))
+        if (is_shared(layout, pl->weights->be, layer, (qv_vec)v))
+            out->vec[v] = qv_weight_rows(out->proj[QV_PROJ_LM_HEAD]);
+        else if (has_vec(layout, layer, (qv_vec)v))
             QV_TRY(plan_vec(pl, layer, (qv_vec)v, &out->vec[v]));
     }
     return QV_OK;
@@ -602,7 +616,9 @@ qv_status qv_weights_make_up(qv_weights *weights, qv_backend *be, const qv_layou
                 QV_TRY(
                     make_up_proj(weights, layout, (qv_proj)p, seed + (uint64_t)p, &out->proj[p]));
         for (int v = 0; v < QV_VEC_COUNT; v++)
-            if (has_vec(layout, layer, (qv_vec)v))
+            if (is_shared(layout, be, layer, (qv_vec)v))
+                out->vec[v] = qv_weight_rows(out->proj[QV_PROJ_LM_HEAD]);
+            else if (has_vec(layout, layer, (qv_vec)v))
                 QV_TRY(make_up_vec(weights, layout, (qv_vec)v, seed + 1000 + (uint64_t)v,
                                    &out->vec[v]));
     }
@@ -611,6 +627,10 @@ qv_status qv_weights_make_up(qv_weights *weights, qv_backend *be, const qv_layou
 
 static void free_layer(qv_backend *be, qv_layer_weights *layer)
 {
+    const qv_weight *head = layer->proj[QV_PROJ_LM_HEAD];
+    qv_tensor *embed = &layer->vec[QV_VEC_EMBED];
+    if (head != NULL && qv_backend_keeps_rows(be) && embed->data == qv_weight_rows(head).data)
+        embed->data = NULL; /* the head's memory */
     for (int p = 0; p < QV_PROJ_COUNT; p++)
         qv_weight_free(be, layer->proj[p]);
     for (int v = 0; v < QV_VEC_COUNT; v++)

@@ -15,7 +15,8 @@
 
 typedef struct {
     qv_weight *proj[QV_PROJ_COUNT]; /* [n_out, n_in] of the layout; NULL where the layer has none */
-    qv_tensor vec[QV_VEC_COUNT];    /* [rows] or [rows, row_elems], F32, the embedding as stored */
+    qv_tensor vec[QV_VEC_COUNT]; /* [rows] or [rows, row_elems], F32, the embedding as stored; that
+                                  * of a tied head may be the head's memory */
 } qv_layer_weights;
 
 typedef struct {
@@ -30,8 +31,9 @@ static inline const qv_layer_weights *qv_weights_layer(const qv_weights *weights
     return layer < 0 ? &weights->global : &weights->layers[layer];
 }
 
-/* Bytes on the backend of all weights of a layout, matrices stored as the config says. */
-uint64_t qv_weights_bytes(const qv_layout *layout);
+/* Bytes on the backend of all weights of a layout, matrices stored as the config says. A tied head
+ * and the embedding are one memory where the backend keeps rows (qv_backend_keeps_rows). */
+uint64_t qv_weights_bytes(const qv_layout *layout, const qv_backend *be);
 
 /* Check the names, dtypes and shapes of a checkpoint against the layout: one message names the
  * first tensors that are missing, wrong or unexpected. Errors: FORMAT, SHAPE, UNSUPPORTED. */

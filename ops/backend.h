@@ -100,6 +100,7 @@ typedef struct {
     qv_status (*weight_load)(qv_backend *be, qv_weight *w, int64_t expert, int64_t row,
                              int64_t n_rows, const void *src, qv_dtype src_dtype,
                              int64_t src_stride);
+    void *(*weight_rows)(const qv_weight *w); /* NULL: not kept row after row */
 } qv_backend_table;
 
 struct qv_backend {

@@ -346,6 +346,17 @@ qv_status qv_weight_load_expert(qv_backend *be, qv_weight *w, int64_t expert, in
     return load_weight(be, w, expert, row, n_rows, src, src_dtype, src_stride);
 }
 
+bool qv_backend_keeps_rows(const qv_backend *be)
+{
+    return be->table->weight_rows != NULL;
+}
+
+qv_tensor qv_weight_rows(const qv_weight *w)
+{
+    QV_ASSERT(w->n_experts == 0 && qv_backend_keeps_rows(w->backend));
+    return qv_tensor_2d(w->backend->table->weight_rows(w), w->dtype, w->n_out, w->n_in);
+}
+
 int64_t qv_weight_n_experts(const qv_weight *w)
 {
     return w->n_experts;

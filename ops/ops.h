@@ -141,6 +141,12 @@ qv_status qv_weight_load_expert(qv_backend *be, qv_weight *w, int64_t expert, in
                                 int64_t src_stride);
 /* Made-up numbers for the whole weight, as qv_backend_fill in the order [expert, row, column]. */
 qv_status qv_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
+/* Whether matrices are kept row after row, as they are stored, so that a table of rows and a matrix
+ * can be the same memory. CUDA: true. */
+bool qv_backend_keeps_rows(const qv_backend *be);
+/* A plain matrix as a tensor [n_out, n_in] over its own memory, good as long as it is. Only where
+ * qv_backend_keeps_rows. */
+qv_tensor qv_weight_rows(const qv_weight *w);
 int64_t qv_weight_n_experts(const qv_weight *w); /* 0: a plain matrix */
 int64_t qv_weight_n_out(const qv_weight *w);
 int64_t qv_weight_n_in(const qv_weight *w);

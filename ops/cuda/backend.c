@@ -166,4 +166,5 @@ const qv_backend_table qv_cuda_backend_table = {
     .weight_new = qv_cuda_weight_new,
     .weight_free = qv_cuda_weight_free,
     .weight_load = qv_cuda_weight_load,
+    .weight_rows = qv_cuda_weight_rows,
 };

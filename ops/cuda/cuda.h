@@ -140,6 +140,7 @@ qv_status qv_cuda_weight_load(qv_backend *be, qv_weight *w, int64_t expert, int6
                               int64_t n_rows, const void *src, qv_dtype src_dtype,
                               int64_t src_stride);
 
+void *qv_cuda_weight_rows(const qv_weight *w);
 qv_status qv_cuda_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
 
 /* --- recording.c -------------------------------------------------------------------------- */

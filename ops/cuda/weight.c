@@ -36,6 +36,11 @@ qv_status qv_cuda_weight_new(qv_backend *be, int64_t n_experts, int64_t n_out, i
     return QV_OK;
 }
 
+void *qv_cuda_weight_rows(const qv_weight *w)
+{
+    return qv_cuda_weight_of(w)->data;
+}
+
 qv_status qv_cuda_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed)
 {
     int64_t n = (w->n_experts > 0 ? w->n_experts : 1) * w->n_out * w->n_in;

@@ -527,6 +527,8 @@ static void worker_register(sim *s, worker *w)
     ready->capacity = w->capacity;
     ready->adapter_slots = w->slots;
     ready->max_context = 1;
+    if (w->id[1] != '0') /* one does not say which process it is */
+        qv_set(ready, ready, instance, w->generation);
     ready->adapters.data = held;
     for (int i = 0; i < N_ADAPTERS; i++) {
         if (w->versions[i] == 0)

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* --- A source ---------------------------------------------------------------------------------
  * A directory "content:rank:bytes" is an adapter with that content; "missing" is not there,
@@ -25,7 +26,8 @@ typedef struct {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool shut, slow_shut;
-    int n_let;              /* may pass the gate although it is shut */
+    int n_let;        /* may pass the gate although it is shut */
+    uint64_t dawdles; /* loaders take their time, drawn from this; 0 = they do not */
     bool install_fails;
     int device_room;        /* adapters that the device has memory for; 0 = as many as slots */
     bool unsettled;         /* stamps say that the files were just written */
@@ -36,9 +38,21 @@ typedef struct {
     char slot[8][40]; /* digest of what is in each slot, "" = cleared */
 } source;
 
+/* Between the loaders' steps anything may happen on the engine's side. */
+static void dawdle(source *s)
+{
+    pthread_mutex_lock(&s->lock);
+    s->dawdles = s->dawdles * UINT64_C(6364136223846793005) + (s->dawdles != 0);
+    long us = (long)(s->dawdles >> 56); /* up to a quarter of a millisecond */
+    pthread_mutex_unlock(&s->lock);
+    if (us > 64)
+        nanosleep(&(struct timespec){.tv_nsec = us * 1000}, NULL);
+}
+
 static qv_adapter_stamp source_stamp(void *user, const char *dir)
 {
     source *s = user;
+    dawdle(s);
     pthread_mutex_lock(&s->lock);
     qv_adapter_stamp out = {.hash = {s->generation}, .settled = !s->unsettled};
     for (const char *c = dir; *c != '\0'; c++)
@@ -80,6 +94,7 @@ static qv_status source_open(void *user, const char *dir, qv_adapter **out)
 static qv_status source_install(void *user, int32_t slot, const qv_adapter *adapter)
 {
     source *s = user;
+    dawdle(s);
     pthread_mutex_lock(&s->lock);
     s->n_installs++;
     s->slot[slot][0] = '\0';
@@ -1051,6 +1066,7 @@ Test(adapter_cache, keeps_its_counts_on_drawn_events)
             bool running;
         } held[HELD] = {0};
         w->source.unsettled = seed % 2 == 0;
+        w->source.dawdles = seed % 3;
         for (int i = 0; i < 400; i++) {
             int h = (int)qv_rng_range(&rng, 0, HELD);
             const char *name = names[qv_rng_range(&rng, 0, 5)];

@@ -16,7 +16,7 @@ cuda=0
 for arg in "$@"; do
     case $arg in
     --cuda) cuda=1 ;;
-    --tests) packages+=(libcriterion-dev python3 python3-zmq python3-msgpack python3-numpy) ;;
+    --tests) packages+=(libcriterion-dev python3 python3-zmq python3-msgpack python3-numpy iproute2 util-linux) ;;
     *) echo "install_deps.sh: unknown option '$arg' (only --tests and --cuda)" >&2; exit 2 ;;
     esac
 done

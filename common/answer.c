@@ -35,7 +35,7 @@ static qv_status reserve(void *array, size_t used, size_t more, size_t size, siz
     memcpy(&old, array, sizeof(old));
     if (more <= *capacity - used)
         return QV_OK;
-    size_t wanted = *capacity == 0 ? 64 : *capacity * 2;
+    size_t wanted = *capacity == 0 ? 16 : *capacity * 2; /* most answers held are young */
     if (wanted < used + more)
         wanted = used + more;
     void *grown = realloc(old, wanted * size);

@@ -422,9 +422,8 @@ static void run_stream_workers(const bench_broker *broker, uint32_t n, uint64_t 
                 take_runs(w);
             if (w->n > 0 && qv_now_us() >= w->next_us) {
                 step_streams(w);
-                w->next_us += step_us;
-                if (w->next_us + step_us < qv_now_us()) /* it was held up, or idle */
-                    w->next_us = qv_now_us();
+                while (step_us > 0 && w->next_us <= qv_now_us()) /* it may have been idle */
+                    w->next_us += step_us;
             }
             is_busy = is_busy || (w->n > 0 && step_us == 0);
             beat(w->mq, w->epoch, &w->beat_ms);

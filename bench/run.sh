@@ -44,7 +44,7 @@ printf '\n== simulate\n'
 if [ $part = broker ]; then
     printf '\n== faults, with real processes\n'
     status=0
-    ctest --test-dir "$build" -R '^system_delivery$' -V > "$build/faults.txt" 2>&1 || status=$?
+    ctest --test-dir "$build" -R '^system_(delivery|network|redis)$' -V > "$build/faults.txt" 2>&1 || status=$?
     grep -oE '[^.]*: ([0-9]+ acknowledged|confirmed).*|.*skipped:.*' "$build/faults.txt" || true
     [ $status -eq 0 ] || { tail -n 40 "$build/faults.txt"; exit $status; }
 fi

@@ -125,7 +125,7 @@ int32_t qv_k_attention_splits(int32_t n_seqs, int32_t n_kv_heads, int32_t n_sms)
 
 size_t qv_k_attention_scratch(int32_t n_seqs, int32_t n_heads, int32_t head_dim, int32_t n_splits)
 {
-    return (size_t)n_seqs * (size_t)n_heads * (size_t)n_splits * ((size_t)head_dim + 2) *
+    return (size_t)n_seqs * (size_t)n_heads * (size_t)n_splits * ((size_t)head_dim + 4) *
            sizeof(float);
 }
 

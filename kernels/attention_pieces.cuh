@@ -30,28 +30,41 @@ __device__ __forceinline__ piece_of_context find_piece(const qv_k_attention_args
     return p;
 }
 
-/* Where the pieces of one KV head of one sequence are: [n_splits][group][D] sums, then the two
- * numbers of each row. */
+/* Where the pieces of one KV head of one sequence are: [n_splits] times [group][D] sums, the two
+ * numbers of each row, and room to a multiple of 16 bytes. */
 __device__ __forceinline__ float *piece_sums(const qv_k_attention_args &c, int seq, int kv_head,
                                              int piece)
 {
     int64_t group = c.n_heads / c.n_kv_heads;
     int64_t at = ((int64_t)seq * c.n_kv_heads + kv_head) * c.n_splits + piece;
-    return (float *)c.scratch + at * group * (c.head_dim + 2);
+    return (float *)c.scratch + at * group * (c.head_dim + 4);
 }
 
 /* Add up the pieces of one KV head: out[row, col] = sum of piece * factor. `shared` has room for
- * MAX_PIECES * GROUP factors. Columns four at a time, the pieces' loads independent of each other.
- */
+ * (2 * MAX_PIECES + 1) * GROUP numbers. A thread has columns four at a time; AHEAD pieces of
+ * them are on their way at once, the first while the factors are found. */
 template <int D, int THREADS>
 __device__ __forceinline__ void join_pieces(const qv_k_attention_args &c, const float *all,
                                             int n_pieces, int group, float *shared, bf16 *out)
 {
-    int64_t step = (int64_t)group * (D + 2);
-    float *factor = shared, *total = shared + MAX_PIECES * GROUP;
-    for (int i = threadIdx.x; i < n_pieces * group; i += THREADS) {
-        int piece = i / group, row = i % group;
-        factor[piece * GROUP + row] = __ldcg(all + piece * step + group * D + 2 * row);
+    constexpr int AHEAD = 16;
+    int64_t step = (int64_t)group * (D + 4);
+    float *factor = shared, *sums = factor + MAX_PIECES * GROUP, *total = sums + MAX_PIECES * GROUP;
+    float4 part[AHEAD];
+    auto load = [&](int i, int first) {
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (first + k < n_pieces)
+                part[k] = __ldcg((const float4 *)(all + (first + k) * step) + i);
+    };
+    int i = threadIdx.x, n = group * D / 4;
+    if (i < n)
+        load(i, 0);
+    for (int j = threadIdx.x; j < n_pieces * group; j += THREADS) {
+        int piece = j / group, row = j % group;
+        float2 both = __ldcg((const float2 *)(all + piece * step + group * D) + row);
+        factor[piece * GROUP + row] = both.x;
+        sums[piece * GROUP + row] = both.y;
     }
     __syncthreads();
     for (int row = threadIdx.x; row < group; row += THREADS) {
@@ -62,23 +75,26 @@ __device__ __forceinline__ void join_pieces(const qv_k_attention_args &c, const 
         for (int p = 0; p < n_pieces; p++) {
             float f = exp2f(factor[p * GROUP + row] - whole);
             factor[p * GROUP + row] = f;
-            sum += __ldcg(all + p * step + group * D + 2 * row + 1) * f;
+            sum += sums[p * GROUP + row] * f;
         }
         total[row] = 1.0f / sum;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < group * D / 4; i += THREADS) {
+    for (; i < n; i += THREADS) {
         int row = i * 4 / D, col = i * 4 % D;
         float4 v = {0, 0, 0, 0};
-#pragma unroll 8
-        for (int p = 0; p < n_pieces; p++) {
-            float2 a = __ldcg((const float2 *)(all + p * step) + 2 * i);
-            float2 b = __ldcg((const float2 *)(all + p * step) + 2 * i + 1);
-            float f = factor[p * GROUP + row];
-            v.x = fmaf(a.x, f, v.x);
-            v.y = fmaf(a.y, f, v.y);
-            v.z = fmaf(b.x, f, v.z);
-            v.w = fmaf(b.y, f, v.w);
+        for (int first = 0; first < n_pieces; first += AHEAD) {
+            if (first > 0 || i >= THREADS)
+                load(i, first);
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++)
+                if (first + k < n_pieces) {
+                    float f = factor[(first + k) * GROUP + row];
+                    v.x = fmaf(part[k].x, f, v.x);
+                    v.y = fmaf(part[k].y, f, v.y);
+                    v.z = fmaf(part[k].z, f, v.z);
+                    v.w = fmaf(part[k].w, f, v.w);
+                }
         }
         float scale = total[row];
         uint2 packed = {pack_bf16(v.x * scale, v.y * scale), pack_bf16(v.z * scale, v.w * scale)};
@@ -152,9 +168,7 @@ __device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece
                        (kv_head * group + row) * c.o.head + col) = packed;
             continue;
         }
-        /* A piece begins at a multiple of 8 bytes. */
-        *(float2 *)(sums + row * D + col) = make_float2(v.x, v.y);
-        *(float2 *)(sums + row * D + col + 2) = make_float2(v.z, v.w);
+        *(float4 *)(sums + row * D + col) = v;
         if (col == 0) {
             sums[group * D + 2 * row] = whole;
             sums[group * D + 2 * row + 1] = total;

@@ -5,6 +5,7 @@
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
  *               [--rank R] [--eager] [--tp N] [--ep N] [--one-device]
+ *               [--all-reduce nccl|direct|auto]
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
  * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
@@ -32,6 +33,7 @@ static struct {
     bool eager;
     int32_t tp, ep;  /* ranks that share the model; groups of them that share out the experts */
     bool one_device; /* all ranks on the first device */
+    const char *all_reduce;
 } args = {.backend = "cuda", .context = 2048, .prompt = 8192, .rank = 16, .tp = 1, .ep = 1};
 
 static void check(qv_status status, const char *what)
@@ -200,8 +202,9 @@ static double time_step(const bench *b, const qv_batch *batch, int reps, double 
     qv_tensor logits;
     for (int i = -2; i < reps; i++) {
         start = now();
-        check(qv_model_forward(b->model, batch, &logits), "step");
-        check(qv_op_sample(b->be, logits, (int32_t)b->vocab, rows, results), "sample");
+        qv_status sampled;
+        check(qv_model_step(b->model, batch, (int32_t)b->vocab, rows, results, &sampled), "step");
+        check(sampled, "sample");
         if (i >= 0)
             times[i] = now() - start;
     }
@@ -315,6 +318,7 @@ static void parse(int argc, char **argv)
         {"tp", required_argument, NULL, 't'},
         {"ep", required_argument, NULL, 'x'},
         {"one-device", no_argument, NULL, 'o'},
+        {"all-reduce", required_argument, NULL, 'm'},
         {0},
     };
     char sizes[] = "1,16,64";
@@ -351,6 +355,9 @@ static void parse(int argc, char **argv)
         case 'o':
             args.one_device = true;
             break;
+        case 'm':
+            args.all_reduce = optarg;
+            break;
         default:
             exit(2);
         }
@@ -358,7 +365,7 @@ static void parse(int argc, char **argv)
     if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
         fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
                         "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--tp N] [--ep N] "
-                        "[--one-device]\n");
+                        "[--one-device] [--all-reduce NAME]\n");
         exit(2);
     }
     args.dir = argv[optind];
@@ -413,7 +420,8 @@ int main(int argc, char **argv)
     parse(argc, argv);
     bench b = {.model = NULL};
     for (int32_t i = 0; i < args.tp; i++) {
-        qv_backend_options options = {.name = args.backend, .device = args.one_device ? 0 : i};
+        qv_backend_options options = {
+            .name = args.backend, .device = args.one_device ? 0 : i, .all_reduce = args.all_reduce};
         check(qv_backend_open(&options, &b.backends[i]), "backend");
     }
     b.be = b.backends[0];
@@ -421,8 +429,9 @@ int main(int argc, char **argv)
     measure_gemm(b.be);
     printf("%s on %s", args.dir, qv_backend_describe(b.be));
     if (args.tp > 1)
-        printf(", %d ranks%s, experts in %d groups", args.tp, args.one_device ? " on it" : "",
-               args.ep);
+        printf(", %d ranks%s, experts in %d groups, sums %s", args.tp,
+               args.one_device ? " on it" : "", args.ep,
+               args.all_reduce != NULL ? args.all_reduce : "nccl");
     printf(": copy %.2f TB/s, GEMM %.0f TFLOP/s\n", copy_rate * 1e-12, gemm_rate * 1e-12);
     open_model(&b);
     decode_table(&b);

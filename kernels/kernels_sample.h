@@ -5,6 +5,7 @@
 
 #include "common/status.h"
 
+#include <stddef.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -28,7 +29,8 @@ typedef struct {
     int32_t banned, n_banned; /* its part of args.banned */
     int32_t
         list; /* which list of candidates is its; -1: none, top-k and top-p go over all logits */
-    double u; /* the draw, in [0, 1) */
+    int32_t keep; /* of shortlists: tokens to choose among; 0: the row is scored; -1: not short */
+    double u;     /* the draw, in [0, 1) */
 } qv_k_sample_row;
 
 #define QV_K_SAMPLE_NOT_FINITE (-1) /* in token: why there is none */
@@ -57,6 +59,30 @@ typedef struct {
 /* With room for the lists of n_lists rows, at most n_rows. */
 size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab, int32_t n_lists);
 qv_status qv_k_sample(const qv_k_sample_args *args, void *stream);
+
+/* Lists of one part of the vocabulary, as shortlist.h lays them out. `part` has the logits of the
+ * part and rows whose ids count from its first; a target that is not here is -1. No lists for
+ * top-k, no results. */
+typedef struct {
+    qv_k_sample_args part;
+    int64_t first;    /* id of column 0 */
+    int32_t k, n_top; /* what lists have room for */
+    int32_t *lists;   /* [n_rows, words] */
+} qv_k_shortlist_args;
+
+qv_status qv_k_shortlist(const qv_k_shortlist_args *args, void *stream);
+
+/* Results of rows that are short from the lists of all parts, side by side. */
+typedef struct {
+    const int32_t *lists;        /* [n_rows, n_parts, words] */
+    const qv_k_sample_row *rows; /* [n_rows]; their targets count in the whole vocabulary */
+    int32_t n_rows, n_parts, k, n_top;
+    qv_k_sample_result *results; /* [n_rows] */
+    void *scratch;               /* of qv_k_merge_scratch bytes */
+} qv_k_merge_args;
+
+size_t qv_k_merge_scratch(int32_t n_rows, int32_t n_parts, int32_t k);
+qv_status qv_k_merge_shortlists(const qv_k_merge_args *args, void *stream);
 
 #ifdef __cplusplus
 }

@@ -51,6 +51,11 @@ static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_d
     bytes[QV_BUF_LOGITS] = layout->shard.rank == 0 ? l * c->vocab * f32 : 0;
     bytes[QV_BUF_LOGITS_PART] =
         layout->shard.n_ranks > 1 ? l * layout->proj[QV_PROJ_LM_HEAD].n_out * f32 : 0;
+    int64_t words = qv_shortlist_words(
+        (qv_shortlist_shape){.k = QV_MAX_SHORTLIST, .n_top = QV_MAX_TOP_LOGPROBS});
+    bytes[QV_BUF_SHORTLIST] = layout->shard.n_ranks > 1 ? l * words * f32 : 0;
+    bytes[QV_BUF_SHORTLISTS] =
+        layout->shard.rank == 0 ? bytes[QV_BUF_SHORTLIST] * layout->shard.n_ranks : 0;
     bytes[QV_BUF_LORA] = max64(max64(t, l) * slices, pairs * expert_slices) * rank * f32;
 }
 
@@ -216,8 +221,12 @@ qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor res
 qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                             qv_tensor delta, qv_tensor y)
 {
-    QV_TRY(qv_op_all_reduce(pass->be, delta)); /* every block ends in a split of its input */
-    return add_norm(pass, layer, norm, residual, delta, y);
+    float eps = (float)pass->config->norm_eps;
+    /* every block ends in a split of its input */
+    QV_TRY(qv_op_sum_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
+                                  pass->config->arch->norm_plus_one, y, rest_of(pass)));
+    probe(pass, layer, norm_name(norm), y);
+    return QV_OK;
 }
 
 /* --- Head ------------------------------------------------------------------------------------- */
@@ -226,17 +235,12 @@ qv_status qv_block_head(qv_pass *pass, qv_tensor x)
 {
     int64_t n = pass->batch->n_logits, n_part = pass->layout->proj[QV_PROJ_LM_HEAD].n_out;
     bool alone = pass->layout->shard.n_ranks == 1;
-    pass->logits = qv_tensor_2d(pass->buffers->data[QV_BUF_LOGITS], QV_F32, n, pass->config->vocab);
+    void *data = pass->buffers->data[alone ? QV_BUF_LOGITS : QV_BUF_LOGITS_PART];
+    pass->part = qv_tensor_2d(data, QV_F32, n, n_part);
     if (n == 0)
         return QV_OK;
-    qv_tensor part = alone
-                         ? pass->logits
-                         : qv_tensor_2d(pass->buffers->data[QV_BUF_LOGITS_PART], QV_F32, n, n_part);
     qv_tensor rows =
         qv_tensor_2d(pass->buffers->data[QV_BUF_HEAD_IN], x.dtype, n, pass->config->hidden);
     QV_TRY(qv_op_gather_rows(pass->be, x, pass->batch->logit_row, rows));
-    QV_TRY(qv_linear(pass, QV_GLOBAL, QV_PROJ_LM_HEAD, rows, part));
-    QV_TRY(qv_op_gather_cols(pass->be, part, pass->logits));
-    probe(pass, QV_GLOBAL, "logits", pass->logits);
-    return QV_OK;
+    return qv_linear(pass, QV_GLOBAL, QV_PROJ_LM_HEAD, rows, pass->part);
 }

@@ -32,6 +32,8 @@ typedef enum {
     QV_BUF_HEAD_IN,       /* [L, hidden] */
     QV_BUF_LOGITS,        /* [L, vocab] F32; rank 0's */
     QV_BUF_LOGITS_PART,   /* [L, this rank's part of the vocabulary] F32, with several ranks */
+    QV_BUF_SHORTLIST,     /* [L, words of the longest shortlist], with several ranks */
+    QV_BUF_SHORTLISTS,    /* [L, ranks, words] of all ranks; rank 0's */
     QV_BUF_LORA,          /* F32 [max(T, L), most slices, max rank], of experts [T k, ...] */
     QV_BUF_COUNT
 } qv_buffer;
@@ -62,7 +64,7 @@ struct qv_pass {
     const qv_batch *batch;
     qv_probe_fn *probe; /* may be NULL */
     void *probe_user;
-    qv_tensor logits; /* out: [L, vocab] F32, on rank 0 */
+    qv_tensor part; /* out: [L, n] F32, logits of this rank's part of the vocabulary */
 };
 
 /* Views of the buffers for this step's T tokens: [T, hidden]. Residual, delta and shared are the
@@ -126,7 +128,8 @@ qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_ten
 /* y += shared, [T, hidden] F32, where routed experts are in a latent space. */
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y);
 
-/* Logits of the rows that need them: x [T, hidden] after the final norm, into pass->logits. */
+/* Logits of the rows that need them, of this rank's part of the vocabulary: x [T, hidden] after the
+ * final norm, into pass->part. */
 qv_status qv_block_head(qv_pass *pass, qv_tensor x);
 
 #endif

@@ -6,6 +6,7 @@
 #include "models/lora_cut.h"
 #include "models/lora_pool.h"
 #include "models/ranks.h"
+#include "models/sampling.h"
 #include "models/state.h"
 #include "models/weights.h"
 
@@ -27,7 +28,7 @@ typedef struct {
     qv_lora_pool *lora;                      /* NULL: no adapters */
     qv_recording *recorded[2][MAX_RECORDED]; /* [with adapters][size] decode steps; NULL: none */
     int n_recorded;
-    qv_tensor recorded_logits; /* of the largest: where they all leave them */
+    qv_tensor recorded_part; /* of the largest: where they all leave their logits */
 } model_rank;
 
 struct qv_model {
@@ -44,6 +45,7 @@ struct qv_model {
      * ever. */
     pthread_mutex_t running;
     int64_t n_steps, break_rank, break_step; /* step 0: none is to fail */
+    qv_sampling sampling;                    /* of several ranks */
     qv_probe_fn *probe;
     void *probe_user;
 };
@@ -124,9 +126,9 @@ qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
 
 /* --- One pass --------------------------------------------------------------------------------- */
 
-/* `batch` is where the backend reads it; logits may be NULL. */
+/* `batch` is where the backend reads it; *part becomes this rank's part of the logits. */
 static qv_status forward(qv_model *model, int32_t rank, const qv_batch *batch, qv_lora_pool *lora,
-                         qv_tensor *logits)
+                         qv_tensor *part)
 {
     model_rank *r = &model->ranks[rank];
     qv_pass pass = {.be = r->be,
@@ -141,8 +143,7 @@ static qv_status forward(qv_model *model, int32_t rank, const qv_batch *batch, q
                     .probe = rank == 0 ? model->probe : NULL,
                     .probe_user = model->probe_user};
     QV_TRY(model->config.arch->forward(&pass));
-    if (logits != NULL)
-        *logits = pass.logits;
+    *part = pass.part;
     return QV_OK;
 }
 
@@ -163,7 +164,7 @@ static qv_status record_step(void *ctx, const qv_batch *batch)
     recording *rec = ctx;
     model_rank *r = &rec->model->ranks[rec->rank];
     return forward(rec->model, rec->rank, batch, rec->with_adapters ? r->lora : NULL,
-                   &r->recorded_logits);
+                   &r->recorded_part);
 }
 
 /* Record the decode steps of one rank, without and with adapters. */
@@ -266,6 +267,8 @@ static qv_status init_ranks(qv_model *model, const qv_model_ranks *ranks)
         if (model->comm != NULL)
             qv_backend_join(r->be, model->comm, i);
     }
+    if (model->comm != NULL)
+        QV_TRY(qv_sampling_init(&model->sampling, model->limits.max_logits));
     return qv_ranks_new(model->comm, &model->threads);
 }
 
@@ -342,6 +345,7 @@ void qv_model_close(qv_model *model)
         qv_weights_deinit(&r->weights);
     }
     pthread_mutex_destroy(&model->running);
+    qv_sampling_deinit(&model->sampling);
     qv_comm_free(model->comm);
     free(model->ranks);
     free(model->dir);
@@ -393,9 +397,28 @@ static qv_status check_batch(const qv_model_limits *limits, const qv_batch *batc
 
 typedef struct {
     qv_model *model;
-    const qv_batch *batch; /* host memory */
-    qv_tensor *logits;
+    const qv_batch *batch;       /* host memory */
+    bool gather;                 /* all logits on rank 0 */
+    qv_tensor logits;            /* of rank 0, then */
+    const qv_sampling *sampling; /* NULL: none; with one rank the caller samples */
 } step;
+
+/* All logits on rank 0, for those who want to see them. */
+static qv_status gather_logits(step *s, int32_t rank, qv_tensor part)
+{
+    qv_model *model = s->model;
+    model_rank *r = &model->ranks[rank];
+    qv_tensor whole =
+        qv_tensor_2d(r->buffers.data[QV_BUF_LOGITS], QV_F32, part.shape[0], model->config.vocab);
+    if (part.shape[0] > 0)
+        QV_TRY(qv_op_gather_cols(r->be, part, whole));
+    if (rank > 0)
+        return QV_OK;
+    s->logits = whole;
+    if (model->probe != NULL && part.shape[0] > 0)
+        model->probe(QV_GLOBAL, "logits", &whole, model->probe_user);
+    return QV_OK;
+}
 
 static qv_status run_step(int32_t rank, void *ctx)
 {
@@ -405,32 +428,60 @@ static qv_status run_step(int32_t rank, void *ctx)
     if (model->n_steps == model->break_step && rank == model->break_rank)
         return qv_fail(QV_ERR_DEVICE, "told to fail at step %" PRId64, model->n_steps);
     qv_recording *recorded = find_recording(model, r, s->batch);
+    qv_tensor part;
     if (recorded != NULL) {
         QV_TRY(qv_backend_replay(r->be, recorded, s->batch));
-        if (rank == 0)
-            *s->logits = qv_tensor_rows(r->recorded_logits, 0, s->batch->n_logits);
+        part = qv_tensor_rows(r->recorded_part, 0, s->batch->n_logits);
     } else {
         qv_batch batch;
         QV_TRY(qv_backend_put_batch(r->be, s->batch, &batch));
-        QV_TRY(forward(model, rank, &batch, has_adapters(s->batch) ? r->lora : NULL,
-                       rank == 0 ? s->logits : NULL));
+        QV_TRY(forward(model, rank, &batch, has_adapters(s->batch) ? r->lora : NULL, &part));
     }
+    if (s->gather || model->probe != NULL)
+        QV_TRY(gather_logits(s, rank, part));
+    if (s->sampling != NULL)
+        QV_TRY(qv_sampling_run(s->sampling, r->be, &r->layout, &r->buffers, part));
     /* So that a fault of another rank is found now, while the first waits for it. */
     return rank > 0 ? qv_backend_sync(r->be) : QV_OK;
+}
+
+static qv_status run_on_ranks(step *s)
+{
+    qv_model *model = s->model;
+    model->n_steps++;
+    if (model->n_ranks == 1)
+        return qv_ranks_run(model->threads, run_step, s);
+    pthread_mutex_lock(&model->running);
+    qv_status status = qv_ranks_run(model->threads, run_step, s);
+    pthread_mutex_unlock(&model->running);
+    return status;
 }
 
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits)
 {
     QV_TRY(check_batch(&model->limits, batch));
-    step s = {.model = model, .batch = batch, .logits = logits};
-    model->n_steps++;
-    if (model->n_ranks > 1) {
-        pthread_mutex_lock(&model->running);
-        qv_status status = qv_ranks_run(model->threads, run_step, &s);
-        pthread_mutex_unlock(&model->running);
-        return status;
+    step s = {.model = model, .batch = batch, .gather = true};
+    QV_TRY(run_on_ranks(&s));
+    *logits = s.logits;
+    return QV_OK;
+}
+
+qv_status qv_model_step(qv_model *model, const qv_batch *batch, int32_t n_valid,
+                        const qv_sample_row *rows, qv_sample_result *results, qv_status *sampled)
+{
+    QV_TRY(check_batch(&model->limits, batch));
+    bool alone = model->n_ranks == 1;
+    step s = {.model = model, .batch = batch, .gather = alone};
+    if (!alone && batch->n_logits > 0) {
+        QV_TRY(qv_sampling_plan(&model->sampling, rows, batch->n_logits, n_valid,
+                                model->config.vocab, results));
+        s.sampling = &model->sampling;
     }
-    return qv_ranks_run(model->threads, run_step, &s);
+    QV_TRY(run_on_ranks(&s));
+    *sampled = alone && batch->n_logits > 0
+                   ? qv_op_sample(model->ranks[0].be, s.logits, n_valid, rows, results)
+                   : qv_sample_check_results(results, batch->n_logits);
+    return QV_OK;
 }
 
 qv_status qv_model_break_rank(qv_model *model, int64_t rank, int64_t at_step)

@@ -85,6 +85,13 @@ qv_backend *qv_model_get_backend(const qv_model *model);
  * use. Errors: SHAPE, LIMIT, DEVICE. */
 qv_status qv_model_forward(qv_model *model, const qv_batch *batch, qv_tensor *logits);
 
+/* The same, and sample its rows: rows and results [batch->n_logits] on the host, n_valid as for
+ * qv_op_sample, whose results these are. Over several ranks only rows that need all logits are
+ * gathered. *sampled: QV_OK, or what qv_op_sample says of the first row that could not be sampled.
+ * Errors: as forward; ARG (a parameter; names the row). */
+qv_status qv_model_step(qv_model *model, const qv_batch *batch, int32_t n_valid,
+                        const qv_sample_row *rows, qv_sample_result *results, qv_status *sampled);
+
 /* Called with every named intermediate of a step (of rank 0), in order, before the next op runs: to
  * compare a pass with a reference. `layer` is -1 outside of layers; the tensor is valid during the
  * call. */

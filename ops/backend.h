@@ -54,7 +54,15 @@
                         const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor shared,         \
                         qv_tensor gate, qv_tensor y))                                              \
     X(sample, (qv_backend * be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,      \
-               qv_sample_result *results))
+               qv_sample_result *results))                                                         \
+    X(shortlist, (qv_backend * be, qv_tensor part, const qv_shortlist_part *where,                 \
+                  const qv_sample_row *rows, qv_tensor lists))                                     \
+    X(merge_shortlists,                                                                            \
+      (qv_backend * be, qv_tensor lists, int32_t n_parts, const qv_shortlist_part *where,          \
+       const qv_sample_row *rows, qv_sample_result *results))
+
+/* Why a row has no token; in qv_sample_result.token. */
+enum { QV_SAMPLE_NOT_FINITE = -1, QV_SAMPLE_ALL_BANNED = -2 };
 
 typedef struct {
 #define QV_OP_ENTRY(name, args) qv_status(*name) args;
@@ -93,6 +101,9 @@ typedef struct {
     void (*leave)(qv_backend *be);
     qv_status (*all_reduce)(qv_backend *be, qv_tensor x);
     qv_status (*gather_cols)(qv_backend *be, qv_tensor part, qv_tensor whole);
+    /* NULL: all_reduce, then add_rms_norm. */
+    qv_status (*sum_add_rms_norm)(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                                  float eps, bool plus_one, qv_tensor y, qv_tensor rest);
     /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */
     qv_status (*weight_new)(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
                             qv_dtype dtype, qv_weight **out);

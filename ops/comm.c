@@ -20,6 +20,7 @@ struct qv_comm {
     pthread_cond_t moved;   /* the round is over, or a rank has failed */
     int32_t arrived;        /* under `lock` */
     _Atomic uint32_t round; /* release: what ranks wrote before the barrier is seen after it */
+    volatile int32_t *flag[QV_MAX_RANKS]; /* under `lock`; raised by a failure */
     atomic_bool failed;
     int32_t loser;             /* of the first failure; written before `failed` is */
     char reason[QV_ERROR_MAX]; /* likewise */
@@ -80,7 +81,19 @@ void qv_comm_fail(qv_comm *comm, int32_t rank, const char *reason)
         snprintf(comm->reason, sizeof comm->reason, "rank %d failed: %.400s", rank, reason);
     }
     atomic_store_explicit(&comm->failed, true, memory_order_release);
+    for (int32_t r = 0; r < comm->n_ranks; r++)
+        if (comm->flag[r] != NULL)
+            *comm->flag[r] = 1;
     pthread_cond_broadcast(&comm->moved);
+    pthread_mutex_unlock(&comm->lock);
+}
+
+void qv_comm_flag_failure(qv_comm *comm, int32_t rank, volatile int32_t *flag)
+{
+    pthread_mutex_lock(&comm->lock);
+    comm->flag[rank] = flag;
+    if (flag != NULL && atomic_load_explicit(&comm->failed, memory_order_relaxed))
+        *flag = 1;
     pthread_mutex_unlock(&comm->lock);
 }
 

@@ -38,6 +38,10 @@ void qv_comm_fail(qv_comm *comm, int32_t rank, const char *reason);
 /* The first rank that failed; -1: none has. */
 int32_t qv_comm_first_failed(const qv_comm *comm);
 
+/* For backends: *flag becomes 1 when any rank fails (at once if one has), for waits that no barrier
+ * ends, such as a device's. One flag a rank; NULL: forget it, after which it is not touched. */
+void qv_comm_flag_failure(qv_comm *comm, int32_t rank, volatile int32_t *flag);
+
 /* For backends: wait until every rank is here. What a rank wrote before is seen by all after.
  * Errors: DEVICE (a rank failed; says which and why). */
 qv_status qv_comm_barrier(qv_comm *comm);

@@ -1,6 +1,7 @@
 #include "ops/ops.h"
 
 #include "common/dtype.h"
+#include "kernels/shortlist.h"
 #include "ops/backend.h"
 
 #include <math.h>
@@ -427,8 +428,8 @@ qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bo
     return qv_tensor_count(&x) ? be->ops->rms_norm(be, x, w, eps, plus_one, y) : QV_OK;
 }
 
-qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
-                             float eps, bool plus_one, qv_tensor y, qv_tensor rest)
+static qv_status check_add_rms_norm(const qv_backend *be, qv_tensor residual, qv_tensor delta,
+                                    qv_tensor w, qv_tensor y, qv_tensor rest)
 {
     qv_dtype act = be->table->activation_dtype;
     EXPECT("add_rms_norm", residual, QV_F32, ANY, ANY);
@@ -438,6 +439,13 @@ qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta
         EXPECT("add_rms_norm", rest, act, residual.shape[0], residual.shape[1]);
     EXPECT("add_rms_norm", y, act, residual.shape[0], residual.shape[1]);
     EXPECT("add_rms_norm", w, QV_F32, residual.shape[1]);
+    return QV_OK;
+}
+
+qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                             float eps, bool plus_one, qv_tensor y, qv_tensor rest)
+{
+    QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
     return qv_tensor_count(&residual)
                ? be->ops->add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest)
                : QV_OK;
@@ -511,6 +519,19 @@ qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x)
 {
     EXPECT("all_reduce", x, QV_F32, ANY, ANY);
     return has_peers(be) ? be->table->all_reduce(be, x) : QV_OK;
+}
+
+qv_status qv_op_sum_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                                 float eps, bool plus_one, qv_tensor y, qv_tensor rest)
+{
+    if (has_peers(be) && be->table->sum_add_rms_norm != NULL) {
+        QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
+        return qv_tensor_count(&y)
+                   ? be->table->sum_add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest)
+                   : QV_OK;
+    }
+    QV_TRY(qv_op_all_reduce(be, delta));
+    return qv_op_add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest);
 }
 
 qv_status qv_op_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole)
@@ -918,6 +939,13 @@ static qv_status check_sample_row(int64_t i, const qv_sample_row *row, int64_t n
     return check_ids("banned token", i, row->banned, row->n_banned, n_vocab);
 }
 
+qv_status qv_sample_check_rows(const qv_sample_row *rows, int64_t n_rows, int64_t n_vocab)
+{
+    for (int64_t i = 0; i < n_rows; i++)
+        QV_TRY(check_sample_row(i, &rows[i], n_vocab));
+    return QV_OK;
+}
+
 qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,
                        qv_sample_result *results)
 {
@@ -927,7 +955,92 @@ qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const 
     if (n_valid <= 0 || n_valid > logits.shape[1])
         return qv_fail(QV_ERR_SHAPE, "sample: %d valid tokens of %lld columns", n_valid,
                        (long long)logits.shape[1]);
-    for (int64_t i = 0; i < logits.shape[0]; i++)
-        QV_TRY(check_sample_row(i, &rows[i], logits.shape[1]));
+    QV_TRY(qv_sample_check_rows(rows, logits.shape[0], logits.shape[1]));
     return be->ops->sample(be, logits, n_valid, rows, results);
+}
+
+/* The first of the rows, or of those that are short with `n_valid`, that could not be sampled. */
+static qv_status check_results(const qv_sample_result *results, int64_t n_rows,
+                               const qv_sample_row *rows, int32_t n_valid)
+{
+    for (int64_t i = 0; i < n_rows; i++) {
+        if (rows != NULL && !qv_sample_row_is_short(&rows[i], n_valid))
+            continue;
+        if (results[i].token == QV_SAMPLE_NOT_FINITE)
+            return qv_fail(QV_ERR_INTERNAL, "sample: row %lld has logits that are not finite",
+                           (long long)i);
+        if (results[i].token == QV_SAMPLE_ALL_BANNED)
+            return qv_fail(QV_ERR_ARG, "sample: row %lld has every token banned", (long long)i);
+    }
+    return QV_OK;
+}
+
+qv_status qv_sample_check_results(const qv_sample_result *results, int64_t n_rows)
+{
+    return check_results(results, n_rows, NULL, 0);
+}
+
+bool qv_sample_row_is_short(const qv_sample_row *row, int32_t n_valid)
+{
+    return row->target >= 0 || row->temperature == 0 ||
+           (row->top_k > 0 && row->top_k <= QV_MAX_SHORTLIST && row->top_k < n_valid);
+}
+
+qv_shortlist_shape qv_shortlist_shape_of(const qv_sample_row *rows, int64_t n_rows, int32_t n_valid)
+{
+    qv_shortlist_shape shape = {0};
+    for (int64_t i = 0; i < n_rows; i++) {
+        if (!qv_sample_row_is_short(&rows[i], n_valid))
+            continue;
+        int32_t k = rows[i].target >= 0 ? 0 : rows[i].temperature > 0 ? rows[i].top_k : 1;
+        shape.k = k > shape.k ? k : shape.k;
+        shape.n_top = rows[i].n_top > shape.n_top ? rows[i].n_top : shape.n_top;
+    }
+    return shape;
+}
+
+int64_t qv_shortlist_words(qv_shortlist_shape shape)
+{
+    return QV_SHORT_WORDS(shape.k, shape.n_top);
+}
+
+static qv_status check_shortlist(const qv_shortlist_part *where, const qv_sample_row *rows,
+                                 int64_t n_rows)
+{
+    if (where->shape.k < 0 || where->shape.k > QV_MAX_SHORTLIST || where->shape.n_top < 0 ||
+        where->shape.n_top > QV_MAX_TOP_LOGPROBS)
+        return qv_fail(QV_ERR_LIMIT, "shortlist: %d tokens, %d alternatives", where->shape.k,
+                       where->shape.n_top);
+    if (where->n_valid <= 0 || where->n_valid > where->n_vocab)
+        return qv_fail(QV_ERR_SHAPE, "shortlist: %d valid tokens of %lld columns", where->n_valid,
+                       (long long)where->n_vocab);
+    return qv_sample_check_rows(rows, n_rows, where->n_vocab);
+}
+
+qv_status qv_op_shortlist(qv_backend *be, qv_tensor part, const qv_shortlist_part *where,
+                          const qv_sample_row *rows, qv_tensor lists)
+{
+    EXPECT("shortlist", part, QV_F32, ANY, ANY);
+    EXPECT_CONTIGUOUS("shortlist", lists, QV_F32, part.shape[0], qv_shortlist_words(where->shape));
+    if (part.shape[0] == 0)
+        return QV_OK;
+    if (where->first < 0 || where->first + part.shape[1] > where->n_vocab)
+        return qv_fail(QV_ERR_SHAPE, "shortlist: columns %lld to %lld of %lld",
+                       (long long)where->first, (long long)(where->first + part.shape[1]),
+                       (long long)where->n_vocab);
+    QV_TRY(check_shortlist(where, rows, part.shape[0]));
+    return be->ops->shortlist(be, part, where, rows, lists);
+}
+
+qv_status qv_op_merge_shortlists(qv_backend *be, qv_tensor lists, int32_t n_parts,
+                                 const qv_shortlist_part *where, const qv_sample_row *rows,
+                                 qv_sample_result *results)
+{
+    EXPECT_CONTIGUOUS("merge_shortlists", lists, QV_F32, ANY,
+                      n_parts * qv_shortlist_words(where->shape));
+    if (lists.shape[0] == 0)
+        return QV_OK;
+    QV_TRY(check_shortlist(where, rows, lists.shape[0]));
+    QV_TRY(be->ops->merge_shortlists(be, lists, n_parts, where, rows, results));
+    return check_results(results, lists.shape[0], rows, where->n_valid);
 }

@@ -41,6 +41,9 @@ typedef struct {
     const char *isa;        /* CPU: "avx512", "avx2" or "baseline"; NULL = the widest there is */
     const char *arithmetic; /* CPU: "f32" (default when NULL) or "bf16": what a device that computes
                              * in BF16 does, see below */
+    const char *all_reduce; /* CUDA: how ranks on devices of their own add up: "nccl" (default when
+                             * NULL), "direct" (into each other's memory, also on one device) or
+                             * "auto" (direct when short, else NCCL) */
 } qv_backend_options;
 
 /* Errors: NOT_FOUND (no such backend in this build, names those there are), ARG and UNSUPPORTED (an
@@ -489,6 +492,11 @@ qv_status qv_backend_connect(qv_backend *be);
  * group. Errors: DEVICE (a rank failed). */
 qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x);
 
+/* qv_op_all_reduce of delta, then qv_op_add_rms_norm, in one where the backend can; what delta
+ * holds afterwards is not said. Errors: as those. */
+qv_status qv_op_sum_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                                 float eps, bool plus_one, qv_tensor y, qv_tensor rest);
+
 /* Rank 0's `whole` [n, sum of d] becomes the parts of all ranks side by side, in the order of
  * ranks. part [n, d] F32, the same n; `whole` F32, ignored on other ranks; any row strides. Without
  * a group, whole is part: nothing is copied, and the two must be the same memory. Errors: DEVICE.
@@ -544,5 +552,53 @@ typedef struct {
  * results. */
 qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,
                        qv_sample_result *results);
+
+/* --- Sampling from parts of the vocabulary ------------------------------------------------------
+ *
+ * Ranks that have a part of the vocabulary each make a shortlist of every row of theirs, and one of
+ * them merges the lists (side by side, as qv_op_gather_cols leaves them) into what qv_op_sample
+ * would have given for the whole row. That works for rows whose choice depends on few tokens: those
+ * that are scored, greedy ones, and those with a top_k of at most QV_MAX_SHORTLIST. */
+
+#define QV_MAX_SHORTLIST 256
+
+/* What the lists of a step have room for: the same on all ranks. */
+typedef struct {
+    int32_t k;     /* tokens to choose among, <= QV_MAX_SHORTLIST */
+    int32_t n_top; /* alternatives to report, <= QV_MAX_TOP_LOGPROBS */
+} qv_shortlist_shape;
+
+/* Whether a shortlist is enough for a row. */
+bool qv_sample_row_is_short(const qv_sample_row *row, int32_t n_valid);
+/* The least room for all rows that are short. */
+qv_shortlist_shape qv_shortlist_shape_of(const qv_sample_row *rows, int64_t n_rows,
+                                         int32_t n_valid);
+/* Numbers of 32 bits of one list. */
+int64_t qv_shortlist_words(qv_shortlist_shape shape);
+
+/* lists [n, words] from part [n, n_part] F32 (changed in place), which is columns [first, first +
+ * n_part) of logits with n_valid valid columns in all; rows are as for qv_op_sample, with ids of
+ * the whole vocabulary, which is n_vocab. Lists of rows that are not short are left empty. `lists`
+ * is F32, dense, and opaque. Errors: SHAPE, LIMIT, ARG as qv_op_sample. */
+typedef struct {
+    int64_t first, n_vocab;
+    int32_t n_valid;
+    qv_shortlist_shape shape;
+} qv_shortlist_part;
+qv_status qv_op_shortlist(qv_backend *be, qv_tensor part, const qv_shortlist_part *where,
+                          const qv_sample_row *rows, qv_tensor lists);
+
+/* Merge lists [n, n_parts * words], parts in the order of ids, into results on the host. Rows that
+ * are not short keep the results they have. The same token, alternatives and order as qv_op_sample
+ * on the whole rows; logprobs differ by the rounding of the sum over the vocabulary. Errors: those
+ * of qv_op_sample. */
+qv_status qv_op_merge_shortlists(qv_backend *be, qv_tensor lists, int32_t n_parts,
+                                 const qv_shortlist_part *where, const qv_sample_row *rows,
+                                 qv_sample_result *results);
+
+/* Whether parameters make sense for a vocabulary of n_vocab: QV_OK, or ARG, which names the row. */
+qv_status qv_sample_check_rows(const qv_sample_row *rows, int64_t n_rows, int64_t n_vocab);
+/* What results say of rows that could not be sampled: QV_OK, or INTERNAL or ARG for the first. */
+qv_status qv_sample_check_results(const qv_sample_result *results, int64_t n_rows);
 
 #endif

@@ -362,20 +362,19 @@ static void fill_rows(qv_engine *engine, const qv_plan *plan)
         engine->results[i].token = -1;
 }
 
-/* Sample every row. A row whose logits are not finite keeps a negative token and is its own
- * request's trouble; the others have their results. */
-static qv_status sample(qv_engine *engine, const qv_plan *plan, qv_tensor logits)
+/* Run the step and sample every row. A row whose logits are not finite keeps a negative token and
+ * is its own request's trouble; the others have their results. */
+static qv_status step_and_sample(qv_engine *engine, const qv_plan *plan, const qv_batch *batch)
 {
-    if (plan->n_logits == 0)
-        return QV_OK;
-    qv_status status = qv_op_sample(engine->backend, logits, engine->context.n_valid, engine->rows,
-                                    engine->results);
-    if (status != QV_ERR_INTERNAL)
-        return status;
+    qv_status sampled;
+    QV_TRY(qv_model_step(engine->model, batch, engine->context.n_valid, engine->rows,
+                         engine->results, &sampled));
+    if (sampled != QV_ERR_INTERNAL)
+        return sampled;
     for (int32_t i = 0; i < plan->n_logits; i++)
         if (engine->results[i].token < 0)
             return QV_OK;
-    return status;
+    return sampled;
 }
 
 static void keep_prompt_scores(const qv_plan_item *item, const qv_sample_result *results)
@@ -440,16 +439,14 @@ static qv_status commit(qv_engine *engine, const qv_plan_item *item,
 /* Run one plan on the model and take in its results. */
 static qv_status run(qv_engine *engine, const qv_plan *plan)
 {
-    qv_tensor logits;
     const qv_batch *batch = qv_batch_build(engine->builder, plan);
-    QV_TRY(qv_model_forward(engine->model, batch, &logits));
+    fill_rows(engine, plan);
+    QV_TRY(step_and_sample(engine, plan, batch));
     if (engine->dump != NULL) {
         QV_TRY(qv_engine_dump_finish(engine->dump));
         qv_engine_dump_free(engine->dump);
         engine->dump = NULL;
     }
-    fill_rows(engine, plan);
-    QV_TRY(sample(engine, plan, logits));
     const qv_sample_result *results = engine->results;
     for (int32_t i = 0; i < plan->n_items; i++) {
         QV_TRY(commit(engine, &plan->items[i], results));

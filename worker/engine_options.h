@@ -59,6 +59,12 @@
         QV_OPTION(st, m.devices, STRING, "devices", "LIST", "",                                    \
                   "Devices of the ranks, for example 0,1. Default: the first tp.",                 \
                   .section = "Device"),                                                            \
+        QV_OPTION(st, m.all_reduce, STRING, "all-reduce", "NAME", "nccl",                          \
+                  "CUDA: how ranks add up. nccl: through NCCL. direct: they write into each "      \
+                  "other's memory, in one kernel with the norm that follows. auto: direct for "    \
+                  "messages of up to 4 MiB with two ranks, a ninth of that with four, NCCL "       \
+                  "beyond. Devices that cannot reach each other use NCCL.",                        \
+                  .section = "Device"),                                                            \
         QV_OPTION(st, m.max_running, INT, "max-running", "N", "64",                                \
                   "Most answers computed at once; each holds KV pages and one state slot.",        \
                   .min = 1, .max = 4096, .section = "Batching"),                                   \

@@ -62,7 +62,8 @@ qv_status qv_engine_ranks_open(const qv_engine_options *o, qv_engine_ranks *out)
                                       .device = devices[i],
                                       .deterministic = o->deterministic,
                                       .gemm = o->gemm,
-                                      .arithmetic = o->arithmetic};
+                                      .arithmetic = o->arithmetic,
+                                      .all_reduce = o->all_reduce};
         QV_TRY(qv_backend_open(&backend, &out->backends[i]));
         out->ranks.n_ranks = i + 1;
     }

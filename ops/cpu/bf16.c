@@ -292,6 +292,19 @@ static qv_status bf16_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,
     return OPS(be)->sample(be, logits, n_valid, rows, results);
 }
 
+static qv_status bf16_shortlist(qv_backend *be, qv_tensor part, const qv_shortlist_part *where,
+                                const qv_sample_row *rows, qv_tensor lists)
+{
+    return OPS(be)->shortlist(be, part, where, rows, lists);
+}
+
+static qv_status bf16_merge_shortlists(qv_backend *be, qv_tensor lists, int32_t n_parts,
+                                       const qv_shortlist_part *where, const qv_sample_row *rows,
+                                       qv_sample_result *results)
+{
+    return OPS(be)->merge_shortlists(be, lists, n_parts, where, rows, results);
+}
+
 const qv_op_table qv_cpu_bf16_ops = {
 #define QV_OP_ENTRY(name, args) .name = bf16_##name,
     QV_OP_LIST(QV_OP_ENTRY)

@@ -52,6 +52,7 @@ static void cuda_close(qv_backend *be)
         (void)cudaFree(cuda->retired[i]);
     qv_cuda_mirror_deinit(&cuda->batch);
     qv_cuda_mirror_deinit(&cuda->sample);
+    qv_cuda_mirror_deinit(&cuda->merge);
     qv_cuda_mirror_deinit(&cuda->result);
     if (cuda->batch_sent != NULL)
         (void)cudaEventDestroy(cuda->batch_sent);
@@ -117,8 +118,23 @@ static qv_status open_parts(qv_cuda_backend *cuda)
     return QV_OK;
 }
 
+static qv_status read_sums(const char *name, qv_cuda_sums *out)
+{
+    static const char *const names[] = {[QV_CUDA_SUMS_NCCL] = "nccl",
+                                        [QV_CUDA_SUMS_DIRECT] = "direct",
+                                        [QV_CUDA_SUMS_AUTO] = "auto"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name != NULL && *name != '\0' ? name : "nccl", names[i]) == 0) {
+            *out = (qv_cuda_sums)i;
+            return QV_OK;
+        }
+    return qv_fail(QV_ERR_ARG, "all-reduce '%s' is none of nccl, direct and auto", name);
+}
+
 static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
 {
+    qv_cuda_sums sums = QV_CUDA_SUMS_NCCL;
+    QV_TRY(read_sums(options->all_reduce, &sums));
     qv_cuda_backend *cuda = calloc(1, sizeof *cuda);
     if (cuda == NULL)
         return qv_fail(QV_ERR_NOMEM, "cuda: no memory");
@@ -126,6 +142,7 @@ static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
     cuda->base.ops = &qv_cuda_ops;
     cuda->device = options->device;
     cuda->deterministic = options->deterministic;
+    cuda->sums = sums;
     pthread_mutex_init(&cuda->lock, NULL);
     pthread_cond_init(&cuda->lane_free, NULL);
     qv_status status = open_parts(cuda);
@@ -163,6 +180,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .leave = qv_cuda_leave,
     .all_reduce = qv_cuda_all_reduce,
     .gather_cols = qv_cuda_gather_cols,
+    .sum_add_rms_norm = qv_cuda_sum_add_rms_norm,
     .weight_new = qv_cuda_weight_new,
     .weight_free = qv_cuda_weight_free,
     .weight_load = qv_cuda_weight_load,

@@ -42,10 +42,18 @@ typedef struct {
 typedef struct qv_cuda_plans qv_cuda_plans; /* linear.c */
 typedef struct qv_cuda_comm qv_cuda_comm;   /* comm.c */
 
+/* How ranks on devices of their own add up: the option all_reduce. */
+typedef enum {
+    QV_CUDA_SUMS_NCCL,
+    QV_CUDA_SUMS_DIRECT,
+    QV_CUDA_SUMS_AUTO,
+} qv_cuda_sums;
+
 typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
+    qv_cuda_sums sums;
     cudaStream_t stream;
     qv_cuda_lane lanes[QV_CUDA_LANES];
     pthread_mutex_t lock; /* of lanes[].taken */
@@ -61,6 +69,7 @@ typedef struct {
     qv_cuda_mirror batch;   /* the arrays of the step */
     cudaEvent_t batch_sent; /* the host side may be written again */
     qv_cuda_mirror sample;  /* parameters of rows */
+    qv_cuda_mirror merge;   /* of rows whose shortlists are merged */
     qv_cuda_mirror result;
     int32_t *seen_place; /* host [limits.n_vocab], all -1 between ops */
 
@@ -126,6 +135,10 @@ qv_status qv_cuda_connect(qv_backend *be);
 void qv_cuda_leave(qv_backend *be);
 qv_status qv_cuda_all_reduce(qv_backend *be, qv_tensor x);
 qv_status qv_cuda_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole);
+qv_status qv_cuda_sum_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
+                                   float eps, bool plus_one, qv_tensor y, qv_tensor rest);
+/* After launching recorded collectives: see qv_cuda_direct_together. */
+qv_status qv_cuda_meet_ranks(qv_cuda_backend *cuda);
 /* Wait for the compute stream. With other ranks, also until one of them fails. */
 qv_status qv_cuda_wait(qv_cuda_backend *cuda);
 

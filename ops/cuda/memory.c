@@ -191,9 +191,10 @@ qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **ou
                            "cuda: an op needs %zu bytes of scratch while it is "
                            "recorded, and %zu when it warmed up",
                            bytes, cuda->scratch_bytes);
-        if (cuda->n_recordings == 0)
+        if (cuda->n_recordings == 0 && cuda->comm == NULL)
             QV_CUDA_TRY(cudaFree(cuda->scratch));
-        else if (cuda->n_retired < QV_CUDA_RETIRED) /* recorded kernels go on using it */
+        else if (cuda->n_retired < QV_CUDA_RETIRED) /* recorded kernels go on using it; and freeing
+                                                     * may wait for other ranks */
             cuda->retired[cuda->n_retired++] = cuda->scratch;
         else
             return qv_fail(QV_ERR_LIMIT,

@@ -153,6 +153,13 @@ static qv_status capture(qv_cuda_backend *cuda, qv_recording *r, qv_record_fn *f
     return status;
 }
 
+/* Ranks record together: while one waits on the device for another, that one must not be held up in
+ * a call that waits for the device, as allocating and instantiating may. */
+static qv_status wait_for_ranks(qv_cuda_backend *cuda)
+{
+    return cuda->base.comm != NULL ? qv_comm_barrier(cuda->base.comm) : QV_OK;
+}
+
 static qv_status record(qv_cuda_backend *cuda, qv_recording *r, qv_record_fn *fn, void *ctx)
 {
     const qv_recording_shape *s = &r->shape;
@@ -165,8 +172,10 @@ static qv_status record(qv_cuda_backend *cuda, qv_recording *r, qv_record_fn *fn
     QV_CUDA_TRY(cudaEventCreateWithFlags(&r->sent, cudaEventDisableTiming));
     point_batch(r);
     QV_TRY(send_padding(cuda, r));
+    QV_TRY(wait_for_ranks(cuda));
     QV_TRY(fn(ctx, &r->batch)); /* plans are made and scratch grows here */
-    QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
+    QV_TRY(qv_cuda_wait(cuda));
+    QV_TRY(wait_for_ranks(cuda));
     return capture(cuda, r, fn, ctx);
 }
 
@@ -214,5 +223,5 @@ qv_status qv_cuda_replay(qv_backend *be, qv_recording *r, const qv_batch *host)
                        host->n_tokens, host->n_seqs, host->page_stride, s->n_seqs, s->page_stride);
     QV_TRY(send(qv_cuda(be), r, host));
     QV_CUDA_TRY(cudaGraphLaunch(r->exec, qv_cuda(be)->stream));
-    return QV_OK;
+    return qv_cuda_meet_ranks(qv_cuda(be));
 }

@@ -592,16 +592,42 @@ static void install_adapters(fx_golden *g)
 
 bool fx_golden_open(fx_golden *g, const char *name, const qv_backend_options *options)
 {
+    return fx_golden_open_split(g, name, options, &(fx_split){.n_ranks = 1, .expert_groups = 1});
+}
+
+/* The backend of each rank; false when a device is missing. */
+static bool open_backends(fx_golden *g, const qv_backend_options *options, const fx_split *split)
+{
+    for (int32_t r = 0; r < split->n_ranks; r++) {
+        qv_backend_options mine = *options;
+        mine.device = split->own_devices ? r : 0;
+        qv_status status = qv_backend_open(&mine, r == 0 ? &g->be : &g->others[r - 1]);
+        if (status != QV_OK && strcmp(options->name, "cuda") == 0)
+            return false;
+        MUST(status);
+        g->n_others += r > 0;
+    }
+    return true;
+}
+
+static void close_backends(fx_golden *g)
+{
+    for (int32_t i = 0; i < g->n_others; i++)
+        qv_backend_close(g->others[i]);
+    qv_backend_close(g->be);
+}
+
+bool fx_golden_open_split(fx_golden *g, const char *name, const qv_backend_options *options,
+                          const fx_split *split)
+{
     *g = (fx_golden){.dir = qv_golden_path(name)};
     if (g->dir == NULL)
         return false;
-    g->cases = fx_cases(g->dir, &g->n);
-    if (strcmp(options->name, "cuda") == 0 && qv_backend_open(options, &g->be) != QV_OK) {
-        fx_cases_free(g->cases, g->n);
+    if (!open_backends(g, options, split)) {
+        close_backends(g);
         return false;
     }
-    if (g->be == NULL)
-        MUST(qv_backend_open(options, &g->be));
+    g->cases = fx_cases(g->dir, &g->n);
     qv_model_limits limits = fx_limits();
     limits.max_tokens = limits.max_logits = 8192;
     limits.max_seqs = limits.n_state_slots = g->n;
@@ -609,7 +635,11 @@ bool fx_golden_open(fx_golden *g, const char *name, const qv_backend_options *op
     limits.n_adapter_slots = FX_MAX_ADAPTERS;
     limits.max_seq_pages = 64;
     limits.max_recorded = 16;
-    g->model = fx_open(g->be, g->dir, &limits);
+    qv_backend *backends[16] = {g->be};
+    memcpy(backends + 1, g->others, sizeof g->others);
+    qv_model_ranks ranks = {
+        .backends = backends, .n_ranks = split->n_ranks, .expert_groups = split->expert_groups};
+    MUST(qv_model_open_ranks(g->dir, &ranks, &limits, NULL, NULL, &g->model));
     g->vocab = qv_model_get_config(g->model)->vocab;
     install_adapters(g);
     return true;
@@ -619,7 +649,7 @@ void fx_golden_close(fx_golden *g)
 {
     fx_cases_free(g->cases, g->n);
     qv_model_close(g->model);
-    qv_backend_close(g->be);
+    close_backends(g);
 }
 
 bool fx_golden_has(const fx_golden *g, const char *adapter)

@@ -119,7 +119,9 @@ void fx_cases_free(fx_case *cases, int n);
  * index. */
 typedef struct {
     const char *dir;
-    qv_backend *be;
+    qv_backend *be;         /* of the first rank */
+    qv_backend *others[15]; /* of further ranks */
+    int32_t n_others;
     qv_model *model;
     int64_t vocab;
     fx_case *cases;
@@ -130,6 +132,14 @@ typedef struct {
 
 /* Open golden folder `name` on a backend of these options. False: the data is not here. */
 bool fx_golden_open(fx_golden *golden, const char *name, const qv_backend_options *options);
+/* The same, split over ranks that are all on the first device, or on devices of their own. False
+ * also when there are too few. */
+typedef struct {
+    int32_t n_ranks, expert_groups;
+    bool own_devices;
+} fx_split;
+bool fx_golden_open_split(fx_golden *golden, const char *name, const qv_backend_options *options,
+                          const fx_split *split);
 void fx_golden_close(fx_golden *golden);
 /* Whether the folder has the adapter; "" always. */
 bool fx_golden_has(const fx_golden *golden, const char *adapter);

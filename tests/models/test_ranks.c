@@ -149,6 +149,218 @@ Test(ranks, a_split_model_gives_the_same_bits_in_chunks_and_after_its_state_was_
     }
 }
 
+/* --- Loading ------------------------------------------------------------------------------------
+ */
+
+/* How often the checkpoint is mapped while weights load, at most; and what rank 0 loads. */
+typedef struct {
+    int n_calls, most_maps;
+    uint64_t total;
+} loading;
+
+static void look_at_maps(uint64_t done, uint64_t total, void *user)
+{
+    loading *l = user;
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char line[4096];
+    int n = 0;
+    cr_assert_not_null(maps);
+    while (fgets(line, sizeof line, maps) != NULL)
+        n += strstr(line, "/model.safetensors") != NULL;
+    fclose(maps);
+    l->n_calls++;
+    l->most_maps = n > l->most_maps ? n : l->most_maps;
+    l->total = total;
+    (void)done;
+}
+
+/* All ranks copy from one mapping, which the system fills from the disk once, and each copies its
+ * part. */
+Test(ranks, the_checkpoint_is_mapped_once_for_all_ranks_and_each_takes_its_part)
+{
+    qv_model_limits limits = fx_limits();
+    uint64_t alone = 0;
+    for (int32_t tp = 1; tp <= 4; tp *= 2) {
+        split_model s = {.n = tp};
+        loading l = {0};
+        for (int32_t i = 0; i < tp; i++)
+            cr_assert_eq(qv_backend_open(&(qv_backend_options){.name = "cpu", .n_threads = 1},
+                                         &s.backends[i]),
+                         QV_OK);
+        qv_model_ranks ranks = {.backends = s.backends, .n_ranks = tp, .expert_groups = 1};
+        cr_assert_eq(qv_model_open_ranks(demo_dir(), &ranks, &limits, look_at_maps, &l, &s.model),
+                     QV_OK, "%s", qv_error());
+        cr_expect_gt(l.n_calls, 0);
+        cr_expect_eq(l.most_maps, 1, "%d ranks map it %d times", tp, l.most_maps);
+        alone = tp == 1 ? l.total : alone;
+        cr_expect_leq(l.total, alone / (uint64_t)tp * 13 / 10,
+                      "rank 0 of %d loads %zu of %zu bytes", tp, (size_t)l.total, (size_t)alone);
+        close_split(&s);
+    }
+}
+
+/* --- Sampling -----------------------------------------------------------------------------------
+ */
+
+/* What rank 0 gathers: its own gather_cols, which counts. */
+static int64_t gathered_logits, gathered_rows;
+static qv_status (*real_gather)(qv_backend *be, qv_tensor part, qv_tensor whole);
+
+static qv_status counting_gather(qv_backend *be, qv_tensor part, qv_tensor whole)
+{
+    gathered_rows += part.shape[0];
+    gathered_logits += whole.shape[0] * whole.shape[1];
+    return real_gather(be, part, whole);
+}
+
+/* One sequence of N_TOKENS, from its start, with logits of every token. */
+static qv_batch whole_prompt(const int32_t *tokens, const int32_t *pages, const int32_t *slot)
+{
+    static int32_t pos[N_TOKENS], start[2] = {0, N_TOKENS}, none = -1;
+    for (int i = 0; i < N_TOKENS; i++)
+        pos[i] = i;
+    return (qv_batch){.n_tokens = N_TOKENS,
+                      .n_seqs = 1,
+                      .max_seq_tokens = N_TOKENS,
+                      .token = tokens,
+                      .pos = pos,
+                      .seq_start = start,
+                      .page_table = pages,
+                      .page_stride = 8,
+                      .state_slot = slot,
+                      .n_segs = 1,
+                      .seg_start = start,
+                      .seg_slot = &none,
+                      .n_logits = N_TOKENS,
+                      .logit_row = pos,
+                      .n_logit_segs = 1,
+                      .logit_seg_start = start,
+                      .logit_seg_slot = &none};
+}
+
+/* Rows of all kinds; every `long_every`-th needs the whole distribution (0: none does). */
+static void some_rows(qv_sample_row *rows, const int32_t *tokens, int long_every)
+{
+    static const int32_t banned[] = {3, 200, 77};
+    for (int i = 0; i < N_TOKENS; i++) {
+        rows[i] = (qv_sample_row){.target = i % 7 == 6 ? i : -1,
+                                  .temperature = i % 3 == 0 ? 0 : 0.5f + (float)(i % 5),
+                                  .top_k = 1 + i * 3,
+                                  .top_p = i % 4 == 1 ? 0.8f : 1,
+                                  .min_p = i % 8 == 2 ? 0.1f : 0,
+                                  .repetition_penalty = i % 5 == 4 ? 1.5f : 1,
+                                  .presence_penalty = i % 5 == 4 ? 0.5f : 0,
+                                  .seed = (uint64_t)i,
+                                  .n_top = i % 6 - 1,
+                                  .tokens = tokens,
+                                  .n_prompt = 20,
+                                  .n_tokens = N_TOKENS,
+                                  .banned = banned,
+                                  .n_banned = i % 9 == 0 ? 3 : 0};
+        if (long_every > 0 && i % long_every == 0) {
+            rows[i].target = -1;
+            rows[i].temperature = 1;
+            rows[i].top_k = 0;
+        }
+    }
+}
+
+static void check_results(const char *what, const qv_sample_result *got,
+                          const qv_sample_result *want)
+{
+    for (int i = 0; i < N_TOKENS; i++) {
+        cr_assert_eq(got[i].token, want[i].token, "%s, row %d: %d, wanted %d", what, i,
+                     got[i].token, want[i].token);
+        cr_assert_float_eq(got[i].logprob, want[i].logprob, 1e-5, "%s, row %d", what, i);
+        cr_assert_eq(got[i].n_top, want[i].n_top, "%s, row %d", what, i);
+        for (int j = 0; j < want[i].n_top; j++) {
+            cr_assert_eq(got[i].top_token[j], want[i].top_token[j], "%s, row %d", what, i);
+            cr_assert_float_eq(got[i].top_logprob[j], want[i].top_logprob[j], 1e-5);
+        }
+    }
+}
+
+Test(ranks, a_step_samples_as_from_gathered_logits_and_gathers_only_rows_that_need_all)
+{
+    static const int long_every[] = {0, 1, 2, 9};
+    for (int32_t tp = 1; tp <= 4; tp *= 2) {
+        qv_model_limits limits = fx_limits();
+        split_model s = open_split(demo_dir(), (split){tp, 1}, &limits);
+        int64_t vocab = qv_model_get_config(s.model)->vocab;
+        int32_t tokens[N_TOKENS], pages[8], slots[] = {0, 1}, n_valid = (int32_t)vocab - 5;
+        some_tokens(tokens, vocab);
+        for (int i = 0; i < 8; i++)
+            pages[i] = i;
+        qv_backend_table table = *s.backends[0]->table;
+        real_gather = table.gather_cols;
+        table.gather_cols = counting_gather;
+        s.backends[0]->table = &table;
+        for (size_t k = 0; k < sizeof long_every / sizeof *long_every; k++) {
+            static qv_sample_result want[N_TOKENS], got[N_TOKENS];
+            qv_sample_row rows[N_TOKENS];
+            qv_batch batch = whole_prompt(tokens, pages, &slots[0]);
+            qv_tensor logits;
+            qv_status sampled;
+            char what[64];
+            snprintf(what, sizeof what, "%d ranks, every %d", tp, long_every[k]);
+            some_rows(rows, tokens, long_every[k]);
+            cr_assert_eq(qv_model_forward(s.model, &batch, &logits), QV_OK, "%s", qv_error());
+            cr_assert_eq(qv_op_sample(s.backends[0], logits, n_valid, rows, want), QV_OK, "%s",
+                         qv_error());
+            gathered_logits = gathered_rows = 0;
+            batch.state_slot = &slots[1];
+            cr_assert_eq(qv_model_step(s.model, &batch, n_valid, rows, got, &sampled), QV_OK, "%s",
+                         qv_error());
+            cr_assert_eq(sampled, QV_OK, "%s", qv_error());
+            check_results(what, got, want);
+            if (tp == 1)
+                continue;
+            int64_t n_long = long_every[k] > 0 ? (N_TOKENS + long_every[k] - 1) / long_every[k] : 0;
+            int64_t n_lists = n_long < N_TOKENS ? N_TOKENS : 0;
+            cr_expect_eq(gathered_rows, n_long + n_lists, "%s: %ld rows", what,
+                         (long)gathered_rows);
+            cr_expect_leq(gathered_logits,
+                          n_long * vocab + n_lists * tp * (8 + 3 * QV_MAX_SHORTLIST + 2 * 4), "%s",
+                          what);
+        }
+        close_split(&s);
+    }
+}
+
+Test(ranks, rows_that_cannot_be_sampled_leave_the_group_whole)
+{
+    qv_model_limits limits = fx_limits();
+    split_model s = open_split(demo_dir(), (split){2, 1}, &limits);
+    int64_t vocab = qv_model_get_config(s.model)->vocab;
+    int32_t tokens[N_TOKENS], pages[8] = {0, 1, 2, 3, 4, 5, 6, 7}, slot = 0;
+    int32_t *all = malloc((size_t)vocab * sizeof *all);
+    static qv_sample_result results[N_TOKENS];
+    qv_sample_row rows[N_TOKENS];
+    for (int32_t i = 0; i < vocab; i++)
+        all[i] = i;
+    some_tokens(tokens, vocab);
+    for (int longs = 0; longs < 2; longs++) {
+        qv_batch batch = whole_prompt(tokens, pages, &slot);
+        qv_status sampled;
+        some_rows(rows, tokens, 0);
+        rows[5].target = -1;
+        rows[5].top_k = longs ? 0 : 10;
+        rows[5].temperature = 1;
+        rows[5].banned = all;
+        rows[5].n_banned = (int32_t)vocab;
+        cr_assert_eq(qv_model_step(s.model, &batch, (int32_t)vocab, rows, results, &sampled), QV_OK,
+                     "%s", qv_error());
+        cr_expect_eq(sampled, QV_ERR_ARG);
+        cr_expect_not_null(strstr(qv_error(), "row 5 has every token banned"), "%s", qv_error());
+        cr_expect_geq(results[4].token, 0);
+        rows[5].top_k = -1; /* refused before any rank works */
+        cr_expect_eq(qv_model_step(s.model, &batch, (int32_t)vocab, rows, results, &sampled),
+                     QV_ERR_ARG);
+    }
+    free(all);
+    close_split(&s);
+}
+
 Test(ranks, each_rank_plans_its_part_of_the_memory)
 {
     qv_model_config config;

@@ -7,12 +7,17 @@
 
 enum { MAX_GROUP = 5 };
 
+typedef struct {
+    qv_tensor delta, residual, y, w;
+} norm_args;
+
 /* A rank of a test: its backend, what it works on, how it ended. */
 typedef struct {
     int32_t rank;
     qv_backend *be;
     qv_tensor x, whole;
-    bool fails; /* says so instead of taking part */
+    norm_args norms[2]; /* of sum_norms: by one op, by two */
+    bool fails;         /* says so instead of taking part */
     qv_status status;
     char error[QV_ERROR_MAX];
 } rank_job;
@@ -60,6 +65,24 @@ static void *gather(void *arg)
 {
     rank_job *job = arg;
     job->status = qv_op_gather_cols(job->be, job->x, job->whole);
+    return NULL;
+}
+
+static qv_status sum_both_ways(rank_job *job)
+{
+    const norm_args *one = &job->norms[0], *two = &job->norms[1];
+    QV_TRY(qv_op_sum_add_rms_norm(job->be, one->residual, one->delta, one->w, 1e-6f, true, one->y,
+                                  (qv_tensor){.data = NULL}));
+    QV_TRY(qv_op_all_reduce(job->be, two->delta));
+    return qv_op_add_rms_norm(job->be, two->residual, two->delta, two->w, 1e-6f, true, two->y,
+                              (qv_tensor){.data = NULL});
+}
+
+static void *sum_norms(void *arg)
+{
+    rank_job *job = arg;
+    job->status = sum_both_ways(job);
+    snprintf(job->error, sizeof job->error, "%s", job->status == QV_OK ? "" : qv_error());
     return NULL;
 }
 
@@ -176,6 +199,53 @@ Test(comm, a_rank_that_fails_ends_the_others_with_its_reason)
                   qv_op_all_reduce(g.jobs[(loser + 1) % 3].be, g.jobs[0].x));
         close_group(&g);
     }
+}
+
+Test(comm, a_failure_raises_the_flags_of_all_ranks_that_left_one)
+{
+    qv_comm *comm;
+    volatile int32_t flags[4] = {0};
+    PASS(qv_comm_new(3, &comm));
+    for (int32_t r = 0; r < 3; r++)
+        qv_comm_flag_failure(comm, r, &flags[r]);
+    qv_comm_flag_failure(comm, 1, NULL);
+    qv_comm_fail(comm, 2, "it was told to");
+    cr_expect(flags[0] == 1 && flags[2] == 1, "%d %d", flags[0], flags[2]);
+    cr_expect_eq(flags[1], 0, "a flag that was taken back is not touched");
+    qv_comm_flag_failure(comm, 1, &flags[3]);
+    cr_expect_eq(flags[3], 1, "one that comes late is raised at once");
+    qv_comm_free(comm);
+}
+
+Test(comm, sum_add_and_norm_are_the_bits_of_the_three_one_after_the_other)
+{
+    enum { ROWS = 3, COLS = 20, N = 3 };
+    group g = open_group(N, "f32");
+    float deltas[N][2][ROWS * COLS], residuals[N][2][ROWS * COLS], y[N][2][ROWS * COLS];
+    float gain[COLS];
+    qv_rng rng = qv_rng_seed(3);
+    qv_fill_uniform(&rng, gain, COLS, 0, 1);
+    for (int32_t r = 0; r < N; r++) {
+        qv_fill_uniform(&rng, deltas[r][0], ROWS * COLS, -1, 1);
+        memcpy(deltas[r][1], deltas[r][0], sizeof deltas[r][0]);
+        for (int i = 0; i < 2; i++)
+            for (int j = 0; j < ROWS * COLS; j++)
+                residuals[r][i][j] = (float)j;
+        for (int i = 0; i < 2; i++)
+            g.jobs[r].norms[i] =
+                (norm_args){.delta = qv_tensor_2d(deltas[r][i], QV_F32, ROWS, COLS),
+                            .residual = qv_tensor_2d(residuals[r][i], QV_F32, ROWS, COLS),
+                            .y = qv_tensor_2d(y[r][i], QV_F32, ROWS, COLS),
+                            .w = qv_tensor_1d(gain, QV_F32, COLS)};
+    }
+    run_group(&g, sum_norms);
+    for (int32_t r = 0; r < N; r++) {
+        cr_expect_eq(g.jobs[r].status, QV_OK, "%s", g.jobs[r].error);
+        cr_expect_eq(memcmp(residuals[r][0], residuals[r][1], sizeof residuals[r][0]), 0);
+        cr_expect_eq(memcmp(y[r][0], y[r][1], sizeof y[r][0]), 0);
+        cr_expect_eq(memcmp(y[r][0], y[0][0], sizeof y[r][0]), 0, "rank %d differs", r);
+    }
+    close_group(&g);
 }
 
 Test(comm, refuses_groups_of_an_impossible_size)

@@ -1,5 +1,6 @@
 /* Sampling on the device: the CPU's choices, row by row. */
 #include "tests/ops/cuda_test.h"
+#include "tests/ops/shortlist_test.h"
 
 #define N_ROWS 40
 
@@ -122,5 +123,25 @@ Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
         QV_ERR_LIMIT, "reserved",
         qv_op_sample(d.dev, qv_tensor_2d(logits.dev.data, QV_F32, 1, 301), 300, rows, results));
     free_twin(&d, &logits);
+    close_duo(&d);
+}
+
+/* Parts on the device against whole rows on the device: the same draws, to the last token. */
+Test(cuda_sample, merged_shortlists_choose_what_the_whole_row_chooses)
+{
+    duo d = open_duo(3);
+    const backend_pair p = {.whole = d.dev, .parts = d.dev, .near = 2e-6f};
+    for (size_t c = 0; c < QV_ROWS(shortlist_cases); c++)
+        check_shortlists(&p, &shortlist_cases[c]);
+    check_bad_rows(&p);
+    close_duo(&d);
+}
+
+Test(cuda_sample, shortlists_of_a_real_vocabulary_choose_the_same)
+{
+    static const shortlist_case c = {"a real vocabulary", 62080, 4, 248077, 10, false};
+    duo d = open_duo(4);
+    const backend_pair p = {.whole = d.dev, .parts = d.dev, .near = 2e-6f};
+    check_shortlists(&p, &c);
     close_duo(&d);
 }

@@ -157,9 +157,9 @@ for ((i = 1; i <= workers; i++)); do
     if [ "$backend" = cuda ]; then
         own=$(IFS=,; echo "${pool[*]:$(((i - 1) * tp)):$tp}")
         device_args=(--devices "$own")
-        say "worker-$i: devices $own"
+        say "worker-$i: $([ "$tp" -eq 1 ] && echo "device $own" || echo "ranks 0 to $((tp - 1)) on devices $own")"
     elif [ "$tp" -gt 1 ]; then
-        say "worker-$i: $tp CPU ranks, threads: $threads"
+        say "worker-$i: ranks 0 to $((tp - 1)) on the CPU, $threads thread(s) together"
     fi
     "$bin/quiver-worker" --id "worker-$i" --model "$model" --backend "$backend" --threads "$threads" --tp "$tp" --ep "$ep" ${device_args[@]+"${device_args[@]}"} --broker "tcp://127.0.0.1:$((broker_port + 1))" --redis "$redis" --metrics-port $((metrics_port + i)) ${worker_args[@]+"${worker_args[@]}"} >"$run/worker-$i.log" 2>&1 &
     pids+=($!)
@@ -167,6 +167,7 @@ done
 is_ready() { [ "$(ready | grep -c "^$1 .*ready")" -ge 1 ]; }
 for ((i = 1; i <= workers; i++)); do
     wait_until 600 "worker-$i" "${pids[$((${#pids[@]} - workers + i - 1))]}" is_ready "worker-$i"
+    say "worker-$i is up on $(sed -n 's/.*model loaded: .* ms on //p' "$run/worker-$i.log")"
 done
 
 for adapter in ${adapters[@]+"${adapters[@]}"}; do

@@ -114,25 +114,64 @@ static uint64_t plan_adapter_memory(const qv_engine_options *o, const qv_memory_
     return quarter > 0 ? quarter : 1; /* 0 would be no bound */
 }
 
-/* What all ranks take together, for they share the memory of the host. */
-static qv_status plan_ranks(const qv_model_config *config, const qv_model_ranks *ranks,
-                            const qv_model_limits *limits, qv_memory_plan *out)
+/* One rank's bound, of what all may take together: enough for a full adapter in each slot there, or
+ * its share. */
+static uint64_t adapter_memory_of_rank(const qv_engine_sizes *sizes, uint64_t together)
 {
-    *out = (qv_memory_plan){.total = 0};
+    uint64_t n = (uint64_t)sizes->n_ranks, most = 0;
+    for (int32_t i = 0; i < sizes->n_ranks; i++)
+        if (sizes->of_rank[i].adapter_memory > most)
+            most = sizes->of_rank[i].adapter_memory;
+    return together == sizes->plan.adapter_memory && most > 0 ? most : (together + n - 1) / n;
+}
+
+/* What each rank takes, and all together. */
+static qv_status plan_ranks(const qv_model_config *config, const qv_model_ranks *ranks,
+                            qv_engine_sizes *out)
+{
+    qv_memory_plan *sum = &out->plan;
+    *sum = (qv_memory_plan){.total = 0};
+    out->n_ranks = ranks->n_ranks;
     for (int32_t i = 0; i < ranks->n_ranks; i++) {
-        qv_memory_plan one;
-        QV_TRY(qv_model_plan_rank(config, ranks, i, limits, &one));
-        out->weights += one.weights;
-        out->kv += one.kv;
-        out->state += one.state;
-        out->adapters += one.adapters;
-        out->activations += one.activations;
-        out->total += one.total;
-        out->kv_page += one.kv_page;
-        out->state_slot += one.state_slot;
-        out->adapter_slot += one.adapter_slot;
-        out->adapter_memory += one.adapter_memory;
-        out->adapter_parts += one.adapter_parts;
+        qv_memory_plan *one = &out->of_rank[i];
+        QV_TRY(qv_model_plan_rank(config, ranks, i, &out->limits, one));
+        sum->weights += one->weights;
+        sum->kv += one->kv;
+        sum->state += one->state;
+        sum->adapters += one->adapters;
+        sum->activations += one->activations;
+        sum->total += one->total;
+        sum->kv_page += one->kv_page;
+        sum->state_slot += one->state_slot;
+        sum->adapter_slot += one->adapter_slot;
+        sum->adapter_memory += one->adapter_memory;
+        sum->adapter_parts += one->adapter_parts;
+    }
+    return QV_OK;
+}
+
+#define LOWER                                                                                      \
+    "lower max-running, kv-bytes, prefix-snapshots, adapter-slots, adapter-memory, max-lora-rank " \
+    "or step-tokens"
+
+static qv_status check_fit(const qv_memory_plan *plan, uint64_t available, const char *whose)
+{
+    if (plan->total <= available)
+        return QV_OK;
+    return qv_fail(QV_ERR_LIMIT,
+                   "the memory plan %sof %.0f MiB (weights %.0f, KV %.0f, state %.0f, adapters "
+                   "%.0f, activations %.0f) does not fit the %.0f MiB that are available: " LOWER,
+                   whose, mib(plan->total), mib(plan->weights), mib(plan->kv), mib(plan->state),
+                   mib(plan->adapters), mib(plan->activations), mib(available));
+}
+
+/* Each rank's part in its own memory, where it has some. */
+static qv_status check_ranks(const qv_engine_sizes *sizes, const qv_model_ranks *ranks)
+{
+    for (int32_t i = 0; i < ranks->n_ranks && ranks->n_ranks > 1; i++) {
+        char whose[32];
+        snprintf(whose, sizeof whose, "of rank %d, ", i);
+        QV_TRY(check_fit(&sizes->of_rank[i], qv_backend_free_memory(ranks->backends[i]), whose));
     }
     return QV_OK;
 }
@@ -158,22 +197,16 @@ qv_status qv_engine_sizes_plan(const qv_engine_options *o, const qv_model_config
         .max_recorded = (int32_t)o->recorded,
     };
     qv_memory_plan *plan = &out->plan;
-    QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
-    out->limits.adapter_memory = plan_adapter_memory(o, plan, available);
-    QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
+    QV_TRY(plan_ranks(config, ranks, out));
+    out->limits.adapter_memory =
+        adapter_memory_of_rank(out, plan_adapter_memory(o, plan, available));
+    QV_TRY(plan_ranks(config, ranks, out));
     uint64_t fixed = plan->total - plan->kv;
     out->limits.n_pages = (int32_t)plan_pages(o, context, plan->kv_page, fixed, available);
-    QV_TRY(plan_ranks(config, ranks, &out->limits, plan));
+    QV_TRY(plan_ranks(config, ranks, out));
 
-    if (plan->total > available)
-        return qv_fail(
-            QV_ERR_LIMIT,
-            "the memory plan of %.0f MiB (weights %.0f, KV %.0f, state %.0f, adapters "
-            "%.0f, activations %.0f) does not fit the %.0f MiB that are available: lower "
-            "max-running, kv-bytes, prefix-snapshots, adapter-slots, adapter-memory, max-lora-rank "
-            "or step-tokens",
-            mib(plan->total), mib(plan->weights), mib(plan->kv), mib(plan->state),
-            mib(plan->adapters), mib(plan->activations), mib(available));
+    QV_TRY(check_fit(plan, available, ""));
+    QV_TRY(check_ranks(out, ranks));
 
     /* An answer that runs alone must find pages to its end. */
     int64_t reach = (int64_t)out->limits.n_pages * o->page_tokens;
@@ -200,4 +233,11 @@ void qv_engine_sizes_log(const qv_engine_sizes *sizes)
             limits->n_state_slots - limits->max_seqs, mib(plan->adapters), limits->n_adapter_slots,
             limits->max_lora_rank, mib(plan->adapter_memory), mib(plan->adapter_parts),
             mib(plan->activations), limits->max_tokens, sizes->max_context);
+    for (int32_t i = 0; i < sizes->n_ranks && sizes->n_ranks > 1; i++) {
+        const qv_memory_plan *one = &sizes->of_rank[i];
+        qv_info("memory plan of rank %d: %.1f MiB = weights %.1f + KV %.1f + state %.1f + adapters "
+                "%.1f + activations %.1f",
+                i, mib(one->total), mib(one->weights), mib(one->kv), mib(one->state),
+                mib(one->adapters), mib(one->activations));
+    }
 }

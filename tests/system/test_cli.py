@@ -148,6 +148,19 @@ class Up(unittest.TestCase):
         self.assertIn("Ines: ", result.stdout)
         self.assertIn("gare", result.stdout)
 
+    def test_up_shares_ranks_out_and_says_to_whom(self):
+        ports = [str(free_port(n)) for n in (2, 1, 5)]
+        result = subprocess.run(
+            [SOURCE / "tools" / "up.sh", "--once", "--no-build", "--build", BUILD, "--broker-port", ports[0],
+             "--redis-port", ports[1], "--metrics-port", ports[2], "--workers", "4", "--tp", "2", "--replicas", "1"],
+            capture_output=True, text=True, timeout=240, env={**os.environ, "TMPDIR": "/tmp"},
+        )  # fmt: skip
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        for worker in range(1, 5):
+            self.assertRegex(result.stdout, rf"worker-{worker}: ranks 0 to 1 on the CPU, \d+ thread")
+            self.assertIn(f"worker-{worker} is up on 2 ranks: cpu", result.stdout)
+        self.assertIn('{"who": "Ines"', result.stdout)
+
     def test_up_names_a_model_that_is_not_there(self):
         result = subprocess.run([SOURCE / "tools" / "up.sh", "--model", "/nowhere", "--once"], capture_output=True, text=True)
         self.assertEqual(result.returncode, 2)

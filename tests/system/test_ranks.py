@@ -35,6 +35,18 @@ class Ranks(unittest.TestCase):
         self.assertEqual(len(answer.tokens), 200)
         self.assertEqual(answer.worker, "whole")
 
+    def test_a_split_worker_says_what_each_rank_takes(self):
+        with Pool(workers=0) as pool:
+            pool.start_worker("split", "--tp", "2")
+            log = pool.log("split")
+        for rank in range(2):
+            self.assertRegex(
+                log,
+                rf"memory plan of rank {rank}: [\d.]+ MiB = weights [\d.]+ \+ KV [\d.]+ \+ state [\d.]+"
+                r" \+ adapters [\d.]+ \+ activations [\d.]+",
+            )
+        self.assertNotIn("rank 2", log)
+
     def test_a_split_that_the_model_does_not_allow_is_refused_by_name(self):
         for args, reason in (
             (("--tp", "3"), "cannot be shared out among 3 ranks"),

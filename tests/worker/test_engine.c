@@ -244,6 +244,70 @@ Test(engine, gives_the_same_bits_however_a_request_is_run, .timeout = 300)
         free(want[i]);
 }
 
+/* Split over ranks, against the same split with each request alone. */
+Test(engine, gives_the_same_bits_when_split_however_a_request_is_run, .timeout = 300)
+{
+    QV_SKIP_WITHOUT(qv_demo_path(DEMO));
+    static const struct {
+        const char *what;
+        int64_t prefill_chunk, preempt_every, swap_bytes, adapter_slots, kv_pages;
+        bool prefix_cache, preempts, with_four;
+    } ways[] = {
+        {"one mixed batch", 0, 0, 1 << 28, 6, 0, false, false, false},
+        {"chunks of 7", 7, 0, 1 << 28, 6, 0, true, false, false},
+        {"preempted every other step, saved", 7, 2, 1 << 28, 6, 0, true, true, true},
+        {"preempted every third step, computed again", 16, 3, 0, 2, 0, false, true, false},
+        {"too few pages, saved", 0, 0, 1 << 28, 6, 52, false, true, false},
+    };
+    for (int64_t tp = 2; tp <= 4; tp *= 2) {
+        char *want[N_CASES];
+        qv_engine_options options = drive_options(qv_demo_path(DEMO));
+        options.tp = tp;
+        options.prefix_cache = false;
+        drive *d = open_demo(&options);
+        for (int i = 0; i < N_CASES; i++) {
+            uint64_t number = drive_submit(d, cases[i]);
+            drive_run(d);
+            want[i] = drive_signature(d, number);
+        }
+        drive_close(d);
+        for (size_t w = 0; w < sizeof ways / sizeof *ways; w++) {
+            if (tp == 4 && !ways[w].with_four)
+                continue;
+            options.prefill_chunk = ways[w].prefill_chunk;
+            options.preempt_every = ways[w].preempt_every;
+            options.swap_bytes = ways[w].swap_bytes;
+            options.adapter_slots = ways[w].adapter_slots;
+            options.prefix_cache = ways[w].prefix_cache;
+            if (ways[w].kv_pages > 0) { /* 2 attention layers, k and v, 2 heads of 64 floats */
+                options.page_tokens = 8;
+                options.kv_bytes = ways[w].kv_pages * 8 * 2 * 2 * 2 * 64 * 4;
+                options.max_context = 400;
+            }
+            d = open_demo(&options);
+            uint64_t numbers[2][N_CASES];
+            for (int copy = 0; copy < 2; copy++)
+                for (int i = 0; i < N_CASES; i++)
+                    numbers[copy][i] = drive_submit(d, cases[i]);
+            drive_run(d);
+            for (int copy = 0; copy < 2; copy++)
+                for (int i = 0; i < N_CASES; i++) {
+                    char *got = drive_signature(d, numbers[copy][i]);
+                    cr_expect_str_eq(got, want[i], "%d ranks, %s: case %d\n got %s\nwant %s",
+                                     (int)tp, ways[w].what, i, got, want[i]);
+                    free(got);
+                }
+            qv_engine_stats stats;
+            qv_engine_get_stats(d->engine, &stats);
+            cr_expect_eq(stats.preemptions > 0, ways[w].preempts, "%d ranks, %s: %d preemptions",
+                         (int)tp, ways[w].what, (int)stats.preemptions);
+            drive_close(d);
+        }
+        for (int i = 0; i < N_CASES; i++)
+            free(want[i]);
+    }
+}
+
 Test(engine, base_requests_do_not_notice_adapters)
 {
     QV_SKIP_WITHOUT(qv_demo_path(DEMO));

@@ -4,7 +4,7 @@
  * released sizes).
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
- *               [--rank R] [--eager] [--tp N] [--ep N] [--one-device]
+ *               [--rank R] [--eager] [--ops] [--tp N] [--ep N] [--one-device]
  *               [--all-reduce nccl|direct|auto]
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
@@ -12,10 +12,15 @@
  * measured in the same run on the first device, shared out evenly over ranks. Times are medians
  * over steps, from the host's clock around step and sampling; the gap is what a step takes beyond
  * the device's own time.
+ *
+ * --ops adds what each op takes in such steps on rank 0, run op by op with marks on the device in
+ * between: all ops of a name and matrix in one row. No op begins before the one in front of it has
+ * ended then, and each pays for its mark (1 to 2 us), so the sum is above the step.
  */
 #include "common/clock.h"
 #include "models/model.h"
 #include "models/proj.h"
+#include "ops/op_times.h"
 #include "ops/ops.h"
 
 #include <getopt.h>
@@ -30,7 +35,7 @@ enum { MAX_SIZES = 16, PAGE_TOKENS = 16 };
 static struct {
     const char *dir, *backend;
     int32_t context, prompt, sizes[MAX_SIZES], n_sizes, max_size, adapters, rank;
-    bool eager;
+    bool eager, ops;
     int32_t tp, ep;  /* ranks that share the model; groups of them that share out the experts */
     bool one_device; /* all ranks on the first device */
     const char *all_reduce;
@@ -245,6 +250,41 @@ static double step_bytes(const bench *b, int32_t n, int32_t context)
     return weight_bytes(b, n) + (double)n * (context * kv + 2.0 * (double)b->plan.state_slot);
 }
 
+/* What the ops of a step take: medians make no sense over so many, so means over `reps` steps. */
+static void ops_table(const bench *b, const qv_batch *batch, int reps)
+{
+    const double head_start = 8e-3; /* to enqueue a decode step takes the host less */
+    qv_op_times *times;
+    qv_tensor logits;
+    check(qv_op_times_new(b->be, &times), "ops");
+    for (int i = 0; i < reps; i++) {
+        check(qv_op_times_begin(times, head_start), "ops");
+        check(qv_model_forward(b->model, batch, &logits), "step");
+        check(qv_op_times_end(times), "ops");
+    }
+    int n;
+    const qv_op_time *kinds = qv_op_times_sorted(times, &n);
+    double all = 0;
+    int64_t calls = 0;
+    for (int i = 0; i < n; i++) {
+        all += kinds[i].seconds / reps;
+        calls += kinds[i].calls / reps;
+    }
+    printf("  %-16s %15s %6s %9s %9s %6s\n", "op", "matrix", "calls", "us each", "us all", "share");
+    for (int i = 0; i < n; i++) {
+        char matrix[48] = "";
+        double us = kinds[i].seconds / reps * 1e6;
+        if (kinds[i].n_in > 0)
+            snprintf(matrix, sizeof matrix, "%lld x %lld", (long long)kinds[i].n_out,
+                     (long long)kinds[i].n_in);
+        printf("  %-16s %15s %6lld %9.1f %9.0f %5.1f%%\n", kinds[i].name, matrix,
+               (long long)kinds[i].calls / reps, us * reps / (double)kinds[i].calls, us,
+               us * 1e-4 / all);
+    }
+    printf("  %-16s %15s %6lld %9s %9.0f\n", "all", "", (long long)calls, "", all * 1e6);
+    qv_op_times_free(times);
+}
+
 static void decode_table(bench *b)
 {
     printf("\ndecode, context %d%s\n", args.context, args.eager ? ", op by op" : "");
@@ -257,6 +297,8 @@ static void decode_table(bench *b)
         double t = time_step(b, &batch, 20, &device);
         printf("%6d %10.2f %10.3f %10.3f %10.3f %8.2f %10.0f\n", n, bytes * 1e-9, floor * 1e3,
                t * 1e3, device * 1e3, t / floor, n / t);
+        if (args.ops)
+            ops_table(b, &batch, 10);
         fflush(stdout);
     }
 }
@@ -282,6 +324,8 @@ static void prefill_table(bench *b)
            "ms, ratio %.2f, %.0f tokens/s\n",
            args.prompt, floor * 1e3, flop * 1e3, bytes * 1e3, t * 1e3, device * 1e3, t / floor,
            args.prompt / t);
+    if (args.ops)
+        ops_table(b, &batch, 3);
 }
 
 /* --- Main --------------------------------------------------------------------------------- */
@@ -308,17 +352,12 @@ static void parse_sizes(char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},
-        {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},
-        {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'},
-        {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},
-        {"tp", required_argument, NULL, 't'},
-        {"ep", required_argument, NULL, 'x'},
-        {"one-device", no_argument, NULL, 'o'},
-        {"all-reduce", required_argument, NULL, 'm'},
+        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},          {"ops", no_argument, NULL, 'i'},
+        {"tp", required_argument, NULL, 't'},       {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},     {"all-reduce", required_argument, NULL, 'm'},
         {0},
     };
     char sizes[] = "1,16,64";
@@ -346,6 +385,9 @@ static void parse(int argc, char **argv)
         case 'e':
             args.eager = true;
             break;
+        case 'i':
+            args.ops = true;
+            break;
         case 't':
             args.tp = number(optarg);
             break;
@@ -364,8 +406,8 @@ static void parse(int argc, char **argv)
     }
     if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
         fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
-                        "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--tp N] [--ep N] "
-                        "[--one-device] [--all-reduce NAME]\n");
+                        "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--ops] [--tp N] "
+                        "[--ep N] [--one-device] [--all-reduce NAME]\n");
         exit(2);
     }
     args.dir = argv[optind];

@@ -1,5 +1,6 @@
-// Launch checks of all kernels.
+/* Launch checks of all kernels, and one that only waits. */
 #include "kernels/device.cuh"
+#include "kernels/kernels.h"
 
 extern "C" qv_status qv_k_check_launch(const char *name)
 {
@@ -8,4 +9,19 @@ extern "C" qv_status qv_k_check_launch(const char *name)
         return QV_OK;
     return qv_fail(QV_ERR_DEVICE, "cuda: %s: %s (%s)", name, cudaGetErrorString(error),
                    cudaGetErrorName(error));
+}
+
+__global__ void hold_kernel(uint64_t ns)
+{
+    uint64_t start, now;
+    asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(start));
+    do
+        asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(now));
+    while (now - start < ns);
+}
+
+qv_status qv_k_hold(uint64_t ns, void *stream)
+{
+    hold_kernel<<<1, 1, 0, (cudaStream_t)stream>>>(ns);
+    return qv_k_check_launch("hold");
 }

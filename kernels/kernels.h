@@ -16,4 +16,17 @@
 #include "kernels/kernels_linear.h"
 #include "kernels/kernels_sample.h"
 
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Nothing, for so long: what is enqueued behind it collects meanwhile. */
+qv_status qv_k_hold(uint64_t ns, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
 #endif

@@ -201,8 +201,9 @@ static bool has_adapters(const qv_batch *b)
 /* The recording that can stand in for a step; NULL: run it op by op. */
 static qv_recording *find_recording(const qv_model *model, const model_rank *r, const qv_batch *b)
 {
-    if (r->n_recorded == 0 || model->probe != NULL || b->n_tokens != b->n_seqs ||
-        b->n_logits != b->n_seqs || b->page_stride > model->limits.max_seq_pages)
+    if (r->n_recorded == 0 || !qv_backend_can_record(r->be) || model->probe != NULL ||
+        b->n_tokens != b->n_seqs || b->n_logits != b->n_seqs ||
+        b->page_stride > model->limits.max_seq_pages)
         return NULL;
     bool with = has_adapters(b);
     for (int i = 0; i < r->n_recorded; i++)

@@ -64,6 +64,8 @@
 /* Why a row has no token; in qv_sample_result.token. */
 enum { QV_SAMPLE_NOT_FINITE = -1, QV_SAMPLE_ALL_BANNED = -2 };
 
+typedef struct qv_op_times qv_op_times;
+
 typedef struct {
 #define QV_OP_ENTRY(name, args) qv_status(*name) args;
     QV_OP_LIST(QV_OP_ENTRY)
@@ -104,6 +106,13 @@ typedef struct {
     /* NULL: all_reduce, then add_rms_norm. */
     qv_status (*sum_add_rms_norm)(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
                                   float eps, bool plus_one, qv_tensor y, qv_tensor rest);
+    /* Clock of ops (op_times.c). Mark i, of at most QV_MAX_MARKS, is behind what was enqueued
+     * before; `between` is the time from mark i to mark i + 1, after a sync. `hold` keeps what is
+     * enqueued afterwards waiting, so that the host gets ahead. NULL, all three: ops end before
+     * they return. */
+    qv_status (*mark)(qv_backend *be, int32_t i);
+    qv_status (*between)(qv_backend *be, int32_t i, double *seconds);
+    qv_status (*hold)(qv_backend *be, double seconds);
     /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */
     qv_status (*weight_new)(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
                             qv_dtype dtype, qv_weight **out);
@@ -120,6 +129,7 @@ struct qv_backend {
     qv_comm *comm;       /* borrowed; NULL: alone */
     int32_t rank;        /* in it */
     bool not_recordable; /* its collectives cannot be part of a recording */
+    qv_op_times *times;  /* borrowed; NULL: ops are not timed */
     char description[128];
 };
 

@@ -3,11 +3,20 @@
 #include "common/dtype.h"
 #include "kernels/shortlist.h"
 #include "ops/backend.h"
+#include "ops/op_times.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* An op of the backend; with the clock on, timed under its name and the shape of its matrix. */
+#define CALL_ON(table_, op, n_out, n_in, ...)                                                      \
+    (be->times == NULL ? (table_)->op(__VA_ARGS__)                                                 \
+                       : qv_op_times_note(be->times, #op, n_out, n_in, (table_)->op(__VA_ARGS__)))
+#define CALL_SHAPED(op, n_out, n_in, ...) CALL_ON(be->ops, op, n_out, n_in, __VA_ARGS__)
+#define CALL(op, ...)                     CALL_ON(be->ops, op, 0, 0, __VA_ARGS__)
+#define COLLECT(op, ...)                  CALL_ON(be->table, op, 0, 0, be, __VA_ARGS__)
 
 /* --- Registry ----------------------------------------------------------------------------- */
 
@@ -129,7 +138,7 @@ qv_status qv_backend_sync(qv_backend *be)
 
 bool qv_backend_can_record(const qv_backend *be)
 {
-    return be->table->record != NULL && !be->not_recordable;
+    return be->table->record != NULL && !be->not_recordable && be->times == NULL;
 }
 
 qv_status qv_backend_record(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
@@ -387,7 +396,7 @@ qv_status qv_op_embed(qv_backend *be, qv_tensor table, int64_t first, const int3
 {
     EXPECT("embed", table, table.dtype == QV_BF16 ? QV_BF16 : QV_F32, ANY, ANY);
     EXPECT("embed", y, QV_F32, ANY, table.shape[1]);
-    return y.shape[0] ? be->ops->embed(be, table, first, ids, y) : QV_OK;
+    return y.shape[0] ? CALL(embed, be, table, first, ids, y) : QV_OK;
 }
 
 static qv_status check_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y,
@@ -402,7 +411,7 @@ static qv_status check_linear(qv_backend *be, const qv_weight *w, qv_tensor x, q
 qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
 {
     QV_TRY(check_linear(be, w, x, y, be->table->activation_dtype));
-    return x.shape[0] ? be->ops->linear(be, w, x, y) : QV_OK;
+    return x.shape[0] ? CALL_SHAPED(linear, w->n_out, w->n_in, be, w, x, y) : QV_OK;
 }
 
 qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
@@ -411,7 +420,7 @@ qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
     QV_TRY(check_linear(be, w, x, y, QV_F32));
     if (rest.data)
         EXPECT("linear", rest, be->table->activation_dtype, x.shape[0], w->n_in);
-    return x.shape[0] ? be->ops->linear_f32(be, w, x, rest, y) : QV_OK;
+    return x.shape[0] ? CALL_SHAPED(linear_f32, w->n_out, w->n_in, be, w, x, rest, y) : QV_OK;
 }
 
 qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
@@ -425,7 +434,9 @@ qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bo
     EXPECT("rms_norm", x, act, ANY, ANY, ANY);
     EXPECT("rms_norm", y, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("rms_norm", w, QV_F32, x.shape[2]);
-    return qv_tensor_count(&x) ? be->ops->rms_norm(be, x, w, eps, plus_one, y) : QV_OK;
+    return qv_tensor_count(&x)
+               ? CALL_SHAPED(rms_norm, x.shape[1], x.shape[2], be, x, w, eps, plus_one, y)
+               : QV_OK;
 }
 
 static qv_status check_add_rms_norm(const qv_backend *be, qv_tensor residual, qv_tensor delta,
@@ -447,7 +458,7 @@ qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta
 {
     QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
     return qv_tensor_count(&residual)
-               ? be->ops->add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest)
+               ? CALL(add_rms_norm, be, residual, delta, w, eps, plus_one, y, rest)
                : QV_OK;
 }
 
@@ -459,7 +470,9 @@ qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tens
     EXPECT("gated_rms_norm", z, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("gated_rms_norm", y, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("gated_rms_norm", w, QV_F32, gate_first ? x.shape[1] * x.shape[2] : x.shape[2]);
-    return qv_tensor_count(&x) ? be->ops->gated_rms_norm(be, x, z, w, eps, gate_first, y) : QV_OK;
+    return qv_tensor_count(&x) ? CALL_SHAPED(gated_rms_norm, x.shape[1], x.shape[2], be, x, z, w,
+                                             eps, gate_first, y)
+                               : QV_OK;
 }
 
 qv_status qv_op_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_tensor y)
@@ -468,7 +481,7 @@ qv_status qv_op_swiglu(qv_backend *be, qv_tensor gate, qv_tensor up, qv_tensor y
     EXPECT("swiglu", gate, act, ANY, ANY);
     EXPECT("swiglu", up, act, gate.shape[0], gate.shape[1]);
     EXPECT("swiglu", y, act, gate.shape[0], gate.shape[1]);
-    return qv_tensor_count(&y) ? be->ops->swiglu(be, gate, up, y) : QV_OK;
+    return qv_tensor_count(&y) ? CALL_SHAPED(swiglu, 1, y.shape[1], be, gate, up, y) : QV_OK;
 }
 
 qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
@@ -476,7 +489,7 @@ qv_status qv_op_sigmoid_gate(qv_backend *be, qv_tensor x, qv_tensor gate)
     qv_dtype act = be->table->activation_dtype;
     EXPECT("sigmoid_gate", x, act, ANY, ANY, ANY);
     EXPECT("sigmoid_gate", gate, act, x.shape[0], x.shape[1], x.shape[2]);
-    return qv_tensor_count(&x) ? be->ops->sigmoid_gate(be, x, gate) : QV_OK;
+    return qv_tensor_count(&x) ? CALL(sigmoid_gate, be, x, gate) : QV_OK;
 }
 
 qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
@@ -484,7 +497,7 @@ qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
     qv_dtype act = be->table->activation_dtype;
     EXPECT("relu2", x, act, ANY, ANY);
     EXPECT("relu2", y, act, x.shape[0], x.shape[1]);
-    return qv_tensor_count(&y) ? be->ops->relu2(be, x, y) : QV_OK;
+    return qv_tensor_count(&y) ? CALL_SHAPED(relu2, 1, y.shape[1], be, x, y) : QV_OK;
 }
 
 /* What qv_op_add adds: delta [n, d] F32, gate [n, 1] or empty. */
@@ -501,7 +514,7 @@ qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tens
 {
     EXPECT("add", residual, QV_F32, ANY, ANY);
     QV_TRY(check_delta(be, "add", delta, gate, residual.shape[0], residual.shape[1]));
-    return qv_tensor_count(&delta) ? be->ops->add(be, residual, delta, gate) : QV_OK;
+    return qv_tensor_count(&delta) ? CALL(add, be, residual, delta, gate) : QV_OK;
 }
 
 /* Whether a collective has anybody to meet. */
@@ -518,7 +531,7 @@ qv_status qv_backend_connect(qv_backend *be)
 qv_status qv_op_all_reduce(qv_backend *be, qv_tensor x)
 {
     EXPECT("all_reduce", x, QV_F32, ANY, ANY);
-    return has_peers(be) ? be->table->all_reduce(be, x) : QV_OK;
+    return has_peers(be) ? COLLECT(all_reduce, x) : QV_OK;
 }
 
 qv_status qv_op_sum_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
@@ -527,7 +540,7 @@ qv_status qv_op_sum_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor d
     if (has_peers(be) && be->table->sum_add_rms_norm != NULL) {
         QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
         return qv_tensor_count(&y)
-                   ? be->table->sum_add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest)
+                   ? COLLECT(sum_add_rms_norm, residual, delta, w, eps, plus_one, y, rest)
                    : QV_OK;
     }
     QV_TRY(qv_op_all_reduce(be, delta));
@@ -543,7 +556,7 @@ qv_status qv_op_gather_cols(qv_backend *be, qv_tensor part, qv_tensor whole)
     }
     if (be->rank == 0)
         EXPECT("gather_cols", whole, QV_F32, part.shape[0], ANY);
-    return be->table->gather_cols(be, part, whole);
+    return COLLECT(gather_cols, part, whole);
 }
 
 qv_status qv_op_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv_tensor y)
@@ -551,7 +564,7 @@ qv_status qv_op_gather_rows(qv_backend *be, qv_tensor x, const int32_t *rows, qv
     qv_dtype act = be->table->activation_dtype;
     EXPECT("gather_rows", x, act, ANY, ANY);
     EXPECT("gather_rows", y, act, ANY, x.shape[1]);
-    return qv_tensor_count(&y) ? be->ops->gather_rows(be, x, rows, y) : QV_OK;
+    return qv_tensor_count(&y) ? CALL(gather_rows, be, x, rows, y) : QV_OK;
 }
 
 /* --- LoRA --------------------------------------------------------------------------------- */
@@ -596,9 +609,9 @@ qv_status qv_op_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
                      qv_tensor scratch, qv_tensor y)
 {
     QV_TRY(check_lora(be, site, x, scratch, y, be->table->activation_dtype));
-    return x.shape[0] && n_segs > 0
-               ? be->ops->lora(be, site, n_segs, seg_start, seg_slot, x, scratch, y)
-               : QV_OK;
+    return x.shape[0] && n_segs > 0 ? CALL_SHAPED(lora, site->n_out, site->n_in, be, site, n_segs,
+                                                  seg_start, seg_slot, x, scratch, y)
+                                    : QV_OK;
 }
 
 qv_status qv_op_lora_f32(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
@@ -606,9 +619,9 @@ qv_status qv_op_lora_f32(qv_backend *be, const qv_lora_site *site, int32_t n_seg
                          qv_tensor scratch, qv_tensor y)
 {
     QV_TRY(check_lora(be, site, x, scratch, y, QV_F32));
-    return x.shape[0] && n_segs > 0
-               ? be->ops->lora_f32(be, site, n_segs, seg_start, seg_slot, x, scratch, y)
-               : QV_OK;
+    return x.shape[0] && n_segs > 0 ? CALL_SHAPED(lora_f32, site->n_out, site->n_in, be, site,
+                                                  n_segs, seg_start, seg_slot, x, scratch, y)
+                                    : QV_OK;
 }
 
 qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,
@@ -620,7 +633,7 @@ qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32
         return qv_fail(QV_ERR_UNSUPPORTED, "embed_lora: A and B are F32 or BF16, not %s",
                        qv_dtype_name(site->dtype));
     return y.shape[0] && n_segs > 0
-               ? be->ops->embed_lora(be, site, n_segs, seg_start, seg_slot, ids, y)
+               ? CALL(embed_lora, be, site, n_segs, seg_start, seg_slot, ids, y)
                : QV_OK;
 }
 
@@ -660,7 +673,7 @@ qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_
                        (long long)d);
     if (rotary_dim > 0 && !(theta > 0 && isfinite(theta)))
         return qv_fail(QV_ERR_ARG, "%s: theta %g", op, theta);
-    return n_tokens ? be->ops->rope_kv_write(be, batch, rotary_dim, theta, q, k, v, kv) : QV_OK;
+    return n_tokens ? CALL(rope_kv_write, be, batch, rotary_dim, theta, q, k, v, kv) : QV_OK;
 }
 
 qv_status qv_op_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv, float scale,
@@ -672,7 +685,7 @@ qv_status qv_op_attention(qv_backend *be, const qv_batch *batch, const qv_kv_lay
     EXPECT(op, q, act, batch->n_tokens, ANY, kv->k.shape[3]);
     EXPECT(op, o, act, batch->n_tokens, q.shape[1], q.shape[2]);
     QV_TRY(check_head_groups(op, q.shape[1], kv->k.shape[2]));
-    return qv_tensor_count(&q) ? be->ops->attention(be, batch, kv, scale, q, o) : QV_OK;
+    return qv_tensor_count(&q) ? CALL(attention, be, batch, kv, scale, q, o) : QV_OK;
 }
 
 /* --- Recurrent layers --------------------------------------------------------------------- */
@@ -689,7 +702,7 @@ qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_te
     EXPECT_CONTIGUOUS("conv1d", state, act, ANY, x.shape[1], w.shape[1] - 1);
     if (bias.data)
         EXPECT("conv1d", bias, QV_F32, x.shape[1]);
-    return qv_tensor_count(&x) ? be->ops->conv1d(be, batch, x, w, bias, state, y) : QV_OK;
+    return qv_tensor_count(&x) ? CALL(conv1d, be, batch, x, w, bias, state, y) : QV_OK;
 }
 
 qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
@@ -708,7 +721,7 @@ qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *ar
     EXPECT("gdn", dt_bias, QV_F32, v.shape[1]);
     EXPECT_CONTIGUOUS("gdn", state, QV_F32, ANY, v.shape[1], q.shape[2], v.shape[2]);
     QV_TRY(check_head_groups("gdn", v.shape[1], q.shape[1]));
-    return qv_tensor_count(&v) ? be->ops->gdn(be, batch, args) : QV_OK;
+    return qv_tensor_count(&v) ? CALL(gdn, be, batch, args) : QV_OK;
 }
 
 qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
@@ -731,7 +744,7 @@ qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *ar
     if (!(args->dt_min >= 0 && args->dt_min <= args->dt_max))
         return qv_fail(QV_ERR_ARG, "ssd: dt from %g to %g", (double)args->dt_min,
                        (double)args->dt_max);
-    return qv_tensor_count(&x) ? be->ops->ssd(be, batch, args) : QV_OK;
+    return qv_tensor_count(&x) ? CALL(ssd, be, batch, args) : QV_OK;
 }
 
 /* --- Mixture of experts ------------------------------------------------------------------- */
@@ -760,7 +773,7 @@ qv_status qv_op_router(qv_backend *be, const qv_router *router, qv_tensor logits
     const qv_tensor bias = router->bias;
     if (bias.data)
         EXPECT("router", bias, QV_F32, logits.shape[1]);
-    return logits.shape[0] ? be->ops->router(be, router, logits, ids, weights) : QV_OK;
+    return logits.shape[0] ? CALL(router, be, router, logits, ids, weights) : QV_OK;
 }
 
 /* Bytes of a list's arrays, each on a boundary of 64; with memory, the list points into it. */
@@ -819,7 +832,7 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
     list->n_segs = n_segs;
     list->seg_start = seg_start;
     list->seg_slot = seg_slot;
-    return be->ops->moe_route(be, ids, list);
+    return CALL(moe_route, be, ids, list);
 }
 
 static int64_t n_pairs_of(const qv_moe_list *list)
@@ -842,7 +855,8 @@ qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list
                        (long long)w->n_experts, list->n_experts);
     EXPECT("moe_linear", x, act, n_rows_of(list, rows), w->n_in);
     EXPECT("moe_linear", y, act, n_pairs_of(list), w->n_out);
-    return list->n_tokens ? be->ops->moe_linear(be, w, list, x, rows, y) : QV_OK;
+    return list->n_tokens ? CALL_SHAPED(moe_linear, w->n_out, w->n_in, be, w, list, x, rows, y)
+                          : QV_OK;
 }
 
 static qv_status check_moe_site(const char *op, const qv_moe_lora_site *site,
@@ -865,7 +879,9 @@ qv_status qv_op_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_
     QV_TRY(check_moe_site("moe_lora", site, list, scratch));
     EXPECT("moe_lora", x, act, n_rows_of(list, rows), site->n_in);
     EXPECT("moe_lora", y, act, n_pairs_of(list), site->n_out);
-    return list->n_tokens ? be->ops->moe_lora(be, site, list, x, rows, scratch, y) : QV_OK;
+    return list->n_tokens
+               ? CALL_SHAPED(moe_lora, site->n_out, site->n_in, be, site, list, x, rows, scratch, y)
+               : QV_OK;
 }
 
 static qv_status check_combine(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
@@ -887,8 +903,7 @@ qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor w
 {
     qv_dtype act = be->table->activation_dtype;
     QV_TRY(check_combine(be, list, weights, o, site, scratch, y, act));
-    return qv_tensor_count(&y) ? be->ops->moe_combine(be, list, weights, o, site, scratch, y)
-                               : QV_OK;
+    return qv_tensor_count(&y) ? CALL(moe_combine, be, list, weights, o, site, scratch, y) : QV_OK;
 }
 
 qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
@@ -898,9 +913,9 @@ qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tens
     QV_TRY(check_combine(be, list, weights, o, site, scratch, y, QV_F32));
     if (shared.data)
         QV_TRY(check_delta(be, "moe_combine", shared, gate, y.shape[0], y.shape[1]));
-    return qv_tensor_count(&y)
-               ? be->ops->moe_combine_f32(be, list, weights, o, site, scratch, shared, gate, y)
-               : QV_OK;
+    return qv_tensor_count(&y) ? CALL(moe_combine_f32, be, list, weights, o, site, scratch, shared,
+                                      gate, y)
+                               : QV_OK;
 }
 
 /* --- Sampling ----------------------------------------------------------------------------- */
@@ -956,7 +971,7 @@ qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const 
         return qv_fail(QV_ERR_SHAPE, "sample: %d valid tokens of %lld columns", n_valid,
                        (long long)logits.shape[1]);
     QV_TRY(qv_sample_check_rows(rows, logits.shape[0], logits.shape[1]));
-    return be->ops->sample(be, logits, n_valid, rows, results);
+    return CALL(sample, be, logits, n_valid, rows, results);
 }
 
 /* The first of the rows, or of those that are short with `n_valid`, that could not be sampled. */
@@ -1029,7 +1044,7 @@ qv_status qv_op_shortlist(qv_backend *be, qv_tensor part, const qv_shortlist_par
                        (long long)where->first, (long long)(where->first + part.shape[1]),
                        (long long)where->n_vocab);
     QV_TRY(check_shortlist(where, rows, part.shape[0]));
-    return be->ops->shortlist(be, part, where, rows, lists);
+    return CALL(shortlist, be, part, where, rows, lists);
 }
 
 qv_status qv_op_merge_shortlists(qv_backend *be, qv_tensor lists, int32_t n_parts,
@@ -1041,6 +1056,6 @@ qv_status qv_op_merge_shortlists(qv_backend *be, qv_tensor lists, int32_t n_part
     if (lists.shape[0] == 0)
         return QV_OK;
     QV_TRY(check_shortlist(where, rows, lists.shape[0]));
-    QV_TRY(be->ops->merge_shortlists(be, lists, n_parts, where, rows, results));
+    QV_TRY(CALL(merge_shortlists, be, lists, n_parts, where, rows, results));
     return check_results(results, lists.shape[0], rows, where->n_valid);
 }

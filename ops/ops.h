@@ -107,7 +107,8 @@ typedef struct {
     int32_t page_stride; /* pages of a sequence at most */
 } qv_recording_shape;
 
-bool qv_backend_can_record(const qv_backend *be); /* CPU: false */
+/* Not on the CPU, not over some groups of ranks, and not while ops are timed (ops/op_times.h). */
+bool qv_backend_can_record(const qv_backend *be);
 
 /* Enqueues a step's ops, reading `batch`; called twice: to warm up, and to be recorded. */
 typedef qv_status qv_record_fn(void *ctx, const qv_batch *batch);

@@ -43,6 +43,7 @@ static void cuda_close(qv_backend *be)
     if (cuda->stream != NULL)
         (void)cudaStreamSynchronize(cuda->stream);
     qv_cuda_plans_free(cuda->plans);
+    qv_cuda_marks_free(cuda);
     (void)cudaFree(cuda->counters);
     if (cuda->blas != NULL)
         (void)cublasLtDestroy(cuda->blas);
@@ -181,6 +182,9 @@ const qv_backend_table qv_cuda_backend_table = {
     .all_reduce = qv_cuda_all_reduce,
     .gather_cols = qv_cuda_gather_cols,
     .sum_add_rms_norm = qv_cuda_sum_add_rms_norm,
+    .mark = qv_cuda_mark,
+    .between = qv_cuda_between,
+    .hold = qv_cuda_hold,
     .weight_new = qv_cuda_weight_new,
     .weight_free = qv_cuda_weight_free,
     .weight_load = qv_cuda_weight_load,

@@ -76,6 +76,7 @@ typedef struct {
     cublasLtHandle_t blas;
     void *blas_workspace;
     qv_cuda_plans *plans;
+    cudaEvent_t *marks; /* [QV_MAX_MARKS] made as they are needed; NULL: none yet */
     qv_cuda_comm *comm; /* NULL: alone, or not connected */
 } qv_cuda_backend;
 
@@ -162,6 +163,13 @@ qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_rec
                          void *ctx, qv_recording **out);
 void qv_cuda_recording_free(qv_backend *be, qv_recording *recording);
 qv_status qv_cuda_replay(qv_backend *be, qv_recording *recording, const qv_batch *host);
+
+/* --- clock.c ------------------------------------------------------------------------------ */
+
+qv_status qv_cuda_mark(qv_backend *be, int32_t i);
+qv_status qv_cuda_between(qv_backend *be, int32_t i, double *seconds);
+qv_status qv_cuda_hold(qv_backend *be, double seconds);
+void qv_cuda_marks_free(qv_cuda_backend *cuda);
 
 void qv_cuda_plans_free(qv_cuda_plans *plans);
 

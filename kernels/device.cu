@@ -11,6 +11,21 @@ extern "C" qv_status qv_k_check_launch(const char *name)
                    cudaGetErrorName(error));
 }
 
+static int major_of_device(void)
+{
+    int device = 0, major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
+        return 0;
+    return major;
+}
+
+extern "C" bool qv_k_is_hopper(void)
+{
+    static const int major = major_of_device();
+    return major == 9;
+}
+
 __global__ void hold_kernel(uint64_t ns)
 {
     uint64_t start, now;

@@ -13,6 +13,9 @@
 /* QV_OK, or what the launch of `name` failed with. */
 extern "C" qv_status qv_k_check_launch(const char *name);
 
+/* Whether the device of the process is of compute capability 9, which has wgmma. */
+extern "C" bool qv_k_is_hopper(void);
+
 /* Dependent launches (9.0 and later): a kernel that lets its successor start early, and a successor
  * that waits before it reads or writes what others may be working on. A successor that was launched
  * the ordinary way waits by itself. */
@@ -52,6 +55,23 @@ __device__ __forceinline__ bf16x8 pack8(const float (&x)[8])
     for (int i = 0; i < 4; i++)
         v.u[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
     return v;
+}
+
+/* Activations, one formula wherever they are applied. */
+__device__ __forceinline__ float swiglu(float gate, float up)
+{
+    return gate / (1.0f + expf(-gate)) * up;
+}
+
+__device__ __forceinline__ float relu2(float x)
+{
+    float positive = x < 0.0f ? 0.0f : x; /* NaN stays NaN */
+    return positive * positive;
+}
+
+__device__ __forceinline__ float round_bf16(float x)
+{
+    return __bfloat162float(__float2bfloat16(x));
 }
 
 __device__ __forceinline__ float warp_max(float x)

@@ -25,6 +25,8 @@ typedef struct {
 
 /* The most tokens of qv_k_skinny_linear. */
 #define QV_K_SKINNY_TOKENS 64
+/* Matrices of so many rows have a form of their own in qv_k_any_linear. */
+#define QV_K_FEW_ROWS 4
 
 /* For few tokens: streams W once at the speed of memory. W BF16 with n_in a multiple of 32, x rows
  * on 16 bytes. What is computed for a row does not depend on the others. Errors: DEVICE. */

@@ -51,12 +51,20 @@ typedef struct {
 /* Make the list from ids [n_tokens, top_k]. Errors: LIMIT (2048 experts), DEVICE. */
 qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream);
 
+/* What is done to a row's results; SWIGLU: the first half of the matrix's rows is the gate. */
+typedef enum {
+    QV_K_MOE_PLAIN,  /* y [pairs, n_out] */
+    QV_K_MOE_SWIGLU, /* y [pairs, n_out / 2] */
+    QV_K_MOE_RELU2,  /* y [pairs, n_out] */
+} qv_k_moe_act;
+
 typedef struct {
     const void *w; /* BF16 [n_experts, n_out, n_in], experts w_expert elements apart */
     const void *x; /* BF16 [n_tokens or pairs, n_in], rows x_stride apart */
     void *y;       /* BF16 [pairs, n_out], rows y_stride apart */
     int64_t w_expert, n_out, n_in, x_stride, y_stride;
     uint8_t x_pairs; /* 1: x has a row per place, 0: per token */
+    qv_k_moe_act act; /* of products that were rounded to BF16, as if it were an op of its own */
 } qv_k_moe_linear_args;
 
 /* Errors: DEVICE. */

@@ -153,6 +153,35 @@ template <bool REST> cudaError_t choose_skinny(const qv_k_linear_args &c, cudaSt
                               : launch_skinny<8, REST>(c, stream);
 }
 
+/* --- Few rows of W for many tokens: gates ---------------------------------------------------- */
+
+/* A warp a token, which reads it once for every row: bound by reading x where W has a row or two.
+ */
+__global__ void __launch_bounds__(32 * ANY_WARPS) few_rows_kernel(qv_k_linear_args c)
+{
+    int lane = threadIdx.x & 31;
+    int64_t token = (int64_t)blockIdx.x * ANY_WARPS + (threadIdx.x >> 5);
+    if (token >= c.n_tokens)
+        return;
+    const bf16 *x = (const bf16 *)c.x + token * c.x_stride;
+    for (int64_t row = 0; row < c.n_out; row++) {
+        const bf16 *w = (const bf16 *)c.w + row * c.n_in;
+        float sum = 0;
+#pragma unroll 4
+        for (int64_t k = lane * 8; k < c.n_in; k += 256) {
+            float a[8], b[8];
+            unpack8(*(const bf16x8 *)(x + k), a);
+            unpack8(*(const bf16x8 *)(w + k), b);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                sum = fmaf(a[i], b[i], sum);
+        }
+        sum = warp_sum(sum);
+        if (lane == 0)
+            store(c.y, c.y_f32, token * c.y_stride + row, sum);
+    }
+}
+
 /* --- Any shape ---------------------------------------------------------------------------- */
 
 constexpr int ANY_TOKENS = 8;
@@ -206,6 +235,13 @@ qv_status qv_k_skinny_linear(const qv_k_linear_args *c, void *stream)
 
 qv_status qv_k_any_linear(const qv_k_linear_args *c, void *stream)
 {
+    bool vectors = !c->w_f32 && !c->rest && c->n_in % 8 == 0 && c->x_stride % 8 == 0 &&
+                   (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0;
+    if (c->n_out <= QV_K_FEW_ROWS && vectors) {
+        unsigned blocks = (unsigned)((c->n_tokens + ANY_WARPS - 1) / ANY_WARPS);
+        few_rows_kernel<<<blocks, 32 * ANY_WARPS, 0, (cudaStream_t)stream>>>(*c);
+        return qv_k_check_launch("any_linear");
+    }
     dim3 grid((unsigned)((c->n_out + ANY_WARPS - 1) / ANY_WARPS),
               (unsigned)((c->n_tokens + ANY_TOKENS - 1) / ANY_TOKENS));
     any_kernel<<<grid, 32 * ANY_WARPS, 0, (cudaStream_t)stream>>>(*c);

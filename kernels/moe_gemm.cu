@@ -12,7 +12,7 @@
 #include "kernels/kernels_moe.h"
 #include "kernels/skinny.cuh"
 #include "kernels/tensor_map.cuh"
-#include "kernels/wgmma.cuh"
+#include "kernels/wgmma_shapes.cuh"
 
 namespace
 {
@@ -24,6 +24,28 @@ __device__ __forceinline__ const bf16 *x_of(const qv_k_list &list, const qv_k_mo
     return (const bf16 *)c.x + row * c.x_stride;
 }
 
+/* Columns of y. */
+__host__ __device__ __forceinline__ int64_t y_columns(const qv_k_moe_linear_args &c)
+{
+    return c.act == QV_K_MOE_SWIGLU ? c.n_out / 2 : c.n_out;
+}
+
+/* Eight products of a row, rounded, with what is done to them; `up` of SWIGLU. */
+__device__ __forceinline__ uint4 activate8(qv_k_moe_act act, uint4 v, uint4 up)
+{
+    if (act == QV_K_MOE_PLAIN)
+        return v;
+    bf16x8 out;
+    float x[8], y[8];
+    unpack8(*(const bf16x8 *)&v, x);
+    unpack8(*(const bf16x8 *)&up, y);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        x[i] = act == QV_K_MOE_SWIGLU ? swiglu(x[i], y[i]) : relu2(x[i]);
+    out = pack8(x);
+    return *(const uint4 *)&out;
+}
+
 constexpr int EXPERT_MASK = (1 << QV_K_MOE_EXPERT_BITS) - 1;
 
 /* --- Few pairs an expert ------------------------------------------------------------------ */
@@ -33,6 +55,7 @@ constexpr int FEW_SPLITS = 2;  /* ranges of k, beside each other */
 constexpr int FEW_TOKENS = 32; /* pairs that share a pass over the weights */
 constexpr int FEW_THREADS = 32 * (FEW_ROWS / 16) * FEW_SPLITS;
 
+/* `w` is this warp's first row, `n_rows` what is left from there. */
 template <int NT, bool ALIGNED>
 __device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const bf16 *w,
                                             int n_rows, const bf16 *const *x, int n_x,
@@ -43,8 +66,7 @@ __device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const
     int64_t begin, end;
     split_range(c.n_in, split, FEW_SPLITS, begin, end);
     float acc[NT][4] = {};
-    skinny_product<NT, ALIGNED>(w + group * c.n_in, c.n_in, n_rows - group, x, n_x, begin, end,
-                                acc);
+    skinny_product<NT, ALIGNED>(w, c.n_in, n_rows, x, n_x, begin, end, acc);
 #pragma unroll
     for (int i = 0; i < NT; i++)
 #pragma unroll
@@ -53,7 +75,8 @@ __device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const
                 acc[i][j];
 }
 
-/* Grid (tiles of rows, experts with pairs). */
+/* Grid (tiles of rows, experts with pairs). A tile of SWIGLU is 32 rows of the gate and the same of
+ * the other half. */
 template <bool ALIGNED>
 __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_k_moe_linear_args c)
 {
@@ -63,9 +86,14 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
         return;
     int expert = list.work[2 + 2 * blockIdx.y] & EXPERT_MASK, thread = threadIdx.x;
     int first = list.expert_start[expert], n_pairs = list.expert_start[expert + 1] - first;
-    int64_t row = (int64_t)blockIdx.x * FEW_ROWS;
-    int n_rows = (int)min((int64_t)FEW_ROWS, c.n_out - row);
-    const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + row * c.n_in;
+    int width = c.act == QV_K_MOE_SWIGLU ? FEW_ROWS / 2 : FEW_ROWS; /* columns of y */
+    int group = (thread >> 5) % (FEW_ROWS / 16) * 16;
+    int64_t col = (int64_t)blockIdx.x * width, row = col + group % width;
+    int n_cols = (int)min((int64_t)width, y_columns(c) - col);
+    int n_rows = (int)max((int64_t)0, min((int64_t)16, y_columns(c) - row));
+    if (group >= width)
+        row += c.n_out / 2;
+    const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + (n_rows > 0 ? row : 0) * c.n_in;
     for (int done = 0; done < n_pairs; done += FEW_TOKENS) {
         int n = min(FEW_TOKENS, n_pairs - done);
         __syncthreads();
@@ -79,14 +107,20 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
         else
             few_product<4, ALIGNED>(c, w, n_rows, x, n, sums);
         __syncthreads();
-        for (int i = thread; i < n * FEW_ROWS; i += FEW_THREADS) {
-            int p = i / FEW_ROWS, r = i % FEW_ROWS;
-            float sum = sums[0][r][p];
+        for (int i = thread; i < n * width; i += FEW_THREADS) {
+            int p = i / width, r = i % width;
+            float sum = sums[0][r][p], up = sums[0][r + FEW_ROWS - width][p];
 #pragma unroll
-            for (int s = 1; s < FEW_SPLITS; s++)
+            for (int s = 1; s < FEW_SPLITS; s++) {
                 sum += sums[s][r][p];
-            if (r < n_rows)
-                ((bf16 *)c.y)[(first + done + p) * c.y_stride + row + r] = __float2bfloat16(sum);
+                up += sums[s][r + FEW_ROWS - width][p];
+            }
+            if (c.act == QV_K_MOE_SWIGLU)
+                sum = swiglu(round_bf16(sum), round_bf16(up));
+            else if (c.act == QV_K_MOE_RELU2)
+                sum = relu2(round_bf16(sum));
+            if (r < n_cols)
+                ((bf16 *)c.y)[(first + done + p) * c.y_stride + col + r] = __float2bfloat16(sum);
         }
     }
 }
@@ -104,7 +138,8 @@ template <int PAIRS> struct many_stage {
 
 template <int PAIRS>
 __device__ __forceinline__ void load_many(many_stage<PAIRS> &m, const bf16 *const *x, const bf16 *w,
-                                          int64_t w_stride, int n_rows, int64_t k, int64_t n_in)
+                                          int64_t w_stride, int width, int64_t jump, int n_cols,
+                                          int64_t k, int64_t n_in)
 {
     int col = threadIdx.x % 8 * 8;
     bool inside = k + col < n_in;
@@ -117,12 +152,14 @@ __device__ __forceinline__ void load_many(many_stage<PAIRS> &m, const bf16 *cons
 #pragma unroll
     for (int i = 0; i < MANY_ROWS / 32; i++) {
         int row = threadIdx.x / 8 + 32 * i;
-        bool valid = row < n_rows && inside;
-        copy16(m.w + tile_at<MANY_K>(row, col), valid ? w + row * w_stride + k + col : w, valid);
+        bool valid = row % width < n_cols && inside;
+        int64_t from = row + (row >= width ? jump : 0);
+        copy16(m.w + tile_at<MANY_K>(row, col), valid ? w + from * w_stride + k + col : w, valid);
     }
 }
 
-/* Grid (tiles of rows, tiles of pairs), 8 warps as 2 x 4 over PAIRS x 128. */
+/* Rows from `width` on lie `jump` further: a tile of SWIGLU is 64 rows of both halves.
+ * Grid (tiles of rows, tiles of pairs), 8 warps as 2 x 4 over PAIRS x 128. */
 template <int PAIRS>
 __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
     many_kernel(qv_k_list list, qv_k_moe_linear_args c)
@@ -145,12 +182,13 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
         else
             high = middle;
     }
-    int64_t row = (int64_t)blockIdx.x * MANY_ROWS;
-    int n_rows = (int)min((int64_t)MANY_ROWS, c.n_out - row);
+    int width = c.act == QV_K_MOE_SWIGLU ? MANY_ROWS / 2 : MANY_ROWS; /* columns of y */
+    int64_t y_col = (int64_t)blockIdx.x * width, jump = c.n_out / 2 - width;
+    int n_cols = (int)min((int64_t)width, y_columns(c) - y_col);
     int expert = work[2 + 2 * low] & EXPERT_MASK, end = list.expert_start[expert + 1];
     int first = list.expert_start[expert] + (tile - work[3 + 2 * low]) * QV_K_MOE_TILE;
     int n = min(PAIRS, end - first);
-    const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + row * c.n_in;
+    const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + y_col * c.n_in;
     if (thread < PAIRS)
         x[thread] = thread < n ? x_of(list, c, first + thread) : nullptr;
     __syncthreads();
@@ -159,7 +197,7 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
 #pragma unroll
     for (int i = 0; i < MANY_STAGES - 1; i++) {
         if (i < steps)
-            load_many<PAIRS>(stage[i], x, w, c.n_in, n_rows, i * MANY_K, c.n_in);
+            load_many<PAIRS>(stage[i], x, w, c.n_in, width, jump, n_cols, i * MANY_K, c.n_in);
         copies_commit();
     }
     int pair_row = (warp & 1) * (PAIRS / 2), w_row = (warp >> 1) * 32;
@@ -168,8 +206,8 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
         copies_wait<MANY_STAGES - 2>();
         __syncthreads(); /* this stage is there, the one before has been read */
         if (step + MANY_STAGES - 1 < steps)
-            load_many<PAIRS>(stage[(step + MANY_STAGES - 1) % MANY_STAGES], x, w, c.n_in, n_rows,
-                             (step + MANY_STAGES - 1) * MANY_K, c.n_in);
+            load_many<PAIRS>(stage[(step + MANY_STAGES - 1) % MANY_STAGES], x, w, c.n_in, width,
+                             jump, n_cols, (step + MANY_STAGES - 1) * MANY_K, c.n_in);
         copies_commit();
         const many_stage<PAIRS> &m = stage[step % MANY_STAGES];
 #pragma unroll
@@ -203,205 +241,317 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
                                                        w_row + j * 8 + (lane & 3) * 2)) =
                     pack_bf16(acc[i][j][2 * half], acc[i][j][2 * half + 1]);
     __syncthreads();
-    for (int i = thread; i < n * (MANY_ROWS / 8); i += MANY_THREADS) {
-        int p = i / (MANY_ROWS / 8), col = i % (MANY_ROWS / 8) * 8;
-        if (col < n_rows)
-            *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + row + col) =
-                *(const uint4 *)(out + tile_at<MANY_ROWS>(p, col));
+    for (int i = thread; i < n * (width / 8); i += MANY_THREADS) {
+        int p = i / (width / 8), col = i % (width / 8) * 8;
+        if (col < n_cols)
+            *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + y_col + col) =
+                activate8(c.act, *(const uint4 *)(out + tile_at<MANY_ROWS>(p, col)),
+                          *(const uint4 *)(out + tile_at<MANY_ROWS>(p, col + MANY_ROWS - width)));
     }
 }
 
 /* --- Many, on Hopper ---------------------------------------------------------------------- */
 
-/* Bound by what the L2 cache delivers unless tiles are large: a cluster of two blocks has 256 pairs
- * by 256 rows, 128 pairs each, and every block fetches half of the weights for both. In a block two
- * warpgroups have 64 pairs each; one rests where an expert has no more pairs, and the second block
- * leaves where the first is enough. Pairs are gathered by cp.async. */
-constexpr int WIDE_PAIRS = 2 * QV_K_MOE_TILE;
+/* Blocks that stay, in clusters of two. An item is up to 256 pairs of an expert by 256 rows of its
+ * matrix: each block has half of the pairs, and fetches half of the weights for both, because the
+ * L2 cache is what bounds this (32 bytes a clock and multiprocessor at full size). The matrix is
+ * wgmma's first operand, so that the number of pairs of a product can be any multiple of 16: an
+ * expert's pairs are shared out evenly over items and blocks.
+ *
+ * A block has two warpgroups of workers with 128 rows each, and one that fetches: weights by the
+ * copy engine, pairs gathered by cp.async, four stages ahead of the workers and on into the next
+ * item while they store. */
+constexpr int WIDE_PAIRS = 2 * QV_K_MOE_TILE; /* of a block */
 constexpr int WIDE_CLUSTER = 2;
 constexpr int WIDE_ROWS = 256;
+constexpr int WIDE_UNIT = 64; /* rows of one wgmma */
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
-constexpr int WIDE_WORKERS = 256;               /* two warpgroups */
-constexpr int WIDE_THREADS = WIDE_WORKERS + 32; /* and a warp that fetches weights */
+constexpr int WIDE_WORKERS = 256;
+constexpr int WIDE_THREADS = WIDE_WORKERS + 128;
 
 struct wide_stage {
-    bf16 x[WIDE_PAIRS * WIDE_K], w[WIDE_ROWS * WIDE_K];
+    bf16 w[WIDE_ROWS * WIDE_K], x[WIDE_PAIRS * WIDE_K];
 };
 
-[[maybe_unused]] __device__ __forceinline__ void
-load_pairs(wide_stage &m, const bf16 *const *x, const void *none, int n, int64_t k, int64_t n_in)
+struct wide_shared {
+    wide_stage stage[WIDE_STAGES];
+    bf16 out[2][WIDE_PAIRS * WIDE_UNIT]; /* a warpgroup's results on their way, [pair][row] */
+    uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+};
+
+struct wide_item {
+    int expert, col, units; /* columns of y; units of 64 rows of the matrix that make them */
+    int first, n;           /* this block's pairs */
+    int most;               /* pairs of the larger block */
+};
+
+/* Item `number`, by all lanes of a warp; false: there is none. `index` is the active expert of an
+ * earlier item (-1 at first) and moves on. Tiles of rows go round from tile of pairs to tile of
+ * pairs, so that every cluster meets the short last one equally often. */
+[[maybe_unused]] __device__ __forceinline__ bool find_item(const qv_k_list &list,
+                                                           const qv_k_moe_linear_args &c,
+                                                           int number, int rank, int &index,
+                                                           wide_item &out)
 {
-    int col = threadIdx.x % 8 * 8;
-    bool inside = k + col < n_in;
-#pragma unroll
-    for (int i = 0; i < WIDE_PAIRS / 32; i++) {
-        int row = threadIdx.x / 8 + 32 * i;
-        bool valid = row < n && inside;
-        copy16(m.x + tile_at<WIDE_K>(row, col), valid ? x[row] + k + col : none, valid);
+    const int32_t *work = list.work;
+    int64_t n_cols = y_columns(c);
+    int width = c.act == QV_K_MOE_SWIGLU ? WIDE_ROWS / 2 : WIDE_ROWS;
+    int row_tiles = (int)((n_cols + width - 1) / width), lane = threadIdx.x & 31;
+    int tile = number / row_tiles, n_active = work[0];
+    for (unsigned passed = ~0u; passed == ~0u;) {
+        int i = index + 1 + lane;
+        passed =
+            __ballot_sync(~0u, i < n_active && work[2 + 2 * i] >> QV_K_MOE_EXPERT_BITS <= tile);
+        index += __popc(passed);
     }
-    copies_commit();
+    if (index < 0)
+        return false; /* nobody has pairs */
+    int entry = work[2 + 2 * index], part = tile - (entry >> QV_K_MOE_EXPERT_BITS);
+    out.expert = entry & EXPERT_MASK;
+    int start = list.expert_start[out.expert], n = list.expert_start[out.expert + 1] - start;
+    int parts = (n + WIDE_CLUSTER * WIDE_PAIRS - 1) / (WIDE_CLUSTER * WIDE_PAIRS);
+    if (part >= parts)
+        return false;
+    int begin = (int)((int64_t)n * part / parts), end = (int)((int64_t)n * (part + 1) / parts);
+    out.most = (end - begin + 1) / 2;
+    out.first = start + begin + rank * out.most;
+    out.n = rank == 0 ? out.most : end - begin - out.most;
+    out.col = (number + tile) % row_tiles * width;
+    out.units = (int)((min((int64_t)width, n_cols - out.col) + WIDE_UNIT - 1) / WIDE_UNIT) *
+                (WIDE_ROWS / width);
+    return true;
 }
 
-/* This block's half of the weights at k, to both blocks; all of them if it is alone. One thread. */
-[[maybe_unused]] __device__ __forceinline__ void fetch_rows(wide_stage &m, const void *map,
-                                                            uint64_t *full, int k, int row,
-                                                            int expert, int rank, bool alone)
+/* The first row of the matrix of a unit: of SWIGLU, every second one is of the other half, so that
+ * a warpgroup has both. */
+[[maybe_unused]] __device__ __forceinline__ int row_of_unit(const qv_k_moe_linear_args &c,
+                                                            const wide_item &item, int unit)
 {
-    constexpr int HALF = WIDE_ROWS / WIDE_CLUSTER;
-    barrier_expect(full, (int)sizeof m.w);
-    for (int half = 0; half < WIDE_CLUSTER; half++)
-        if (alone || half == rank)
-            copy_box(m.w + half * HALF * WIDE_K, map, k, row + half * HALF, expert, full,
-                     alone ? (uint16_t)(1 << rank) : 3);
+    if (c.act != QV_K_MOE_SWIGLU)
+        return item.col + unit * WIDE_UNIT;
+    return item.col + unit / 2 * WIDE_UNIT + unit % 2 * (int)(c.n_out / 2);
+}
+
+/* Columns of the products for so many pairs: what there are forms for. */
+[[maybe_unused]] __device__ __forceinline__ int wide_columns(int n)
+{
+    return n <= 32 ? 32 : n <= 64 ? 64 : (n + 15) / 16 * 16;
 }
 
 [[maybe_unused]] __device__ __forceinline__ void workers_barrier(int id)
 {
-    asm volatile("bar.sync %0, %1;\n" ::"r"(id), "n"(WIDE_WORKERS) : "memory");
+    asm volatile("bar.sync %0, 128;\n" ::"r"(id) : "memory");
 }
 
-/* Grid (tiles of rows, 2 x tiles of 256 pairs). */
-__global__ void QV_CLUSTER(1, WIDE_CLUSTER, 1) __launch_bounds__(WIDE_THREADS, 1)
+/* The warpgroup that fetches. */
+[[maybe_unused]] __device__ void wide_fetch(const qv_k_list &list, const qv_k_moe_linear_args &c,
+                                            const void *map, wide_shared &m, int rank, int cluster,
+                                            int n_clusters)
+{
+    int thread = threadIdx.x - WIDE_WORKERS, index = -1,
+        steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
+    int col = thread % 8 * 8, row_0 = thread / 8;
+    bf16 *const to = (bf16 *)m.stage[0].x + tile_at<WIDE_K>(row_0, col);
+    uint32_t count = 0;
+    wide_item item;
+    for (int number = cluster; find_item(list, c, number, rank, index, item);
+         number += n_clusters) {
+        int columns = wide_columns(item.most);
+        uint32_t from[WIDE_PAIRS / 16]; /* in pieces of 16 bytes */
+#pragma unroll
+        for (int i = 0; i < WIDE_PAIRS / 16; i++) {
+            int place = item.first + min(row_0 + 16 * i, max(item.n - 1, 0));
+            int row = c.x_pairs
+                          ? place
+                          : list.pair[min(place, list.n_tokens * list.top_k - 1)] / list.top_k;
+            from[i] = (uint32_t)row * (uint32_t)(c.x_stride / 8);
+        }
+        for (int step = 0; step < steps; step++, count++) {
+            int at = count % WIDE_STAGES, k = step * WIDE_K;
+            if (count >= WIDE_STAGES)
+                barrier_wait(&m.empty[at], (count / WIDE_STAGES - 1) & 1);
+            if (thread == 0) {
+                barrier_expect(&m.full[at], item.units * WIDE_UNIT * WIDE_K * (int)sizeof(bf16));
+                for (int u = 2 * rank; u < min(item.units, 2 * rank + 2); u++)
+                    copy_box(m.stage[at].w + u * WIDE_UNIT * WIDE_K, map, k,
+                             row_of_unit(c, item, u), item.expert, &m.full[at], 3);
+            }
+            bool inside = k + col < c.n_in;
+#pragma unroll
+            for (int i = 0; i < WIDE_PAIRS / 16; i++)
+                if (16 * i < columns)
+                    copy16(to + at * (sizeof(wide_stage) / sizeof(bf16)) + i * 16 * WIDE_K,
+                           (const uint4 *)c.x + from[i] + (k + col) / 8,
+                           inside && row_0 + 16 * i < item.n);
+            barrier_arrive_copies(&m.full[at]);
+        }
+    }
+}
+
+/* A stage has been read by this warpgroup: both blocks may write it. */
+[[maybe_unused]] __device__ __forceinline__ void wide_release(wide_shared &m, int at)
+{
+    int thread = threadIdx.x & 127;
+    if (thread % 32 == 0 && thread / 32 < WIDE_CLUSTER)
+        barrier_arrive_at(&m.empty[at], thread / 32);
+}
+
+/* A warpgroup's part of an item: UNITS times 64 rows by N pairs. */
+template <int UNITS, int N>
+[[maybe_unused]] __device__ __forceinline__ void
+wide_work(const qv_k_moe_linear_args &c, wide_shared &m, const wide_item &item, uint32_t &count)
+{
+    int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
+    int group = threadIdx.x >> 7, steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
+    float acc[UNITS][N / 2] = {};
+    for (int step = 0; step < steps; step++, count++) {
+        int at = count % WIDE_STAGES;
+        barrier_wait(&m.full[at], (count / WIDE_STAGES) & 1);
+        wgmma_publish(); /* the gathered pairs */
+        uint64_t a = wgmma_tile(m.stage[at].w + group * 2 * WIDE_UNIT * WIDE_K);
+        uint64_t b = wgmma_tile(m.stage[at].x);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < WIDE_K / 16; k++)
+#pragma unroll
+            for (int u = 0; u < UNITS; u++)
+                wgmma<N>(acc[u], a + u * (WIDE_UNIT * WIDE_K * 2 / 16) + 2 * k, b + 2 * k);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (step > 0)
+            wide_release(m, (count - 1) % WIDE_STAGES);
+    }
+    wgmma_wait<0>();
+    wide_release(m, (count - 1) % WIDE_STAGES);
+
+    /* Store: fragments transposed into [pair][column], and out in pieces of 16 bytes. */
+    bf16 *out = m.out[group];
+    bool gated = UNITS == 2 && c.act == QV_K_MOE_SWIGLU;
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        if (u > 0 && gated)
+            break;
+        int first_col = item.col + (gated ? group : group * 2 + u) * WIDE_UNIT;
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 2) {
+            float f[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                f[i] = acc[u][4 * j + i];
+                if (gated)
+                    f[i] = swiglu(round_bf16(f[i]), round_bf16(acc[UNITS - 1][4 * j + i]));
+                else if (c.act == QV_K_MOE_RELU2)
+                    f[i] = relu2(round_bf16(f[i]));
+            }
+            stmatrix4_trans(out + tile_at<WIDE_UNIT>(j * 8 + (lane >> 4) * 8 + (lane & 7),
+                                                     warp * 16 + ((lane >> 3) & 1) * 8),
+                            pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]),
+                            pack_bf16(f[6], f[7]));
+        }
+        workers_barrier(1 + group);
+        int col = thread % 8 * 8;
+        if (first_col + col < y_columns(c))
+            for (int p = thread / 8; p < item.n; p += 16)
+                *(uint4 *)((bf16 *)c.y + (int64_t)(item.first + p) * c.y_stride + first_col + col) =
+                    *(const uint4 *)(out + tile_at<WIDE_UNIT>(p, col));
+        workers_barrier(1 + group); /* before `out` is written again */
+    }
+}
+
+/* Grid (2 x clusters). */
+__global__ void QV_CLUSTER(WIDE_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1)
     wide_kernel(qv_k_list list, qv_k_moe_linear_args c, const __grid_constant__ CUtensorMap map)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char wide_memory[];
-    wide_stage *stage = (wide_stage *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
-    __shared__ const bf16 *x[WIDE_PAIRS];
-    __shared__ __align__(8) uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, group = thread >> 7;
-
-    /* Which expert: all threads look at once, because a search would wait for memory at every step.
-     */
-    const int32_t *work = list.work;
-    int tile = blockIdx.y / WIDE_CLUSTER, rank = blockIdx.y % WIDE_CLUSTER;
-    int n_active = work[0], index = -1;
-    for (int i = 0; i < n_active; i += WIDE_THREADS)
-        index += __syncthreads_count(i + thread < n_active &&
-                                     work[2 + 2 * (i + thread)] >> QV_K_MOE_EXPERT_BITS <= tile);
-    int entry = work[2 + 2 * index], expert = entry & EXPERT_MASK;
-    int first = list.expert_start[expert], left = list.expert_start[expert + 1] - first;
-    int done = (tile - (entry >> QV_K_MOE_EXPERT_BITS)) * WIDE_CLUSTER * WIDE_PAIRS;
-    bool alone = left - done <= WIDE_PAIRS;
-    if (left <= done || (alone && rank > 0))
-        return;
-    first += done + rank * WIDE_PAIRS;
-    int n = min(WIDE_PAIRS, left - done - rank * WIDE_PAIRS);
-    int row = blockIdx.x * WIDE_ROWS, n_rows = (int)min((int64_t)WIDE_ROWS, c.n_out - row);
-    if (thread < n)
-        x[thread] = x_of(list, c, first + thread);
+    wide_shared &m = *(wide_shared *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
+    int thread = threadIdx.x, rank = blockIdx.x % WIDE_CLUSTER;
+    int cluster = blockIdx.x / WIDE_CLUSTER, n_clusters = gridDim.x / WIDE_CLUSTER;
     if (thread == 0) {
         for (int i = 0; i < WIDE_STAGES; i++) {
-            barrier_init(&full[i], 1);
-            barrier_init(&empty[i], alone ? 2 : 2 * WIDE_CLUSTER); /* warpgroups that read it */
+            barrier_init(&m.full[i], 1 + WIDE_THREADS - WIDE_WORKERS);
+            barrier_init(&m.empty[i], 2 * WIDE_CLUSTER); /* warpgroups that read it */
         }
         asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
     }
     __syncthreads();
-    if (!alone)
-        cluster_sync();
+    cluster_sync();
 
-    int steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
-    float acc[WIDE_ROWS / 2] = {};
-    if (warp == WIDE_WORKERS / 32) {
-        for (int step = 0; lane == 0 && step < steps; step++) {
-            int at = step % WIDE_STAGES;
-            if (step >= WIDE_STAGES)
-                barrier_wait(&empty[at], (step / WIDE_STAGES - 1) & 1);
-            fetch_rows(stage[at], &map, &full[at], step * WIDE_K, row, expert, rank, alone);
-        }
-        __syncwarp();
+    if (thread >= WIDE_WORKERS) {
+        fewer_registers<72>();
+        wide_fetch(list, c, &map, m, rank, cluster, n_clusters);
     } else {
-        bool works = group * QV_K_MOE_TILE < n;
-        for (int i = 0; i < WIDE_STAGES - 1; i++)
-            load_pairs(stage[i], x, c.w, i < steps ? n : 0, i * WIDE_K, c.n_in);
-        for (int step = 0; step < steps; step++) {
-            int at = step % WIDE_STAGES, ahead = step + WIDE_STAGES - 1;
-            copies_wait<WIDE_STAGES - 2>();
-            wgmma_publish();
-            workers_barrier(1); /* the pairs of this step are there for both groups */
-            barrier_wait(&full[at], (step / WIDE_STAGES) & 1);
-            if (works) {
-                uint64_t a = wgmma_tile(stage[at].x + group * QV_K_MOE_TILE * WIDE_K);
-                uint64_t b = wgmma_tile(stage[at].w);
-                wgmma_begin();
-#pragma unroll
-                for (int k = 0; k < WIDE_K / 16; k++)
-                    wgmma_256(acc, a + 2 * k, b + 2 * k);
-                wgmma_commit();
-                wgmma_wait<1>();
+        more_registers<216>();
+        int index = -1, group = thread >> 7, steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
+        uint32_t count = 0;
+        wide_item item;
+        for (int number = cluster; find_item(list, c, number, rank, index, item);
+             number += n_clusters) {
+            int units = item.units - 2 * group;
+            if (units >= 2) {
+                switch (wide_columns(item.most)) {
+                case 32:
+                    wide_work<2, 32>(c, m, item, count);
+                    break;
+                case 64:
+                    wide_work<2, 64>(c, m, item, count);
+                    break;
+                case 80:
+                    wide_work<2, 80>(c, m, item, count);
+                    break;
+                case 96:
+                    wide_work<2, 96>(c, m, item, count);
+                    break;
+                case 112:
+                    wide_work<2, 112>(c, m, item, count);
+                    break;
+                default:
+                    wide_work<2, 128>(c, m, item, count);
+                }
+            } else if (units == 1) {
+                wide_work<1, 128>(c, m, item, count);
+            } else { /* only let the stages pass */
+                for (int step = 0; step < steps; step++, count++) {
+                    barrier_wait(&m.full[count % WIDE_STAGES], (count / WIDE_STAGES) & 1);
+                    wide_release(m, count % WIDE_STAGES);
+                }
             }
-            if (step > 0 && (thread & 127) == 0) { /* the step before has been read */
-                barrier_arrive_at(&empty[(step - 1) % WIDE_STAGES], rank);
-                if (!alone)
-                    barrier_arrive_at(&empty[(step - 1) % WIDE_STAGES], 1 - rank);
-            }
-            workers_barrier(2); /* both have read it: its pairs may be written over */
-            load_pairs(stage[ahead % WIDE_STAGES], x, c.w, ahead < steps ? n : 0,
-                       (int64_t)ahead * WIDE_K, c.n_in);
         }
-        wgmma_wait<0>();
-        copies_wait<0>();
     }
-    __syncthreads();
-
-    /* Store through shared memory, so that rows leave in pieces of 16 bytes. A warp has 16 rows to
-     * itself. */
-    bf16 *out = (bf16 *)stage; /* [128][256], a tile */
-    if (thread < WIDE_WORKERS) {
-        static_assert(WIDE_ROWS == 32 * 8, "a row is a piece a lane");
-#pragma unroll
-        for (int j = 0; j < WIDE_ROWS / 8; j++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *(uint32_t *)(out + tile_at<WIDE_ROWS>(warp * 16 + (lane >> 2) + 8 * half,
-                                                       j * 8 + (lane & 3) * 2)) =
-                    pack_bf16(acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1]);
-        __syncwarp();
-        for (int p = warp * 16; p < min(n, warp * 16 + 16); p++)
-            if (lane * 8 < n_rows)
-                *(uint4 *)((bf16 *)c.y + (first + p) * c.y_stride + row + lane * 8) =
-                    *(const uint4 *)(out + tile_at<WIDE_ROWS>(p, lane * 8));
-    }
-    if (!alone)
-        cluster_sync(); /* the other block's arrivals come here until its last step */
+    cluster_sync(); /* the other block's arrivals come here until its last step */
 #else
     (void)list, (void)c, (void)map;
     __trap(); /* not launched on other devices */
 #endif
 }
 
-/* The experts [E][n_out][n_in] in boxes of 128 rows by 64 columns; outside are zeros. */
+/* The experts [E][n_out][n_in] in boxes of 64 rows by 64 columns. */
 qv_status make_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUtensorMap *map)
 {
     const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, (cuuint64_t)c.n_out,
                                  (cuuint64_t)list.n_experts};
     const cuuint64_t strides[2] = {(cuuint64_t)c.n_in * 2, (cuuint64_t)c.w_expert * 2};
-    const cuuint32_t box[3] = {WIDE_K, WIDE_ROWS / WIDE_CLUSTER, 1};
+    const cuuint32_t box[3] = {WIDE_K, WIDE_UNIT, 1};
     return qv_k_tensor_map("moe_linear", c.w, sizes, strides, box, map);
 }
 
 qv_status launch_wide(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
                       int64_t n_active, cudaStream_t stream)
 {
-    const int bytes = (int)sizeof(wide_stage) * WIDE_STAGES + 1024;
+    const int bytes = (int)sizeof(wide_shared) + 1024;
     CUtensorMap map;
     QV_TRY(make_map(list, c, &map));
+    int device = 0, n_sms = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
     cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int64_t tiles = n_pairs / (WIDE_CLUSTER * WIDE_PAIRS) + n_active;
-    dim3 grid((unsigned)((c.n_out + WIDE_ROWS - 1) / WIDE_ROWS), (unsigned)(WIDE_CLUSTER * tiles));
-    wide_kernel<<<grid, WIDE_THREADS, bytes, stream>>>(list, c, map);
+    int width = c.act == QV_K_MOE_SWIGLU ? WIDE_ROWS / 2 : WIDE_ROWS;
+    int64_t most =
+        (n_pairs / (WIDE_CLUSTER * WIDE_PAIRS) + n_active) * ((y_columns(c) + width - 1) / width);
+    int64_t clusters = most < n_sms / WIDE_CLUSTER ? most : n_sms / WIDE_CLUSTER;
+    wide_kernel<<<(unsigned)(WIDE_CLUSTER * clusters), WIDE_THREADS, bytes, stream>>>(list, c, map);
     return QV_OK;
-}
-
-bool is_hopper()
-{
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major == 9;
 }
 
 template <int PAIRS>
@@ -411,7 +561,8 @@ void launch_many(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n
     const int bytes = (int)sizeof(many_stage<PAIRS>) * MANY_STAGES;
     cudaFuncSetAttribute(many_kernel<PAIRS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     int64_t tiles = n_pairs / PAIRS + n_active; /* each expert's last may be a part of one */
-    dim3 grid((unsigned)((c.n_out + MANY_ROWS - 1) / MANY_ROWS), (unsigned)tiles);
+    int width = c.act == QV_K_MOE_SWIGLU ? MANY_ROWS / 2 : MANY_ROWS;
+    dim3 grid((unsigned)((y_columns(c) + width - 1) / width), (unsigned)tiles);
     many_kernel<PAIRS><<<grid, MANY_THREADS, bytes, stream>>>(list, c);
 }
 
@@ -429,13 +580,16 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
         return QV_OK;
     bool aligned = c.n_in % 8 == 0 && c.x_stride % 8 == 0 && c.w_expert % 8 == 0 &&
                    (uintptr_t)c.x % 16 == 0 && (uintptr_t)c.w % 16 == 0;
-    bool tiles = aligned && c.n_out % 8 == 0 && c.y_stride % 8 == 0 && (uintptr_t)c.y % 16 == 0;
-    if (tiles && n_pairs > 2 * QV_K_MOE_TILE * n_active && is_hopper()) {
+    bool tiles =
+        aligned && y_columns(c) % 8 == 0 && c.y_stride % 8 == 0 && (uintptr_t)c.y % 16 == 0;
+    bool near = (c.x_pairs ? n_pairs : list->n_tokens) * (c.x_stride / 8) <= UINT32_MAX;
+    if (tiles && near && n_pairs > 2 * QV_K_MOE_TILE * n_active && qv_k_is_hopper()) {
         QV_TRY(launch_wide(*list, c, n_pairs, n_active, on));
     } else if (tiles && n_pairs > FEW_TOKENS * n_active) {
         launch_many<QV_K_MOE_TILE>(*list, c, n_pairs, n_active, on);
     } else {
-        dim3 grid((unsigned)((c.n_out + FEW_ROWS - 1) / FEW_ROWS), (unsigned)n_active);
+        int width = c.act == QV_K_MOE_SWIGLU ? FEW_ROWS / 2 : FEW_ROWS;
+        dim3 grid((unsigned)((y_columns(c) + width - 1) / width), (unsigned)n_active);
         if (aligned)
             few_kernel<true><<<grid, FEW_THREADS, 0, on>>>(*list, c);
         else

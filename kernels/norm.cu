@@ -2,7 +2,7 @@
  * which adds to it first. A row is read once, kept in
  * registers as up to NV vectors of 8 a thread, and written once: bound by bandwidth (4 bytes an
  * element, 6 when a second tensor is read, 14 of the residual), at decode by the latency of one
- * pass. Short rows (heads) take a warp each, 8 to a block; long ones a block.
+ * pass. Short rows (heads) take a warp or half of one each; long ones a block.
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_dense.h"
@@ -25,7 +25,7 @@ __device__ __forceinline__ bf16 *row_of(const qv_k_rows &r, int64_t token, int64
 
 __device__ __forceinline__ float silu(float x)
 {
-    return x / (1.0f + expf(-x));
+    return __fdividef(x, 1.0f + __expf(-x)); /* far closer than BF16 */
 }
 
 /* What enters the sum of squares. */
@@ -43,6 +43,15 @@ template <qv_k_norm_kind KIND>
 __device__ __forceinline__ const float *gain_of(const norm_args &c, int64_t head)
 {
     return KIND == QV_K_GATE_THEN_NORM ? c.w + head * c.d : c.w;
+}
+
+/* The sum over WIDTH lanes next to each other, given to all of them. */
+template <int WIDTH> __device__ __forceinline__ float lanes_sum(float x)
+{
+#pragma unroll
+    for (int i = WIDTH / 2; i > 0; i >>= 1)
+        x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
 }
 
 /* ROWS rows to a block of 256 threads, each row by 256 / ROWS threads. */
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
                 second[j][k] = zs[k];
         }
     }
-    squares = ROWS == 8 ? warp_sum(squares) : block_sum(squares, shared);
+    squares = WIDTH <= 32 ? lanes_sum<WIDTH>(squares) : block_sum(squares, shared);
     float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
 #pragma unroll
     for (int j = 0; j < NV; j++) {
@@ -226,8 +235,12 @@ template <qv_k_norm_kind KIND> void launch(const norm_args &c, bool vector, cuda
     unsigned rows = (unsigned)c.n_rows;
     if (!vector || c.d > 8192)
         norm_any_kernel<KIND><<<rows, 256, 0, stream>>>(c);
+    else if (c.d <= 128)
+        norm_vector_kernel<KIND, 1, 16><<<(rows + 15) / 16, 256, 0, stream>>>(c);
     else if (c.d <= 256)
         norm_vector_kernel<KIND, 1, 8><<<(rows + 7) / 8, 256, 0, stream>>>(c);
+    else if (c.d <= 512)
+        norm_vector_kernel<KIND, 2, 8><<<(rows + 7) / 8, 256, 0, stream>>>(c);
     else if (c.d <= 2048)
         norm_vector_kernel<KIND, 1, 1><<<rows, 256, 0, stream>>>(c);
     else if (c.d <= 4096)

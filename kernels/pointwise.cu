@@ -20,13 +20,11 @@ template <qv_k_pointwise_kind KIND> __device__ __forceinline__ float apply(float
 {
     switch (KIND) {
     case QV_K_SWIGLU:
-        return a / (1.0f + expf(-a)) * b;
+        return swiglu(a, b);
     case QV_K_SIGMOID_GATE:
         return b * sigmoid(a);
-    default: {
-        float positive = a < 0.0f ? 0.0f : a; /* NaN stays NaN */
-        return positive * positive;
-    }
+    default:
+        return relu2(a);
     }
 }
 

@@ -280,8 +280,6 @@ __device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, int head,
     }
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        if (j > 2 * warp + 1)
-            continue; /* above the diagonal; nobody reads P there */
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = warp * 16 + (lane >> 2) + 8 * half, col = j * 8 + (lane & 3) * 2;
@@ -308,8 +306,6 @@ __device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, int head,
         invert(m.a, m.t, m.spare);
         for (int i = thread; i < CHUNK * CHUNK / 8; i += 128) {
             int row = i / 8, col = i % 8 * 8;
-            if (col / 16 > row / 16)
-                continue; /* nobody reads that either */
             uint32_t out[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
@@ -739,6 +735,13 @@ __global__ void __launch_bounds__(256, 1)
             }
 }
 
+} // namespace
+
+#include "kernels/recurrent_hopper.cuh"
+
+namespace
+{
+
 /* --- Launch ------------------------------------------------------------------------------- */
 
 inline bool is_aligned(const qv_k_heads &v)
@@ -759,10 +762,14 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
                        scratch_bytes, c.n_v_heads, sizeof(record) * (size_t)c.n_v_heads);
     const int prepare_bytes = (int)sizeof(prepare_shared<DELTA>);
     const int scan_bytes = (int)sizeof(scan_shared<DELTA>);
+    const int walk_bytes = (int)sizeof(walk_shared<DELTA>) + 1024;
+    const bool hopper = qv_k_is_hopper();
     if (cudaFuncSetAttribute(prepare_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              prepare_bytes) != cudaSuccess ||
         cudaFuncSetAttribute(scan_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             scan_bytes) != cudaSuccess)
+                             scan_bytes) != cudaSuccess ||
+        cudaFuncSetAttribute(walk_kernel<DELTA>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             walk_bytes) != cudaSuccess)
         return qv_k_check_launch(name);
     int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
     for (int64_t place = 0; place < all; place += fit) {
@@ -772,8 +779,12 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
                 s, c, (int)place, most_tokens, (record *)scratch);
         dim3 grid((unsigned)((c.d_v + TILE_V - 1) / TILE_V), (unsigned)c.n_v_heads,
                   (unsigned)s.n_seqs);
-        scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,
-                                                              (const record *)scratch);
+        if (hopper)
+            walk_kernel<DELTA><<<grid, WALK_THREADS, walk_bytes, stream>>>(
+                s, c, (int)place, n, most_tokens, (const record *)scratch);
+        else
+            scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,
+                                                                  (const record *)scratch);
     }
     return qv_k_check_launch(name);
 }

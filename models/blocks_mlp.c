@@ -96,8 +96,14 @@ static qv_status run_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_
     qv_tensor inner = qv_tensor_cols(wide, 0, n_inner); /* the activation works in place */
     *out = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, n_out);
     *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
-    QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
-    QV_TRY(activate(pass, kind, wide, inner));
+    if (expert_site(pass, layer, QV_PROJ_EXPERT_IN) == NULL) {
+        QV_TRY(qv_op_moe_linear_act(
+            pass->be, qv_weights_layer(pass->weights, layer)->proj[QV_PROJ_EXPERT_IN], pass->list,
+            x, QV_MOE_TOKENS, kind == QV_MLP_RELU2 ? QV_MOE_RELU2 : QV_MOE_SWIGLU, wide, inner));
+    } else {
+        QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
+        QV_TRY(activate(pass, kind, wide, inner));
+    }
     return expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, *out);
 }
 

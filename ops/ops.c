@@ -845,8 +845,8 @@ static int64_t n_rows_of(const qv_moe_list *list, qv_moe_rows rows)
     return rows == QV_MOE_TOKENS ? list->n_tokens : n_pairs_of(list);
 }
 
-qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,
-                           qv_moe_rows rows, qv_tensor y)
+static qv_status check_moe_linear(const qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                                  qv_tensor x, qv_moe_rows rows, qv_tensor y)
 {
     qv_dtype act = be->table->activation_dtype;
     QV_ASSERT(w->backend == be);
@@ -855,8 +855,34 @@ qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list
                        (long long)w->n_experts, list->n_experts);
     EXPECT("moe_linear", x, act, n_rows_of(list, rows), w->n_in);
     EXPECT("moe_linear", y, act, n_pairs_of(list), w->n_out);
+    return QV_OK;
+}
+
+qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,
+                           qv_moe_rows rows, qv_tensor y)
+{
+    QV_TRY(check_moe_linear(be, w, list, x, rows, y));
     return list->n_tokens ? CALL_SHAPED(moe_linear, w->n_out, w->n_in, be, w, list, x, rows, y)
                           : QV_OK;
+}
+
+qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                               qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                               qv_tensor y)
+{
+    int64_t f = act == QV_MOE_SWIGLU ? w->n_out / 2 : w->n_out;
+    QV_TRY(check_moe_linear(be, w, list, x, rows, wide));
+    EXPECT("moe_linear", y, be->table->activation_dtype, n_pairs_of(list), f);
+    /* Otherwise both could be summed in different orders. */
+    bool alike = act == QV_MOE_RELU2 || f % 8 == 0;
+    if (be->table->moe_linear_act != NULL && alike)
+        return list->n_tokens ? CALL_ON(be->table, moe_linear_act, w->n_out, w->n_in, be, w, list,
+                                        x, rows, act, y)
+                              : QV_OK;
+    QV_TRY(qv_op_moe_linear(be, w, list, x, rows, wide));
+    if (act == QV_MOE_RELU2)
+        return qv_op_relu2(be, wide, y);
+    return qv_op_swiglu(be, qv_tensor_cols(wide, 0, f), qv_tensor_cols(wide, f, f), y);
 }
 
 static qv_status check_moe_site(const char *op, const qv_moe_lora_site *site,

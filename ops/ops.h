@@ -344,7 +344,7 @@ qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *ar
  *   qv_op_router        logits                       -> ids, weights [T, k]
  *   qv_op_moe_route     ids, the batch's segments    -> list
  *   qv_op_moe_linear    x, one row a token           -> h [P, n]      then qv_op_moe_lora into h
- *   qv_op_swiglu/relu2  h                            -> a [P, f]
+ *   qv_op_swiglu/relu2  h                            -> a [P, f]   (both: qv_op_moe_linear_act)
  *   qv_op_moe_linear    a, one row a pair            -> o [P, d]      then qv_op_moe_lora into o
  *   qv_op_moe_combine   o, weights                   -> y [T, d], or _f32 into the stream
  *
@@ -427,6 +427,18 @@ typedef enum {
  * `rows` says; any row strides. Rows of pairs that are left out are untouched. */
 qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,
                            qv_moe_rows rows, qv_tensor y);
+
+typedef enum {
+    QV_MOE_SWIGLU, /* [h, 2 f] to [h, f]: swiglu(h[.., :f], h[.., f:]) */
+    QV_MOE_RELU2,  /* relu2(h) */
+} qv_moe_act;
+
+/* qv_op_moe_linear and the activation behind it, for steps without adapters on the projection: the
+ * same numbers as by two ops. y [P, f]; wide [P, n_out] is room for h, which may be written or not;
+ * y may be its first columns. */
+qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                               qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                               qv_tensor y);
 
 /* One adapter's part of a layer's experts, in memory of its own: experts are many, so slots get it
  * only when an adapter that has one is loaded into them. The layout is that of qv_lora_site with

@@ -164,6 +164,11 @@ qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_rec
 void qv_cuda_recording_free(qv_backend *be, qv_recording *recording);
 qv_status qv_cuda_replay(qv_backend *be, qv_recording *recording, const qv_batch *host);
 
+/* --- launch_moe.c ------------------------------------------------------------------------- */
+
+qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                                 qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor y);
+
 /* --- clock.c ------------------------------------------------------------------------------ */
 
 qv_status qv_cuda_mark(qv_backend *be, int32_t i);

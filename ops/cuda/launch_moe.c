@@ -54,8 +54,8 @@ qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
     return qv_k_moe_route(ids.data, &l, qv_cuda(be)->stream);
 }
 
-qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                             qv_tensor x, qv_moe_rows rows, qv_tensor y)
+static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                            qv_tensor x, qv_moe_rows rows, qv_k_moe_act act, qv_tensor y)
 {
     qv_k_list l = list_of(list);
     if (w->dtype != QV_BF16)
@@ -69,8 +69,22 @@ qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_li
                                  .n_in = w->n_in,
                                  .x_stride = x.stride[0],
                                  .y_stride = y.stride[0],
-                                 .x_pairs = rows == QV_MOE_PAIRS};
+                                 .x_pairs = rows == QV_MOE_PAIRS,
+                                 .act = act};
     return qv_k_moe_linear(&l, &args, qv_cuda(be)->stream);
+}
+
+qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                             qv_tensor x, qv_moe_rows rows, qv_tensor y)
+{
+    return run_linear(be, w, list, x, rows, QV_K_MOE_PLAIN, y);
+}
+
+qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
+                                 qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor y)
+{
+    return run_linear(be, w, list, x, rows,
+                      act == QV_MOE_SWIGLU ? QV_K_MOE_SWIGLU : QV_K_MOE_RELU2, y);
 }
 
 static qv_status site_of(const char *op, const qv_moe_lora_site *site, qv_k_moe_lora_site *out)

@@ -168,6 +168,8 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
                                 .y_stride = y.stride[0],
                                 .w_f32 = w->dtype == QV_F32,
                                 .y_f32 = y.dtype == QV_F32};
+    if (c.n_out <= QV_K_FEW_ROWS) /* a gate: whatever the tokens, a row is summed in one order */
+        return qv_k_any_linear(&c, cuda->stream);
     bool skinny = qv_k_skinny_linear_can(&c);
     if (skinny && (c.n_tokens <= SKINNY_TOKENS || cuda->deterministic))
         return qv_k_skinny_linear(&c, cuda->stream);

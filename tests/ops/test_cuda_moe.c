@@ -144,6 +144,41 @@ static void load_both(pair *p, qv_rng *rng, int64_t n_experts, int64_t n_out, in
 static const qv_moe_shape more_shapes[] = {{"tiles", 4, 2, 264, 136, true},
                                            {"crowded", 2, 1, 128, 72, false}};
 
+/* [n, d] of the device, as bits; owned. */
+static uint16_t *bits_of(pair *p, qv_tensor t)
+{
+    size_t bytes = (size_t)qv_tensor_count(&t) * sizeof(uint16_t);
+    uint16_t *bits = must(malloc(bytes + 1));
+    PASS(qv_backend_download(p->be[GPU], bits, t.data, bytes));
+    return bits;
+}
+
+/* Both at once against one after the other, on the device: bit for bit. */
+static void check_act(pair *p, const char *name, qv_weight *const *w, const lists *l, both x,
+                      bool pairs, qv_moe_act act, int64_t n_pairs, int64_t n_out)
+{
+    qv_backend *be = p->be[GPU];
+    if (act == QV_MOE_SWIGLU && n_out % 2 != 0)
+        return;
+    int64_t f = act == QV_MOE_SWIGLU ? n_out / 2 : n_out;
+    both wide = nan_act(p, n_pairs, n_out), once = nan_act(p, n_pairs, f),
+         twice = nan_act(p, n_pairs, f);
+    qv_moe_rows rows = pairs ? QV_MOE_PAIRS : QV_MOE_TOKENS;
+    PASS(qv_op_moe_linear(be, w[GPU], &l->list[GPU], x.t[GPU], rows, wide.t[GPU]));
+    PASS(act == QV_MOE_RELU2 ? qv_op_relu2(be, wide.t[GPU], twice.t[GPU])
+                             : qv_op_swiglu(be, qv_tensor_cols(wide.t[GPU], 0, f),
+                                            qv_tensor_cols(wide.t[GPU], f, f), twice.t[GPU]));
+    PASS(qv_op_moe_linear_act(be, w[GPU], &l->list[GPU], x.t[GPU], rows, act, wide.t[GPU],
+                              once.t[GPU]));
+    int64_t n_places = l->list[CPU].expert_start[l->list[CPU].n_experts];
+    uint16_t *a = bits_of(p, once.t[GPU]), *b = bits_of(p, twice.t[GPU]);
+    for (int64_t i = 0; i < n_places * f; i++)
+        cr_assert(a[i] == b[i], "moe_linear_act %s, %d: row %lld, column %lld: %04x, not %04x",
+                  name, (int)act, (long long)(i / f), (long long)(i % f), a[i], b[i]);
+    free(a);
+    free(b);
+}
+
 static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
 {
     pair *p = open_pair();
@@ -168,6 +203,8 @@ static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
         PASS(qv_op_moe_combine_f32(p->be[side], &l.list[side], weights.t[side], y.t[side], NULL,
                                    (qv_tensor){0}, shared.t[side], gate.t[side], stream.t[side]));
     }
+    for (int act = QV_MOE_SWIGLU; act <= QV_MOE_RELU2; act++)
+        check_act(p, s->name, w, &l, x, pairs, act, n_pairs, n_out);
     char what[96];
     snprintf(what, sizeof what, "moe_linear %s, %d tokens by %s", s->name, n,
              pairs ? "pair" : "token");
@@ -190,6 +227,19 @@ Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 120)
             for (size_t i = 0; i < QV_ROWS(more_shapes); i++)
                 check_linear(&more_shapes[i], sizes[j], pairs);
         }
+}
+
+/* On Hopper an expert's pairs are shared out over blocks, each of which takes them in products of
+ * 32 to 128 columns; rows end inside of its tiles of 64. */
+Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 120)
+{
+    static const qv_moe_shape shapes[] = {{"two tiles of rows", 3, 1, 200, 320, false},
+                                          {"a tile and 1/3", 3, 1, 64, 344, false},
+                                          {"crowded", 6, 3, 72, 136, true}};
+    static const int32_t sizes[] = {455, 480, 530, 600, 700, 790, 1000};
+    for (size_t j = 0; j < QV_ROWS(sizes); j++)
+        for (size_t i = 0; i < QV_ROWS(shapes); i++)
+            check_linear(&shapes[i], sizes[j], j & 1);
 }
 
 /* --- Adapters ----------------------------------------------------------------------------- */

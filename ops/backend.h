@@ -108,7 +108,8 @@ typedef struct {
                                   float eps, bool plus_one, qv_tensor y, qv_tensor rest);
     /* NULL: two ops. */
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                                qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor y);
+                                qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                                qv_tensor y);
     /* Clock of ops (op_times.c). Mark i, of at most QV_MAX_MARKS, is behind what was enqueued
      * before; `between` is the time from mark i to mark i + 1, after a sync. `hold` keeps what is
      * enqueued afterwards waiting, so that the host gets ahead. NULL, all three: ops end before

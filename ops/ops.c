@@ -873,11 +873,9 @@ qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_
     int64_t f = act == QV_MOE_SWIGLU ? w->n_out / 2 : w->n_out;
     QV_TRY(check_moe_linear(be, w, list, x, rows, wide));
     EXPECT("moe_linear", y, be->table->activation_dtype, n_pairs_of(list), f);
-    /* Otherwise both could be summed in different orders. */
-    bool alike = act == QV_MOE_RELU2 || f % 8 == 0;
-    if (be->table->moe_linear_act != NULL && alike)
+    if (be->table->moe_linear_act != NULL)
         return list->n_tokens ? CALL_ON(be->table, moe_linear_act, w->n_out, w->n_in, be, w, list,
-                                        x, rows, act, y)
+                                        x, rows, act, wide, y)
                               : QV_OK;
     QV_TRY(qv_op_moe_linear(be, w, list, x, rows, wide));
     if (act == QV_MOE_RELU2)

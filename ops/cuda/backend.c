@@ -182,6 +182,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .all_reduce = qv_cuda_all_reduce,
     .gather_cols = qv_cuda_gather_cols,
     .sum_add_rms_norm = qv_cuda_sum_add_rms_norm,
+    .moe_linear_act = qv_cuda_moe_linear_act,
     .mark = qv_cuda_mark,
     .between = qv_cuda_between,
     .hold = qv_cuda_hold,

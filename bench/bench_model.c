@@ -1,7 +1,8 @@
 /* bench_model: steps of a whole model on one device or split over several, each beside its floor:
  * decode at several numbers of sequences and the prefill of a long prompt. Weights are made up
  * unless the folder has them, so a config.json alone is enough (bench/configs/ has those of
- * released sizes).
+ * released sizes). Adapters are made up too, of one rank on every linear layer but routers, routed
+ * experts and the head.
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
  *               [--rank R] [--eager] [--ops] [--tp N] [--ep N] [--one-device]
@@ -441,6 +442,8 @@ static void open_model(bench *b)
     double start = now();
     qv_model_ranks ranks = {.backends = b->backends, .n_ranks = args.tp, .expert_groups = args.ep};
     check(qv_model_open_ranks(args.dir, &ranks, &limits, NULL, NULL, &b->model), "open");
+    if (args.adapters > 0)
+        check(qv_model_make_up_adapters(b->model, args.rank), "adapters");
     const qv_model_config *c = qv_model_get_config(b->model);
     check(qv_model_plan(c, b->be, &limits, &b->plan), "plan");
     b->vocab = c->vocab;

@@ -299,3 +299,39 @@ qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapte
         (void)qv_lora_pool_clear(pool, slot); /* the first failure is the one to report */
     return status;
 }
+
+/* --- Made-up adapters ------------------------------------------------------------------------- */
+
+static qv_status make_up_site(qv_lora_pool *pool, size_t index, const qv_proj_shape *shape,
+                              int32_t rank)
+{
+    qv_lora_site *site = &pool->sites[index];
+    int64_t n_a = (int64_t)pool->n_slots * site->a.stride[0];
+    int64_t n_b = (int64_t)pool->n_slots * site->b.stride[0];
+    QV_TRY(qv_backend_fill(pool->be, site->a.data, pool->dtype, n_a, 0, 0.02f, 2 * index));
+    QV_TRY(qv_backend_fill(pool->be, site->b.data, pool->dtype, n_b, 0, 0.02f, 2 * index + 1));
+    qv_lora_slice slices[QV_MAX_SLICES];
+    for (int32_t i = 0; i < site->n_slices; i++)
+        slices[i] = (qv_lora_slice){.plane = shape->slices[i].plane, .rank = rank, .scale = 1};
+    for (int32_t slot = 0; slot < pool->n_slots; slot++) {
+        QV_TRY(qv_backend_upload(pool->be, site->slices + (int64_t)slot * site->n_slices, slices,
+                                 (size_t)site->n_slices * sizeof *slices));
+        *slot_used_rank(pool, index, slot) = pool->max_rank;
+        *slot_active(pool, index, slot) = 1;
+    }
+    return QV_OK;
+}
+
+qv_status qv_lora_pool_make_up(qv_lora_pool *pool, int32_t rank)
+{
+    if (rank < 1 || rank > pool->max_rank)
+        return qv_fail(QV_ERR_LIMIT, "made-up adapters of rank %d in slots for rank %d", rank,
+                       pool->max_rank);
+    for (int64_t layer = 0; layer < pool->layout->config->n_layers; layer++)
+        for (int p = 0; p < QV_PROJ_COUNT; p++) {
+            size_t index = site_index(layer, (qv_proj)p);
+            if (pool->sites[index].n_slots > 0 && p != QV_PROJ_ROUTER)
+                QV_TRY(make_up_site(pool, index, &pool->layout->proj[p], rank));
+        }
+    return QV_OK;
+}

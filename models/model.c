@@ -614,3 +614,11 @@ qv_status qv_model_adapter_clear(qv_model *model, int32_t slot)
     pthread_mutex_unlock(&model->running);
     return status;
 }
+
+qv_status qv_model_make_up_adapters(qv_model *model, int32_t rank)
+{
+    QV_TRY(check_slot(model, 0));
+    for (int32_t i = 0; i < model->n_ranks; i++)
+        QV_TRY(qv_lora_pool_make_up(model->ranks[i].lora, rank));
+    return QV_OK;
+}

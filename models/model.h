@@ -136,5 +136,8 @@ uint64_t qv_adapter_bytes(const qv_adapter *adapter);
  * step to come names the slot until this has returned. Errors: DEVICE. */
 qv_status qv_model_adapter_install(qv_model *model, int32_t slot, const qv_adapter *adapter);
 qv_status qv_model_adapter_clear(qv_model *model, int32_t slot);
+/* Made-up adapters of `rank` in every slot, on every linear layer but routers, routed experts and
+ * the head: for benchmarks. */
+qv_status qv_model_make_up_adapters(qv_model *model, int32_t rank);
 
 #endif

@@ -365,6 +365,31 @@ Test(lora, a_reused_slot_answers_as_a_fresh_one)
     fx_free(&model_file), fx_free(&large.file), fx_free(&small.file);
 }
 
+Test(lora, made_up_adapters_act_in_every_slot_until_they_are_cleared)
+{
+    fx_file model_file = {.n = 0};
+    fx_random_model(&model_file, "model.", true, QV_BF16, 14);
+    const char *dir = fx_write_model(fx_config_text(true), &model_file);
+    qv_backend *be = fx_backend();
+    qv_model_limits limits = fx_limits();
+    qv_model *model = fx_open(be, dir, &limits);
+    float *base = fx_run(model, tokens, N, 0, -1, 0, 0);
+    cr_assert_eq(qv_model_make_up_adapters(model, limits.max_lora_rank), QV_OK, "%s", qv_error());
+    for (int32_t slot = 0; slot < limits.n_adapter_slots; slot++) {
+        float *with = fx_run(model, tokens, N, 0, slot, 0, 0);
+        cr_expect_arr_neq(base, with, N * VOCAB * sizeof *base, "slot %d", slot);
+        cr_assert_eq(qv_model_adapter_clear(model, slot), QV_OK);
+        float *cleared = fx_run(model, tokens, N, 0, slot, 0, 0);
+        cr_expect_arr_eq(base, cleared, N * VOCAB * sizeof *base, "slot %d", slot);
+        free(with), free(cleared);
+    }
+    cr_expect_eq(qv_model_make_up_adapters(model, limits.max_lora_rank + 1), QV_ERR_LIMIT);
+    free(base);
+    qv_model_close(model);
+    qv_backend_close(be);
+    fx_free(&model_file);
+}
+
 Test(lora, each_slice_has_its_own_rank_and_planes_of_a_module_are_shared)
 {
     qv_backend *be = fx_backend();

@@ -6,6 +6,7 @@
 #define QV_KERNELS_KERNELS_LINEAR_H
 
 #include "common/status.h"
+#include "kernels/kernels_lora.h"
 
 #include <stdint.h>
 
@@ -32,6 +33,25 @@ typedef struct {
  * on 16 bytes. What is computed for a row does not depend on the others. Errors: DEVICE. */
 bool qv_k_skinny_linear_can(const qv_k_linear_args *args);
 qv_status qv_k_skinny_linear(const qv_k_linear_args *args, void *stream);
+
+/* Tokens of a block of qv_k_stream_linear, and slices that its rows may touch. */
+#define QV_K_STREAM_TOKENS 64
+#define QV_K_STREAM_SLICES 4
+
+/* The adapters' part of a product. */
+typedef struct {
+    qv_k_segments segments;
+    qv_k_lora_site site;
+    const float *x1; /* [n_tokens, n_slices, max_rank]: A x from qv_k_lora_shrink */
+} qv_k_stream_lora;
+
+/* y = W x, and with `lora` + scale B x1 in one rounding, on devices of 9.0 and later. Made for few
+ * tokens, right for any number: what is computed for a token depends on its own row and adapter
+ * alone. W BF16 with n_in a multiple of 8, x rows on 16 bytes; with adapters n_out a multiple of 8
+ * and a pool's rank of 4. Errors: DEVICE. */
+bool qv_k_stream_linear_can(const qv_k_linear_args *args, const qv_k_stream_lora *lora);
+qv_status qv_k_stream_linear(const qv_k_linear_args *args, const qv_k_stream_lora *lora, int n_sms,
+                             void *stream);
 
 /* Any shape, alignment and dtype, slowly. */
 qv_status qv_k_any_linear(const qv_k_linear_args *args, void *stream);

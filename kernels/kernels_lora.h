@@ -54,6 +54,11 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
                     int64_t x_stride, float *scratch, void *y, int64_t y_stride, bool y_f32,
                     void *stream);
 
+/* The first half of it: x1 = A x for the tokens of adapters, into scratch. A kernel that is
+ * launched right behind may start once all before this is complete. */
+qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
+                           int64_t x_stride, float *x1, void *stream);
+
 /* As qv_embed_lora_slot. */
 typedef struct {
     const void *a, *b; /* [n_vocab, max_rank], [max_rank, n_out] */

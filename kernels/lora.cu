@@ -45,19 +45,33 @@ unsigned n_places(const qv_k_segments &s, int tile)
 
 /* --- Dense sites -------------------------------------------------------------------------- */
 
+/* Shrink finds its work, and has what it reads of A brought to the L2 cache, while the kernel
+ * before it still runs. No block lets the next kernel start, or ends, before that one is complete:
+ * what starts behind shrink may rely on it. */
+__device__ __forceinline__ void begin_shrink()
+{
+    wait_for_previous();
+    let_next_start();
+}
+
 /* Grid (planes x groups of ranks, places). */
 template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, 1)
-    shrink_kernel(qv_k_segments s, qv_k_lora_site site, const bf16 *x, int64_t x_stride,
-                  float *scratch)
+__global__ void __launch_bounds__(SHRINK_THREADS, ALIGNED ? 2 : 1)
+    shrink_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site, const bf16 *x,
+                  int64_t x_stride, float *scratch)
 {
     __shared__ shrink_shared m;
-    let_next_start();
     tokens_of_place p = find_tokens(s, blockIdx.y, SHRINK_ROWS);
-    if (p.n <= 0 || p.slot < 0)
-        return;
     int plane = blockIdx.x % site.ranges.n, first = blockIdx.x / site.ranges.n * SHRINK_RANKS;
-    int rank = plane_rank(site.slices + (int64_t)p.slot * site.ranges.n, site.ranges.n, plane);
+    int rank = p.n > 0 && p.slot >= 0
+                   ? plane_rank(site.slices + (int64_t)p.slot * site.ranges.n, site.ranges.n, plane)
+                   : 0;
+    int64_t at = ((int64_t)p.slot * site.ranges.n + plane) * site.max_rank * site.n_in;
+    const bf16 *a = (const bf16 *)site.a + at;
+    int64_t end = min(first + SHRINK_RANKS, rank) * site.n_in;
+    for (int64_t i = first * site.n_in + threadIdx.x * 64; i < end; i += SHRINK_THREADS * 64)
+        prefetch(a + i);
+    begin_shrink();
     if (first >= rank)
         return;
     if ((int)threadIdx.x < p.n) {
@@ -65,9 +79,7 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
         m.x[threadIdx.x] = x + t * x_stride;
         m.x1[threadIdx.x] = scratch + (t * site.ranges.n + plane) * site.max_rank;
     }
-    int64_t at = (int64_t)p.slot * site.ranges.n + plane;
-    shrink_block<ALIGNED>(m, (const bf16 *)site.a + at * site.max_rank * site.n_in, site.n_in, rank,
-                          first, p.n);
+    shrink_block<ALIGNED>(m, a, site.n_in, rank, first, p.n);
 }
 
 /* Grid (blocks of ranks, places of 64 tokens). */
@@ -77,8 +89,8 @@ __global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
 {
     extern __shared__ __align__(128) char many_memory[];
     many_shared &m = *(many_shared *)many_memory;
-    let_next_start();
     tokens_of_place p = find_tokens(s, blockIdx.y, MANY_X);
+    begin_shrink();
     if (p.n <= 0 || p.slot < 0)
         return;
     if (threadIdx.x < MANY_X) {
@@ -187,9 +199,8 @@ void choose_expand(const qv_k_segments &s, const qv_k_lora_site &site, const flo
 
 } // namespace
 
-qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
-                    int64_t x_stride, float *scratch, void *y, int64_t y_stride, bool y_f32,
-                    void *stream)
+qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
+                           int64_t x_stride, float *x1, void *stream)
 {
     const qv_k_segments &s = *segments;
     cudaStream_t on = (cudaStream_t)stream;
@@ -199,24 +210,31 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
     int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;
     bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0 &&
                    (uintptr_t)site->a % 16 == 0;
-    dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
+    const bf16 *rows = (const bf16 *)x;
     if (aligned && s.n_tokens >= MANY_TOKENS && s.n_tokens > SHRINK_ROWS * s.n_segs &&
         !s.one_form) {
         cudaFuncSetAttribute(shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)sizeof(many_shared));
-        grid = dim3(rank_blocks(site->ranges.n, site->max_rank), n_places(s, MANY_X));
-        shrink_many_kernel<<<grid, MANY_LORA_THREADS, sizeof(many_shared), on>>>(
-            s, *site, (const bf16 *)x, x_stride, scratch);
-    } else if (aligned)
-        shrink_kernel<true>
-            <<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride, scratch);
-    else
-        shrink_kernel<false>
-            <<<grid, SHRINK_THREADS, 0, on>>>(s, *site, (const bf16 *)x, x_stride, scratch);
+        dim3 grid(rank_blocks(site->ranges.n, site->max_rank), n_places(s, MANY_X));
+        launch_behind(shrink_many_kernel, grid, MANY_LORA_THREADS, sizeof(many_shared), on, s,
+                      *site, rows, x_stride, x1);
+    } else {
+        dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
+        launch_behind(aligned ? shrink_kernel<true> : shrink_kernel<false>, grid, SHRINK_THREADS, 0,
+                      on, s, *site, rows, x_stride, x1);
+    }
+    return qv_k_check_launch("lora_shrink");
+}
+
+qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
+                    int64_t x_stride, float *scratch, void *y, int64_t y_stride, bool y_f32,
+                    void *stream)
+{
+    QV_TRY(qv_k_lora_shrink(segments, site, x, x_stride, scratch, stream));
     if (y_f32)
-        choose_expand<float>(s, *site, scratch, y, y_stride, on);
+        choose_expand<float>(*segments, *site, scratch, y, y_stride, (cudaStream_t)stream);
     else
-        choose_expand<bf16>(s, *site, scratch, y, y_stride, on);
+        choose_expand<bf16>(*segments, *site, scratch, y, y_stride, (cudaStream_t)stream);
     return qv_k_check_launch("lora");
 }
 

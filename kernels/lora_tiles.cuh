@@ -25,8 +25,8 @@ namespace
 /* --- Two launches in a row ----------------------------------------------------------------- */
 
 /* Expand is launched while shrink runs: it finds its rows and loads B and y, and waits before it
- * reads x1. Everything else that it reads was complete before shrink began, because shrink is
- * launched in the ordinary way. */
+ * reads x1. Everything else that it reads is complete by then: the shrink of experts is launched in
+ * the ordinary way, the other lets expand start when all before it is complete. */
 /* What comes next in the stream waits for this grid alone, so this grid must not end before the one
  * before: its first block waits even where it has nothing to do. */
 __device__ __forceinline__ void stay_behind()

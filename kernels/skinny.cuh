@@ -22,7 +22,7 @@ namespace
 template <bool ALIGNED> __device__ __forceinline__ uint4 load_x8(const bf16 *p, int64_t n)
 {
     if (ALIGNED)
-        return n > 0 ? __ldg((const uint4 *)p) : make_uint4(0, 0, 0, 0);
+        return n > 0 ? *(const uint4 *)p : make_uint4(0, 0, 0, 0);
     uint32_t out[4] = {};
 #pragma unroll
     for (int i = 0; i < 8; i++)
@@ -45,13 +45,13 @@ template <bool ALIGNED> __device__ __forceinline__ uint4 load_w8(const bf16 *p, 
 }
 
 /* acc [16 x 8 NT] += rows [0, n_rows) of w times rows [0, n_x) of x over k in [begin, end), begin a
- * multiple of 8. x is a table of row addresses. One warp. */
-template <int NT, bool ALIGNED>
+ * multiple of 8. x is a table of row addresses. The loads of AHEAD steps of 32 fly together. One
+ * warp. */
+template <int NT, bool ALIGNED, int AHEAD = NT <= 2 ? 4 : NT == 4 ? 2 : 1>
 __device__ __forceinline__ void skinny_product(const bf16 *w, int64_t w_stride, int n_rows,
                                                const bf16 *const *x, int n_x, int64_t begin,
                                                int64_t end, float (&acc)[NT][4])
 {
-    constexpr int AHEAD = NT <= 2 ? 4 : NT == 4 ? 2 : 1; /* steps of 32 whose loads fly together */
     int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const bf16 *w_low = g < n_rows ? w + g * w_stride + t * 8 : nullptr;
     const bf16 *w_high = g + 8 < n_rows ? w + (g + 8) * w_stride + t * 8 : nullptr;

@@ -163,21 +163,24 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
     qv_tensor rest = proj == QV_PROJ_ROUTER ? rest_of(pass) : (qv_tensor){.data = NULL};
     if (shape->x_cols != shape->n_in)
         x = qv_tensor_cols(x, shape->x_col, shape->n_in);
-    QV_TRY(exact ? qv_op_linear_f32(pass->be, weight, x, rest, y)
-                 : qv_op_linear(pass->be, weight, x, y));
     const qv_lora_site *site =
         pass->lora != NULL ? qv_lora_pool_site(pass->lora, layer, proj) : NULL;
     if (site == NULL)
-        return QV_OK;
+        return exact ? qv_op_linear_f32(pass->be, weight, x, rest, y)
+                     : qv_op_linear(pass->be, weight, x, y);
 
     const qv_batch *batch = pass->batch;
+    bool global = layer == QV_GLOBAL; /* the rows of logits have segments of their own */
+    int32_t n_segs = global ? batch->n_logit_segs : batch->n_segs;
+    const int32_t *seg_start = global ? batch->logit_seg_start : batch->seg_start;
+    const int32_t *seg_slot = global ? batch->logit_seg_slot : batch->seg_slot;
     qv_tensor scratch = qv_tensor_3d(pass->buffers->data[QV_BUF_LORA], QV_F32, x.shape[0],
                                      site->n_slices, site->max_rank);
-    if (layer == QV_GLOBAL) /* the rows of logits have segments of their own */
-        return qv_op_lora_f32(pass->be, site, batch->n_logit_segs, batch->logit_seg_start,
-                              batch->logit_seg_slot, x, scratch, y);
-    return (exact ? qv_op_lora_f32 : qv_op_lora)(pass->be, site, batch->n_segs, batch->seg_start,
-                                                 batch->seg_slot, x, scratch, y);
+    if (rest.data == NULL)
+        return qv_op_linear_lora(pass->be, weight, site, n_segs, seg_start, seg_slot, x, scratch, y,
+                                 exact);
+    QV_TRY(qv_op_linear_f32(pass->be, weight, x, rest, y));
+    return qv_op_lora_f32(pass->be, site, n_segs, seg_start, seg_slot, x, scratch, y);
 }
 
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y)

@@ -624,6 +624,21 @@ qv_status qv_op_lora_f32(qv_backend *be, const qv_lora_site *site, int32_t n_seg
                                     : QV_OK;
 }
 
+qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                            int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                            qv_tensor x, qv_tensor scratch, qv_tensor y, bool f32)
+{
+    qv_dtype y_dtype = f32 ? QV_F32 : be->table->activation_dtype;
+    QV_TRY(check_linear(be, w, x, y, y_dtype));
+    QV_TRY(check_lora(be, site, x, scratch, y, y_dtype));
+    if (x.shape[0] > 0 && n_segs > 0 && be->table->linear_lora != NULL)
+        return be->table->linear_lora(be, w, site, n_segs, seg_start, seg_slot, x, scratch, y);
+    QV_TRY(f32 ? qv_op_linear_f32(be, w, x, (qv_tensor){.data = NULL}, y)
+               : qv_op_linear(be, w, x, y));
+    return (f32 ? qv_op_lora_f32 : qv_op_lora)(be, site, n_segs, seg_start, seg_slot, x, scratch,
+                                               y);
+}
+
 qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,
                            const int32_t *seg_start, const int32_t *seg_slot, const int32_t *ids,
                            qv_tensor y)

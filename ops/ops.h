@@ -237,6 +237,13 @@ qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tenso
 qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
                            qv_tensor y);
 
+/* qv_op_linear and then qv_op_lora in one op, with `f32` qv_op_linear_f32 and qv_op_lora_f32. A
+ * backend may round y once instead of twice. The segments cover all rows of x; rows behind them may
+ * hold anything then. Errors: those of the two. */
+qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                            int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                            qv_tensor x, qv_tensor scratch, qv_tensor y, bool f32);
+
 /* y = x * rsqrt(mean(x^2) + eps) * g over the last dimension, g = w or 1 + w (`plus_one`).
  * x, y [T, d] or [T, n, d] (strided rows), w [d] F32. In place allowed. */
 qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,

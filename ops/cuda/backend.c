@@ -186,6 +186,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .mark = qv_cuda_mark,
     .between = qv_cuda_between,
     .hold = qv_cuda_hold,
+    .linear_lora = qv_cuda_linear_lora,
     .weight_new = qv_cuda_weight_new,
     .weight_free = qv_cuda_weight_free,
     .weight_load = qv_cuda_weight_load,

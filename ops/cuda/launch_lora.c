@@ -32,24 +32,55 @@ qv_status qv_cuda_lora_is_bf16(const char *op, qv_dtype dtype)
     return QV_OK;
 }
 
+/* What kernels want to know of a site and of segments over the rows of x. */
+static qv_status describe(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
+                          const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
+                          qv_k_lora_site *out, qv_k_segments *segments)
+{
+    *out = (qv_k_lora_site){.a = site->a.data,
+                            .b = site->b.data,
+                            .slices = (const qv_k_lora_slice *)site->slices,
+                            .n_in = site->n_in,
+                            .n_out = site->n_out,
+                            .max_rank = site->max_rank};
+    *segments = (qv_k_segments){.n_tokens = (int32_t)x.shape[0],
+                                .n_segs = n_segs,
+                                .seg_start = seg_start,
+                                .seg_slot = seg_slot,
+                                .one_form = qv_cuda(be)->deterministic};
+    QV_TRY(qv_cuda_lora_is_bf16("lora", site->a.dtype));
+    return qv_cuda_slices("lora", site->n_slices, site->slice_start, &out->ranges);
+}
+
 static qv_status run_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
                           const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
                           qv_tensor scratch, qv_tensor y)
 {
-    qv_k_lora_site s = {.a = site->a.data,
-                        .b = site->b.data,
-                        .slices = (const qv_k_lora_slice *)site->slices,
-                        .n_in = site->n_in,
-                        .n_out = site->n_out,
-                        .max_rank = site->max_rank};
-    qv_k_segments segments = {.n_tokens = (int32_t)x.shape[0],
-                              .n_segs = n_segs,
-                              .seg_start = seg_start,
-                              .seg_slot = seg_slot};
-    QV_TRY(qv_cuda_lora_is_bf16("lora", site->a.dtype));
-    QV_TRY(qv_cuda_slices("lora", site->n_slices, site->slice_start, &s.ranges));
+    qv_k_lora_site s;
+    qv_k_segments segments;
+    QV_TRY(describe(be, site, n_segs, seg_start, seg_slot, x, &s, &segments));
     return qv_k_lora(&segments, &s, x.data, x.stride[0], scratch.data, y.data, y.stride[0],
                      y.dtype == QV_F32, qv_cuda(be)->stream);
+}
+
+/* B within the product where that is ours: the bits of a token are then its own. */
+qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                              int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                              qv_tensor x, qv_tensor scratch, qv_tensor y)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_tensor none = {.data = NULL};
+    const qv_k_linear_args c = qv_cuda_linear_args(w, x, none, y);
+    qv_k_stream_lora lora = {.x1 = scratch.data};
+    QV_TRY(describe(be, site, n_segs, seg_start, seg_slot, x, &lora.site, &lora.segments));
+    if (qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, &lora)) {
+        QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
+                                cuda->stream));
+        return qv_k_stream_linear(&c, &lora, cuda->n_sms, cuda->stream);
+    }
+    QV_TRY(y.dtype == QV_F32 ? qv_cuda_linear_f32(be, w, x, none, y) : qv_cuda_linear(be, w, x, y));
+    return qv_k_lora(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data, c.y, c.y_stride,
+                     c.y_f32, cuda->stream);
 }
 
 qv_status qv_cuda_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,

@@ -152,26 +152,59 @@ static bool blas_can(const qv_k_linear_args *c)
            (c->rest == NULL || (c->rest_stride == c->x_stride && (uintptr_t)c->rest % 16 == 0));
 }
 
+qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y)
+{
+    return (qv_k_linear_args){.w = qv_cuda_weight_of(w)->data,
+                              .x = x.data,
+                              .rest = rest.data,
+                              .y = y.data,
+                              .n_tokens = x.shape[0],
+                              .n_out = w->n_out,
+                              .n_in = w->n_in,
+                              .x_stride = x.stride[0],
+                              .rest_stride = rest.stride[0],
+                              .y_stride = y.stride[0],
+                              .w_f32 = w->dtype == QV_F32,
+                              .y_f32 = y.dtype == QV_F32};
+}
+
+bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args)
+{
+    return cuda->major >= 9 && (cuda->deterministic || args->n_tokens <= SKINNY_TOKENS);
+}
+
+/* Any number of tokens through the kernel for few, 64 at a time: each the same bits always. */
+static qv_status run_by_64(qv_cuda_backend *cuda, const qv_k_linear_args *c)
+{
+    size_t y_size = c->y_f32 ? sizeof(float) : sizeof(uint16_t);
+    for (int64_t first = 0; first < c->n_tokens; first += QV_K_SKINNY_TOKENS) {
+        qv_k_linear_args part = *c;
+        int64_t left = c->n_tokens - first;
+        part.n_tokens = left < QV_K_SKINNY_TOKENS ? left : QV_K_SKINNY_TOKENS;
+        part.x = (const uint16_t *)c->x + first * c->x_stride;
+        if (c->rest != NULL)
+            part.rest = (const uint16_t *)c->rest + first * c->rest_stride;
+        part.y = (uint8_t *)c->y + (size_t)(first * c->y_stride) * y_size;
+        if (!qv_k_skinny_linear_can(&part))
+            return qv_k_any_linear(c, cuda->stream);
+        QV_TRY(qv_k_skinny_linear(&part, cuda->stream));
+    }
+    return QV_OK;
+}
+
 static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
                             qv_tensor y)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    const qv_k_linear_args c = {.w = qv_cuda_weight_of(w)->data,
-                                .x = x.data,
-                                .rest = rest.data,
-                                .y = y.data,
-                                .n_tokens = x.shape[0],
-                                .n_out = w->n_out,
-                                .n_in = w->n_in,
-                                .x_stride = x.stride[0],
-                                .rest_stride = rest.stride[0],
-                                .y_stride = y.stride[0],
-                                .w_f32 = w->dtype == QV_F32,
-                                .y_f32 = y.dtype == QV_F32};
+    const qv_k_linear_args c = qv_cuda_linear_args(w, x, rest, y);
     if (c.n_out <= QV_K_FEW_ROWS) /* a gate: whatever the tokens, a row is summed in one order */
         return qv_k_any_linear(&c, cuda->stream);
+    if (qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, NULL))
+        return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
+    if (cuda->deterministic)
+        return run_by_64(cuda, &c);
     bool skinny = qv_k_skinny_linear_can(&c);
-    if (skinny && (c.n_tokens <= SKINNY_TOKENS || cuda->deterministic))
+    if (skinny && c.n_tokens <= SKINNY_TOKENS)
         return qv_k_skinny_linear(&c, cuda->stream);
     const plan *p = NULL;
     if (blas_can(&c)) {

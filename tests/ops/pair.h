@@ -29,11 +29,11 @@ typedef struct {
     void *at[2];
 } both_memory;
 
-static inline pair *open_pair(void)
+static inline pair *open_pair_as(bool deterministic)
 {
     const char *want = getenv("QV_PAIR");
     pair *p = must(calloc(1, sizeof *p));
-    qv_backend_options cpu = {.name = "cpu", .arithmetic = "bf16"}, gpu = {.name = "cuda"};
+    qv_backend_options cpu = {.name = "cpu", .arithmetic = "bf16"}, gpu = {.name = "cuda", .deterministic = deterministic};
     PASS(qv_backend_open(&cpu, &p->be[CPU]));
     if (want && strcmp(want, "cpu") == 0)
         gpu = (qv_backend_options){
@@ -43,6 +43,11 @@ static inline pair *open_pair(void)
         cr_skip_test();
     }
     return p;
+}
+
+static inline pair *open_pair(void)
+{
+    return open_pair_as(false);
 }
 
 static inline void close_pair(pair *p)

@@ -1,0 +1,268 @@
+/* qv_op_linear_lora on CUDA: against the product and the adapters of the CPU, one after the other;
+ * and with `deterministic`, a token's bits whatever is in the batch.
+ */
+#include "tests/ops/pair.h"
+
+#define N_SLOTS    4
+#define MAX_SLICES 5
+#define MAX_TOKENS 700
+
+/* Beyond the shared table: blocks of a cluster that share k, slices that end within a block's rows,
+ * k that ends within a step. */
+static const qv_lora_shape more_shapes[] = {
+    {"down", 9216, 1, {320}},
+    {"out", 1024, 2, {136, 56}},
+    {"k in eights", 200, 3, {64, 40, 88}},
+    {"more slices than rows can touch", 64, 5, {8, 8, 8, 8, 64}},
+};
+
+static const qv_lora_shape *shape_at(size_t i)
+{
+    size_t n = QV_ROWS(qv_lora_shapes);
+    return i < n ? &qv_lora_shapes[i] : &more_shapes[i - n];
+}
+
+enum { N_SHAPES = QV_ROWS(qv_lora_shapes) + QV_ROWS(more_shapes) };
+
+/* A weight, a site and rows x of up to MAX_TOKENS tokens, on both sides. */
+typedef struct {
+    const qv_lora_shape *shape;
+    int64_t n_out, slice_start[MAX_SLICES + 1];
+    int32_t max_rank;
+    uint8_t active[N_SLOTS];
+    qv_weight *w[2];
+    qv_lora_site site[2];
+    both x, scratch;
+} rig;
+
+/* Adapters of the ranks in slots 0 to 2, NaN in all that lies above them and in slot 3; a slot's
+ * last slice has none where there are several. Plane i is slice i's. */
+static void fill_site(pair *p, rig *r, qv_rng *rng, const int32_t ranks[3])
+{
+    int32_t n = r->shape->n_slices, spacing = r->max_rank;
+    int64_t n_in = r->shape->n_in, n_a = (int64_t)N_SLOTS * n * spacing * n_in;
+    float *a = filled_floats(n_a, NAN), *b = filled_floats(N_SLOTS * spacing * r->n_out, NAN);
+    qv_lora_slice slices[N_SLOTS * MAX_SLICES] = {0};
+    for (int32_t slot = 0; slot < 3; slot++) {
+        memset(a + slot * n * spacing * n_in, 0, (size_t)(n * spacing * n_in) * sizeof *a);
+        memset(b + slot * spacing * r->n_out, 0, (size_t)(spacing * r->n_out) * sizeof *b);
+        for (int32_t i = 0; i < n; i++) {
+            int32_t rank = slot == 1 && n > 1 && i == n - 1 ? 0 : ranks[slot];
+            slices[slot * n + i] =
+                (qv_lora_slice){.plane = i, .rank = rank, .scale = 0.5f + 0.25f * (float)slot};
+            for (int64_t k = 0; k < rank; k++) {
+                float *row = a + (((int64_t)slot * n + i) * spacing + k) * n_in;
+                for (int64_t j = 0; j < n_in; j++)
+                    row[j] = (float)(qv_rng_uniform(rng) * 2 - 1);
+                for (int64_t j = r->slice_start[i]; j < r->slice_start[i + 1]; j++)
+                    b[(slot * spacing + k) * r->n_out + j] =
+                        0.1f * (float)(qv_rng_uniform(rng) * 2 - 1);
+            }
+        }
+        r->active[slot] = 1;
+    }
+    both ta = tensor_both(p, a, QV_BF16, QV_BF16, n_a, 1, 1);
+    both tb = tensor_both(p, b, QV_BF16, QV_BF16, N_SLOTS * spacing * r->n_out, 1, 1);
+    both_memory memory = upload_both(p, slices, (size_t)(N_SLOTS * n) * sizeof *slices);
+    for (int side = 0; side < 2; side++)
+        r->site[side] =
+            (qv_lora_site){.n_in = n_in,
+                           .n_out = r->n_out,
+                           .n_slices = n,
+                           .n_slots = N_SLOTS,
+                           .max_rank = spacing,
+                           .slice_start = r->slice_start,
+                           .a = qv_tensor_4d(ta.t[side].data, QV_BF16, N_SLOTS, n, spacing, n_in),
+                           .b = qv_tensor_3d(tb.t[side].data, QV_BF16, N_SLOTS, spacing, r->n_out),
+                           .slices = memory.at[side],
+                           .slot_active = r->active};
+    free(a);
+    free(b);
+}
+
+static rig *new_rig(pair *p, const qv_lora_shape *shape, int32_t max_rank, const int32_t ranks[3])
+{
+    rig *r = must(calloc(1, sizeof *r));
+    qv_rng rng = qv_rng_seed(3);
+    r->shape = shape;
+    r->max_rank = max_rank;
+    for (int32_t i = 0; i < shape->n_slices; i++)
+        r->slice_start[i + 1] = r->slice_start[i] + shape->slice_rows[i];
+    r->n_out = r->slice_start[shape->n_slices];
+    float *w = random_floats(&rng, r->n_out * shape->n_in, 1);
+    round_to_bf16(w, r->n_out * shape->n_in);
+    for (int side = 0; side < 2; side++) {
+        PASS(qv_weight_new(p->be[side], r->n_out, shape->n_in, QV_BF16, &r->w[side]));
+        PASS(qv_weight_load(p->be[side], r->w[side], 0, r->n_out, w, QV_F32, shape->n_in));
+    }
+    free(w);
+    fill_site(p, r, &rng, ranks);
+    r->x = random_act(p, &rng, MAX_TOKENS, shape->n_in, 1);
+    r->scratch = nan_f32(p, MAX_TOKENS, shape->n_slices * max_rank);
+    return r;
+}
+
+static void free_rig(pair *p, rig *r)
+{
+    for (int side = 0; side < 2; side++)
+        qv_weight_free(p->be[side], r->w[side]);
+    free(r);
+}
+
+/* Segments over n tokens: base, then slots in turn with 1, 2, 3, ... tokens up to `most`. Returns
+ * how many; two empty ones at the end, as a recorded step has them. */
+static int32_t make_segments(int32_t n, int32_t most, int32_t *start, int32_t *slot)
+{
+    int32_t at = n / 6, k = 1;
+    start[0] = 0;
+    slot[0] = -1;
+    start[1] = at;
+    for (int32_t length = 1; at < n; k++, length = length % most + 1) {
+        at = at + length < n ? at + length : n;
+        slot[k] = (k - 1) % N_SLOTS;
+        start[k + 1] = at;
+    }
+    for (int i = 0; i < 2; i++, k++) {
+        slot[k] = -1;
+        start[k + 1] = n;
+    }
+    return k;
+}
+
+/* y of tokens [first, first + n) of x. */
+static void run(pair *p, int side, const rig *r, int64_t first, int64_t n, int32_t n_segs,
+                const both_memory *start, const both_memory *slot, qv_tensor y, bool f32)
+{
+    qv_tensor scratch =
+        qv_tensor_3d(r->scratch.t[side].data, QV_F32, n, r->shape->n_slices, r->max_rank);
+    PASS(qv_op_linear_lora(p->be[side], r->w[side], &r->site[side], n_segs, start->at[side],
+                           slot->at[side], qv_tensor_rows(r->x.t[side], first, n), scratch, y,
+                           f32));
+}
+
+/* --- Against the CPU ---------------------------------------------------------------------- */
+
+static void check_count(pair *p, const rig *r, int32_t n, int32_t most, bool f32)
+{
+    char what[160];
+    int mark = p->n_blocks;
+    int32_t start[MAX_TOKENS + 8], slot[MAX_TOKENS + 8];
+    int32_t n_segs = make_segments(n, most, start, slot);
+    both_memory starts = upload_both(p, start, (size_t)(n_segs + 1) * 4),
+                slots = upload_both(p, slot, (size_t)n_segs * 4);
+    int64_t gap = n % 2 ? 3 : 8;
+    both y = f32 ? nan_f32(p, n, r->n_out + gap) : nan_act(p, n, r->n_out + gap), part = y;
+    for (int side = 0; side < 2; side++) {
+        part.t[side] = qv_tensor_cols(y.t[side], 0, r->n_out);
+        run(p, side, r, 0, n, n_segs, &starts, &slots, part.t[side], f32);
+    }
+    snprintf(what, sizeof what, "linear_lora %s, %d tokens, up to %d an adapter, pool of %d%s",
+             r->shape->name, n, most, r->max_rank, f32 ? ", f32" : "");
+    /* The CPU rounds the product first. */
+    compare(p, what, part, f32 ? 1e-4 : 0.008, f32 ? 2e-4 : 0.008);
+    float *after = fetch(p, GPU, y.t[GPU]);
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = r->n_out; j < r->n_out + gap; j++)
+            cr_assert(isnan(after[i * (r->n_out + gap) + j]), "%s: row %lld wrote beyond its end",
+                      what, (long long)i);
+    free(after);
+    release_to(p, mark);
+}
+
+static void check_all(bool deterministic)
+{
+    static const struct {
+        int32_t max_rank, ranks[3];
+    } pools[] = {{16, {16, 3, 7}}, {72, {33, 72, 17}}, {256, {8, 256, 130}}};
+    static const int32_t counts[] = {1, 2, 7, 8, 9, 16, 20, 33, 64, 65, 130, 600};
+    for (size_t i = 0; i < N_SHAPES; i++)
+        for (size_t j = 0; j < QV_ROWS(pools); j++) {
+            pair *p = open_pair_as(deterministic);
+            rig *r = new_rig(p, shape_at(i), pools[j].max_rank, pools[j].ranks);
+            for (size_t k = 0; k < QV_ROWS(counts); k++)
+                for (int form = 0; form < 3; form++)
+                    check_count(p, r, counts[k], form == 0 ? 1 : form == 1 ? 9 : 80, form == 1);
+            free_rig(p, r);
+            close_pair(p);
+        }
+}
+
+Test(cuda_linear_lora, agrees_with_the_cpu, .timeout = 240)
+{
+    check_all(false);
+}
+
+Test(cuda_linear_lora, agrees_with_the_cpu_when_deterministic, .timeout = 240)
+{
+    check_all(true);
+}
+
+/* --- The same bits ------------------------------------------------------------------------ */
+
+/* Every fifth token of n by itself, and base tokens through the product without adapters. */
+static void check_alone(pair *p, const rig *r, int32_t n)
+{
+    static const int32_t one_start[] = {0, 1};
+    int mark = p->n_blocks;
+    int32_t start[MAX_TOKENS + 8], slot[MAX_TOKENS + 8];
+    int32_t n_segs = make_segments(n, 17, start, slot);
+    both_memory starts = upload_both(p, start, (size_t)(n_segs + 1) * 4),
+                slots = upload_both(p, slot, (size_t)n_segs * 4),
+                one = upload_both(p, one_start, sizeof one_start);
+    both y = nan_act(p, n, r->n_out), alone = nan_act(p, 1, r->n_out);
+    run(p, GPU, r, 0, n, n_segs, &starts, &slots, y.t[GPU], false);
+    for (int32_t seg = 0; seg < n_segs; seg++)
+        for (int32_t t = start[seg]; t < start[seg + 1]; t += 5) {
+            both_memory own = upload_both(p, &slot[seg], sizeof slot[seg]);
+            if (slot[seg] < 0)
+                PASS(qv_op_linear(p->be[GPU], r->w[GPU], qv_tensor_rows(r->x.t[GPU], t, 1),
+                                  alone.t[GPU]));
+            else
+                run(p, GPU, r, t, 1, 1, &one, &own, alone.t[GPU], false);
+            float *got = fetch(p, GPU, qv_tensor_rows(y.t[GPU], t, 1));
+            float *want = fetch(p, GPU, alone.t[GPU]);
+            check_same(r->shape->name, got, want, r->n_out);
+            free(got);
+            free(want);
+        }
+    release_to(p, mark);
+}
+
+Test(cuda_linear_lora, a_token_has_the_same_bits_in_any_batch_when_deterministic, .timeout = 240)
+{
+    static const int32_t counts[] = {3, 11, 40, 64, 130, 700};
+    for (size_t i = 0; i < N_SHAPES; i++) {
+        pair *p = open_pair_as(true);
+        rig *r = new_rig(p, shape_at(i), 40, (int32_t[]){1, 40, 19});
+        for (size_t k = 0; k < QV_ROWS(counts); k++)
+            check_alone(p, r, counts[k]);
+        free_rig(p, r);
+        close_pair(p);
+    }
+}
+
+/* An adapter of infinities and NaNs beside another. */
+Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
+{
+    enum { T = 12 };
+    static const int32_t start[] = {0, 3, 7, 9, 12}, slot[] = {0, 3, 1, -1};
+    pair *p = open_pair();
+    rig *r = new_rig(p, &more_shapes[1], 16, (int32_t[]){16, 5, 7});
+    r->active[3] = 1;
+    qv_lora_slice bad[2] = {{.plane = 0, .rank = 16, .scale = 1},
+                            {.plane = 1, .rank = 16, .scale = 1}};
+    PASS(qv_backend_upload(p->be[GPU], r->site[GPU].slices + 3 * 2, bad, sizeof bad));
+    both_memory starts = upload_both(p, start, sizeof start),
+                slots = upload_both(p, slot, sizeof slot);
+    both y = nan_act(p, T, r->n_out);
+    run(p, GPU, r, 0, T, 4, &starts, &slots, y.t[GPU], false);
+    float *got = fetch(p, GPU, y.t[GPU]);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t j = 0; j < r->n_out; j++)
+            cr_assert((t >= 3 && t < 7) == !isfinite(got[t * r->n_out + j]),
+                      "token %lld, column %lld is %g", (long long)t, (long long)j,
+                      (double)got[t * r->n_out + j]);
+    free(got);
+    free_rig(p, r);
+    close_pair(p);
+}

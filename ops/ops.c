@@ -632,7 +632,8 @@ qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_si
     QV_TRY(check_linear(be, w, x, y, y_dtype));
     QV_TRY(check_lora(be, site, x, scratch, y, y_dtype));
     if (x.shape[0] > 0 && n_segs > 0 && be->table->linear_lora != NULL)
-        return be->table->linear_lora(be, w, site, n_segs, seg_start, seg_slot, x, scratch, y);
+        return CALL_ON(be->table, linear_lora, w->n_out, w->n_in, be, w, site, n_segs, seg_start,
+                       seg_slot, x, scratch, y);
     QV_TRY(f32 ? qv_op_linear_f32(be, w, x, (qv_tensor){.data = NULL}, y)
                : qv_op_linear(be, w, x, y));
     return (f32 ? qv_op_lora_f32 : qv_op_lora)(be, site, n_segs, seg_start, seg_slot, x, scratch,

@@ -317,7 +317,9 @@ void qv_cache_unload_version(qv_adapter_cache *cache, qv_adapter_version *versio
 }
 
 /* A folder has no longer what a version needs to be read again. Names that point there have nothing
- * now; if one that points elsewhere is left, the version is read there, and else it is lost. */
+ * now. If one that points elsewhere is left, the version is read there. Else it is lost, unless a
+ * name that has gone since brought the same files in from elsewhere while the read went on: then
+ * those that hold it have what they need. */
 static void take_loss(qv_adapter_cache *cache, qv_adapter_version *version,
                       const qv_adapter_read *read)
 {
@@ -337,7 +339,11 @@ static void take_loss(qv_adapter_cache *cache, qv_adapter_version *version,
     }
     version->refs--;
     if (other_dir == NULL) {
-        qv_cache_lose_version(cache, version, code_of_failure(read->job.status), read->job.reason);
+        if (version->slot < 0 && version->adapter == NULL)
+            qv_cache_lose_version(cache, version, code_of_failure(read->job.status),
+                                  read->job.reason);
+        else
+            qv_cache_settle(cache, version);
         return;
     }
     qv_cache_move_version(cache, version, other_dir);

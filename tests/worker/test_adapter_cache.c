@@ -884,6 +884,35 @@ Test(adapter_cache, a_version_that_is_gone_from_one_folder_is_read_in_another)
     world_free(w);
 }
 
+Test(adapter_cache, a_version_that_another_name_brought_in_while_its_folder_broke_is_not_lost)
+{
+    world *w = world_of(1, 300);
+    overwrite(w, "slow", "A");
+    must_load(w, "a", "slow");
+    must_load(w, "c", "C:8:250"); /* leaves no room for the copy of A */
+    serve(w, "c");
+    w->source.slow_shut = true;
+    qv_adapter_version *version = must_acquire(w, "a");
+    await_gate(w); /* A is being read again */
+    must_load(w, "b", "A");
+    must_enter(w, version);
+    must_load(w, "d", "D:8:150"); /* the copy goes again, for the slot has it */
+    cr_assert_eq(qv_adapter_cache_unload(w->cache, "b"), QV_OK);
+    overwrite(w, "slow", "broken");
+    int n_events = w->n_events;
+    pthread_mutex_lock(&w->source.lock);
+    w->source.slow_shut = false;
+    pthread_cond_broadcast(&w->source.changed);
+    pthread_mutex_unlock(&w->source.lock);
+    await_events(w, n_events + 1);
+    cr_expect_str_eq(w->events[n_events].name, "a");
+    cr_expect_eq(w->events[n_events].phase, QV_ADAPTER_FAILED);
+    cr_expect(!is_lost(version), "the request that holds it goes on");
+    cr_expect_eq(qv_adapter_cache_n_lost(w->cache), 0);
+    leave_and_release(w, version);
+    world_free(w);
+}
+
 Test(adapter_cache, a_slow_folder_holds_up_nobody_else)
 {
     world *w = world_of(1, 200);

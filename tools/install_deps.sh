@@ -11,7 +11,7 @@ set -euo pipefail
 
 packages=(build-essential cmake ninja-build pkg-config
           libzmq3-dev libczmq-dev libmsgpack-dev libhiredis-dev libopenblas-dev libjansson-dev
-          libpcre2-dev libutf8proc-dev libxxhash-dev libmicrohttpd-dev libjemalloc2 redis-server)
+          libpcre2-dev libutf8proc-dev libxxhash-dev libmicrohttpd-dev redis-server)
 cuda=0
 for arg in "$@"; do
     case $arg in

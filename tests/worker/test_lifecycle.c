@@ -480,7 +480,8 @@ Test(lifecycle, every_request_gets_its_version_or_a_sentence_and_nothing_is_held
     learn_digests(&f);
     world total = {0};
     qv_adapter_stats counts = {0};
-    for (uint64_t seed = 0; seed < N_SEEDS; seed++) {
+    /* Which ways are taken depends on the loaders' threads as well: a loss is the rarest. */
+    for (uint64_t seed = 0; seed < N_SEEDS || (total.n_lost == 0 && seed < 4 * N_SEEDS); seed++) {
         qv_rng rng = qv_rng_seed(seed);
         int64_t slots = qv_rng_range(&rng, 1, 5);
         int64_t host_bytes = qv_rng_range(&rng, 1, 6) * (int64_t)f.bytes + 4096;

@@ -1,6 +1,7 @@
 /* Tokens per second of the whole engine, in one process: prompts and answers apart, at 1, 8 and 64
  * requests at once, with 0, 1 and 4 adapters; and what a mixed batch of 4 adapters costs against
- * the base model. Medians over repetitions; `+-` is half the distance between the quartiles.
+ * the base model. Medians over repetitions; `+-` is half the distance between the quartiles. The
+ * gap is how long the device had nothing to do between two steps of answers, in the median.
  *
  * Answers ignore EOS, so that every request makes the same number of tokens. Four adapters are the
  * model's own ones, loaded again under other names where there are fewer; a copy with the same
@@ -13,6 +14,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <math.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -145,11 +147,36 @@ static bool load_adapters(qv_engine *engine, const char *dir)
     return true;
 }
 
+/* --- Figures ------------------------------------------------------------------------------------
+ */
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+typedef struct {
+    double median, spread; /* of the repetitions; half the distance between the quartiles */
+} figure;
+
+static figure figure_of(double *values, int n)
+{
+    qsort(values, (size_t)n, sizeof *values, by_value);
+    double median = n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
+    return (figure){median, (values[(3 * n) / 4 < n ? (3 * n) / 4 : n - 1] - values[n / 4]) / 2};
+}
+
 /* --- One run --------------------------------------------------------------------------------- */
 
 typedef struct {
     double prefill, decode; /* tokens per second */
+    double gap;             /* between steps that decode all requests, in seconds; NaN: none seen */
 } rates;
+
+/* Gaps of one run. */
+enum { MAX_GAPS = 4096 };
+static double gaps[MAX_GAPS];
 
 static void submit(qv_engine *engine, const settings *s, uint64_t number, int adapter)
 {
@@ -187,6 +214,7 @@ static rates run_once(qv_engine *engine, const settings *s, int n_requests, int 
     for (int i = 0; i < n_requests; i++)
         submit(engine, s, ++number, n_adapters > 0 ? i % n_adapters : -1);
     int64_t n_first = 0, n_done = 0, n_prefill = 0, n_decode = 0;
+    int n_gaps = 0;
     uint64_t start_ns = qv_now_ns(), first_ns = 0;
     while (n_done < n_requests) {
         qv_engine_stats before, after;
@@ -194,6 +222,10 @@ static rates run_once(qv_engine *engine, const settings *s, int n_requests, int 
         qv_engine_get_stats(engine, &before);
         step(engine, &result);
         qv_engine_get_stats(engine, &after);
+        double gap = qv_engine_gap(engine);
+        if (first_ns != 0 && result.n_tokens == (uint32_t)n_requests && !isnan(gap) &&
+            n_gaps < MAX_GAPS)
+            gaps[n_gaps++] = gap;
         for (uint32_t i = 0; i < result.n_deltas; i++) {
             if (qv_has(&result.deltas[i], delta, error_code))
                 die("a request failed");
@@ -204,7 +236,7 @@ static rates run_once(qv_engine *engine, const settings *s, int n_requests, int 
             n_prefill += (int64_t)(after.tokens_prefilled - before.tokens_prefilled +
                                    after.tokens_decoded - before.tokens_decoded);
         else
-            n_decode += (int64_t)(after.tokens_decoded - before.tokens_decoded);
+            n_decode += (int64_t)(after.tokens_generated - before.tokens_generated);
         if (first_ns == 0 && n_first == n_requests)
             first_ns = qv_now_ns();
     }
@@ -212,27 +244,11 @@ static rates run_once(qv_engine *engine, const settings *s, int n_requests, int 
     return (rates){
         .prefill = (double)n_prefill / ((double)(first_ns - start_ns) * 1e-9),
         .decode = (double)n_decode / ((double)(end_ns - first_ns) * 1e-9),
+        .gap = n_gaps > 0 ? figure_of(gaps, n_gaps).median : NAN,
     };
 }
 
 /* --- Tables ---------------------------------------------------------------------------------- */
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-typedef struct {
-    double median, spread; /* of the repetitions; half the distance between the quartiles */
-} figure;
-
-static figure figure_of(double *values, int n)
-{
-    qsort(values, (size_t)n, sizeof *values, by_value);
-    double median = n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
-    return (figure){median, (values[(3 * n) / 4 < n ? (3 * n) / 4 : n - 1] - values[n / 4]) / 2};
-}
 
 static const int concurrency[] = {1, 8, 64};
 static const int adapter_counts[] = {0, 1, N_ADAPTERS};
@@ -240,9 +256,9 @@ enum { N_CONCURRENCY = 3, N_COUNTS = 3 };
 
 /* Repetitions of all adapter counts in turn, so that a machine that slows down slows all. */
 static void measure(qv_engine *engine, const settings *s, int n_requests, int n_counts,
-                    figure prefill[N_COUNTS], figure decode[N_COUNTS])
+                    figure prefill[N_COUNTS], figure decode[N_COUNTS], figure gap[N_COUNTS])
 {
-    double p[N_COUNTS][MAX_REPS], d[N_COUNTS][MAX_REPS];
+    double p[N_COUNTS][MAX_REPS], d[N_COUNTS][MAX_REPS], g[N_COUNTS][MAX_REPS];
     int reps = (int)s->reps;
     for (int rep = -1; rep < reps; rep++) /* -1 warms up */
         for (int c = 0; c < n_counts; c++) {
@@ -251,10 +267,12 @@ static void measure(qv_engine *engine, const settings *s, int n_requests, int n_
                 continue;
             p[c][rep] = r.prefill;
             d[c][rep] = r.decode;
+            g[c][rep] = r.gap;
         }
     for (int c = 0; c < n_counts; c++) {
         prefill[c] = figure_of(p[c], reps);
         decode[c] = figure_of(d[c], reps);
+        gap[c] = figure_of(g[c], reps);
     }
 }
 
@@ -263,16 +281,17 @@ static void print_tables(qv_engine *engine, const settings *s, int n_counts)
     printf("engine: %s, %s\n", s->engine.model_dir, qv_engine_device(engine));
     printf("prompts of %d tokens, answers of %d, %d repetitions, median +- half the quartiles\n\n",
            (int)s->prompt, (int)s->answer, (int)s->reps);
-    printf("%9s %9s %22s %22s %12s %12s\n", "requests", "adapters", "prefill tokens/s",
-           "decode tokens/s", "prefill cost", "decode cost");
+    printf("%9s %9s %22s %22s %8s %12s %12s\n", "requests", "adapters", "prefill tokens/s",
+           "decode tokens/s", "gap us", "prefill cost", "decode cost");
     for (int i = 0; i < N_CONCURRENCY; i++) {
-        figure prefill[N_COUNTS], decode[N_COUNTS];
-        measure(engine, s, concurrency[i], n_counts, prefill, decode);
+        figure prefill[N_COUNTS], decode[N_COUNTS], gap[N_COUNTS];
+        measure(engine, s, concurrency[i], n_counts, prefill, decode, gap);
         for (int c = 0; c < n_counts; c++) {
             if (adapter_counts[c] > concurrency[i])
                 continue;
-            printf("%9d %9d %14.0f +- %4.0f %14.0f +- %4.0f", concurrency[i], adapter_counts[c],
-                   prefill[c].median, prefill[c].spread, decode[c].median, decode[c].spread);
+            printf("%9d %9d %14.0f +- %4.0f %14.0f +- %4.0f %8.1f", concurrency[i],
+                   adapter_counts[c], prefill[c].median, prefill[c].spread, decode[c].median,
+                   decode[c].spread, gap[c].median * 1e6);
             if (c > 0)
                 printf(" %11.1f%% %11.1f%%", 100 * (prefill[0].median / prefill[c].median - 1),
                        100 * (decode[0].median / decode[c].median - 1));
@@ -318,6 +337,7 @@ int main(int argc, char **argv)
     qv_engine *engine;
     if (qv_engine_open(&s.engine, NULL, &engine) != QV_OK)
         die("open");
+    qv_engine_watch_gaps(engine, true);
     const char *dir = s.adapters != NULL ? s.adapters : PATH("%s/adapters", s.engine.model_dir);
     bool has_adapters = s.engine.adapter_slots >= N_ADAPTERS && load_adapters(engine, dir);
     if (!has_adapters)

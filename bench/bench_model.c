@@ -10,9 +10,11 @@
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
  * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
- * measured in the same run on the first device, shared out evenly over ranks. Times are medians
- * over steps, from the host's clock around step and sampling; the gap is what a step takes beyond
- * the device's own time.
+ * measured in the same run on the first device, shared out evenly over ranks. Steps go as the
+ * engine's do: a decode step is enqueued before the results of the one before are read, its tokens
+ * being what that one chose (with several ranks, one at a time). Times are medians over steps, from
+ * the host's clock from result to result; the gap is how long the device had nothing to do between
+ * two steps.
  *
  * --ops adds what each op takes in such steps on rank 0, run op by op with marks on the device in
  * between: all ops of a name and matrix in one row. No op begins before the one in front of it has
@@ -195,34 +197,75 @@ static qv_batch make_batch(const bench *b, int32_t n, int32_t before, int32_t no
                       .logit_seg_slot = logit_slot};
 }
 
-/* Median seconds of a step with greedy sampling, and in *device of the step alone, by steps that
- * are enqueued without waiting in between. */
-static double time_step(const bench *b, const qv_batch *batch, int reps, double *device)
+typedef struct {
+    double step;   /* median seconds from result to result, greedy sampling included */
+    double device; /* of the forward pass alone, by passes enqueued without waiting in between */
+    double gap;    /* median seconds that the device had nothing to do between steps */
+} timing;
+
+/* Over several ranks there are no halves: all of a step is in its end. */
+static void begin_step(const bench *b, const qv_batch *batch, const qv_sample_row *rows)
+{
+    qv_tensor logits;
+    if (args.tp > 1)
+        return;
+    check(qv_model_forward(b->model, batch, &logits), "step");
+    check(qv_op_sample_begin(b->be, logits, (int32_t)b->vocab, rows), "sample");
+}
+
+static void end_step(const bench *b, const qv_batch *batch, const qv_sample_row *rows,
+                     qv_sample_result *results)
+{
+    qv_status sampled;
+    if (args.tp > 1)
+        check(qv_model_step(b->model, batch, (int32_t)b->vocab, rows, results, &sampled), "step");
+    else
+        sampled = qv_op_sample_end(b->be, results);
+    check(sampled, "sample");
+}
+
+/* `next` is the batch of steps after the first, which may have tokens that the one before chose;
+ * `ahead` whether it is enqueued before that one's results are read. */
+static timing time_step(const bench *b, const qv_batch *batch, const qv_batch *next, bool ahead,
+                        int reps)
 {
     int32_t n = batch->n_logits;
     qv_sample_row *rows = calloc((size_t)n, sizeof *rows);
     qv_sample_result *results = calloc((size_t)n, sizeof *results);
     for (int32_t i = 0; i < n; i++)
         rows[i] = (qv_sample_row){.target = -1, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
-    double times[64], start;
-    qv_tensor logits;
+    double times[64], gaps[64];
+    qv_backend_watch_gaps(b->be, true);
+    begin_step(b, batch, rows);
+    double start = now();
     for (int i = -2; i < reps; i++) {
-        start = now();
-        qv_status sampled;
-        check(qv_model_step(b->model, batch, (int32_t)b->vocab, rows, results, &sampled), "step");
-        check(sampled, "sample");
-        if (i >= 0)
-            times[i] = now() - start;
+        if (ahead)
+            begin_step(b, next, rows);
+        end_step(b, batch, rows, results);
+        double end = now();
+        if (i >= 0) {
+            times[i] = end - start;
+            gaps[i] = qv_backend_gap(b->be);
+        }
+        start = end;
+        if (!ahead)
+            begin_step(b, next, rows);
     }
+    end_step(b, batch, rows, results);
+    qv_backend_watch_gaps(b->be, false);
     check(qv_backend_sync(b->be), "sync");
     start = now();
-    for (int i = 0; i < reps; i++)
+    for (int i = 0; i < reps; i++) {
+        qv_tensor logits;
         check(qv_model_forward(b->model, batch, &logits), "step");
+    }
     check(qv_backend_sync(b->be), "sync");
-    *device = (now() - start) / reps;
+    timing t = {.device = (now() - start) / reps};
+    t.step = median(times, reps);
+    t.gap = median(gaps, reps);
     free(rows);
     free(results);
-    return median(times, reps);
+    return t;
 }
 
 /* Bytes of all matrices but the embedding's table, of which a step reads some rows; experts as
@@ -289,19 +332,25 @@ static void ops_table(const bench *b, const qv_batch *batch, int reps)
 static void decode_table(bench *b)
 {
     printf("\ndecode, context %d%s\n", args.context, args.eager ? ", op by op" : "");
-    printf("%6s %10s %10s %10s %10s %8s %10s\n", "seqs", "GB", "floor ms", "step ms", "device ms",
-           "ratio", "tokens/s");
+    printf("%6s %10s %10s %10s %10s %8s %8s %10s\n", "seqs", "GB", "floor ms", "step ms",
+           "device ms", "gap us", "ratio", "tokens/s");
+    int32_t *chosen = calloc((size_t)args.max_size, sizeof *chosen);
+    for (int32_t i = 0; i < args.max_size; i++)
+        chosen[i] = QV_TOKEN_OF_ROW(i);
     for (int i = 0; i < args.n_sizes; i++) {
         int32_t n = args.sizes[i];
         qv_batch batch = make_batch(b, n, args.context - 1, 1);
-        double device, bytes = step_bytes(b, n, args.context), floor = bytes / copy_rate / args.tp;
-        double t = time_step(b, &batch, 20, &device);
-        printf("%6d %10.2f %10.3f %10.3f %10.3f %8.2f %10.0f\n", n, bytes * 1e-9, floor * 1e3,
-               t * 1e3, device * 1e3, t / floor, n / t);
+        qv_batch next = batch;
+        next.token = args.tp == 1 ? chosen : batch.token;
+        double bytes = step_bytes(b, n, args.context), floor = bytes / copy_rate / args.tp;
+        timing t = time_step(b, &batch, &next, args.tp == 1, 20);
+        printf("%6d %10.2f %10.3f %10.3f %10.3f %8.1f %8.2f %10.0f\n", n, bytes * 1e-9, floor * 1e3,
+               t.step * 1e3, t.device * 1e3, t.gap * 1e6, t.step / floor, n / t.step);
         if (args.ops)
             ops_table(b, &batch, 10);
         fflush(stdout);
     }
+    free(chosen);
 }
 
 /* 2 FLOP a weight and token, and half of the square of attention; the head sees one row. */
@@ -316,14 +365,15 @@ static double prefill_flop(const bench *b, double n)
 static void prefill_table(bench *b)
 {
     qv_batch batch = make_batch(b, 1, 0, args.prompt);
-    double device, t = time_step(b, &batch, 5, &device);
+    timing time = time_step(b, &batch, &batch, false, 5);
+    double t = time.step;
     double flop = prefill_flop(b, args.prompt) / gemm_rate / args.tp;
     double bytes = weight_bytes(b, args.prompt) / copy_rate / args.tp,
            floor = flop > bytes ? flop : bytes;
     printf("\nprefill of %d tokens: floor %.1f ms (FLOP %.1f, weights %.1f), step %.1f ms, device "
            "%.1f "
            "ms, ratio %.2f, %.0f tokens/s\n",
-           args.prompt, floor * 1e3, flop * 1e3, bytes * 1e3, t * 1e3, device * 1e3, t / floor,
+           args.prompt, floor * 1e3, flop * 1e3, bytes * 1e3, t * 1e3, time.device * 1e3, t / floor,
            args.prompt / t);
     if (args.ops)
         ops_table(b, &batch, 3);

@@ -29,8 +29,10 @@ typedef struct {
     int32_t banned, n_banned; /* its part of args.banned */
     int32_t
         list; /* which list of candidates is its; -1: none, top-k and top-p go over all logits */
-    int32_t keep; /* of shortlists: tokens to choose among; 0: the row is scored; -1: not short */
-    double u;     /* the draw, in [0, 1) */
+    int32_t after; /* the last of its seen tokens is what that row of the results before chose, and
+                    * may be among the others; -1: it is a token like them */
+    int32_t keep;  /* of shortlists: tokens to choose among; 0: the row is scored; -1: not short */
+    double u;      /* the draw, in [0, 1) */
 } qv_k_sample_row;
 
 #define QV_K_SAMPLE_NOT_FINITE (-1) /* in token: why there is none */
@@ -55,6 +57,16 @@ typedef struct {
     int32_t n_lists;
     void *scratch; /* of qv_k_sample_scratch bytes */
 } qv_k_sample_args;
+
+/* Tokens that the host did not know when it enqueued this: token[i] < 0 becomes what row
+ * -1 - token[i] of `chosen` chose (0 if that row had none). In place, n numbers. */
+qv_status qv_k_take_chosen(int32_t *token, int32_t n, const qv_k_sample_result *chosen,
+                           void *stream);
+
+/* Before qv_k_sample: settle the last seen token of the rows that have `after`. If it is among the
+ * row's others, its count grows and the row has one less. Rows are changed. */
+qv_status qv_k_sample_settle(qv_k_sample_row *rows, int32_t n_rows, qv_k_sample_seen *seen,
+                             const qv_k_sample_result *chosen, void *stream);
 
 /* With room for the lists of n_lists rows, at most n_rows. */
 size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab, int32_t n_lists);

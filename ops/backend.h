@@ -53,8 +53,9 @@
     X(moe_combine_f32, (qv_backend * be, const qv_moe_list *list, qv_tensor weights, qv_tensor o,  \
                         const qv_moe_lora_site *site, qv_tensor scratch, qv_tensor shared,         \
                         qv_tensor gate, qv_tensor y))                                              \
-    X(sample, (qv_backend * be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,      \
-               qv_sample_result *results))                                                         \
+    X(sample_begin,                                                                                \
+      (qv_backend * be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows))             \
+    X(sample_end, (qv_backend * be, qv_sample_result * results))                                   \
     X(shortlist, (qv_backend * be, qv_tensor part, const qv_shortlist_part *where,                 \
                   const qv_sample_row *rows, qv_tensor lists))                                     \
     X(merge_shortlists,                                                                            \
@@ -138,6 +139,9 @@ struct qv_backend {
     int32_t rank;        /* in it */
     bool not_recordable; /* its collectives cannot be part of a recording */
     qv_op_times *times;  /* borrowed; NULL: ops are not timed */
+    int n_samplings;     /* begun and not ended */
+    bool watching;       /* gaps */
+    double gap;          /* before the step whose sampling ended last; NaN: none */
     char description[128];
 };
 

@@ -10,6 +10,10 @@
 
 #include <stdint.h>
 
+/* A token that row `row` of a sampling chooses, in place of its id; and back. Always negative. */
+#define QV_TOKEN_OF_ROW(row)   (-1 - (row))
+#define QV_ROW_OF_TOKEN(token) (-1 - (token))
+
 typedef struct {
     int32_t n_tokens;
     int32_t n_seqs;
@@ -19,7 +23,9 @@ typedef struct {
     int32_t max_seq_tokens; /* most tokens of one sequence in this step */
     int32_t max_context;    /* largest position + 1 */
 
-    /* Tokens */
+    /* Tokens. On the host one may be QV_TOKEN_OF_ROW(r), whose id nobody there knows yet: what row
+     * r of the sampling begun last chose. Bringing the batch to the backend puts the id in its
+     * place (a row that had no token to choose: some id). */
     const int32_t *token; /* [n_tokens] ids to embed */
     const int32_t *pos;   /* [n_tokens] position in the sequence, from 0 */
 

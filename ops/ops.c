@@ -214,6 +214,16 @@ qv_status qv_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t see
     return status;
 }
 
+void qv_backend_watch_gaps(qv_backend *be, bool on)
+{
+    be->watching = on;
+}
+
+double qv_backend_gap(const qv_backend *be)
+{
+    return be->watching ? be->gap : NAN;
+}
+
 qv_status qv_backend_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
 {
     return be->table->put_batch(be, host, out);
@@ -970,6 +980,13 @@ static qv_status check_ids(const char *what, int64_t row, const int32_t *ids, in
     return QV_OK;
 }
 
+/* Of a row that chooses: the last of its tokens may be one that a row of another sampling chose. */
+static qv_status check_tokens(int64_t i, const qv_sample_row *row, int64_t n_vocab)
+{
+    int32_t n = row->tokens ? row->n_tokens : 0;
+    return check_ids("token", i, row->tokens, n > 0 && row->tokens[n - 1] < 0 ? n - 1 : n, n_vocab);
+}
+
 static qv_status check_sample_row(int64_t i, const qv_sample_row *row, int64_t n_vocab)
 {
 #define CHECK(cond, format, value)                                                                 \
@@ -990,7 +1007,7 @@ static qv_status check_sample_row(int64_t i, const qv_sample_row *row, int64_t n
     CHECK(row->n_prompt >= 0 && row->n_prompt <= row->n_tokens, "%d prompt tokens", row->n_prompt);
     CHECK(row->n_banned >= 0, "%d banned tokens", row->n_banned);
 #undef CHECK
-    QV_TRY(check_ids("token", i, row->tokens, row->tokens ? row->n_tokens : 0, n_vocab));
+    QV_TRY(check_tokens(i, row, n_vocab));
     return check_ids("banned token", i, row->banned, row->n_banned, n_vocab);
 }
 
@@ -1001,17 +1018,38 @@ qv_status qv_sample_check_rows(const qv_sample_row *rows, int64_t n_rows, int64_
     return QV_OK;
 }
 
+qv_status qv_op_sample_begin(qv_backend *be, qv_tensor logits, int32_t n_valid,
+                             const qv_sample_row *rows)
+{
+    EXPECT("sample", logits, QV_F32, ANY, ANY);
+    if (n_valid <= 0 || n_valid > logits.shape[1])
+        return qv_fail(QV_ERR_SHAPE, "sample: %d valid tokens of %lld columns", n_valid,
+                       (long long)logits.shape[1]);
+    if (be->n_samplings == QV_MAX_SAMPLINGS)
+        return qv_fail(QV_ERR_LIMIT, "sample: %d samplings have not ended", QV_MAX_SAMPLINGS);
+    QV_TRY(qv_sample_check_rows(rows, logits.shape[0], logits.shape[1]));
+    QV_TRY(CALL(sample_begin, be, logits, n_valid, rows));
+    be->n_samplings++;
+    return QV_OK;
+}
+
+qv_status qv_op_sample_end(qv_backend *be, qv_sample_result *results)
+{
+    QV_ASSERT(be->n_samplings > 0);
+    be->n_samplings--;
+    return CALL(sample_end, be, results);
+}
+
 qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,
                        qv_sample_result *results)
 {
     EXPECT("sample", logits, QV_F32, ANY, ANY);
     if (logits.shape[0] == 0)
         return QV_OK;
-    if (n_valid <= 0 || n_valid > logits.shape[1])
-        return qv_fail(QV_ERR_SHAPE, "sample: %d valid tokens of %lld columns", n_valid,
-                       (long long)logits.shape[1]);
-    QV_TRY(qv_sample_check_rows(rows, logits.shape[0], logits.shape[1]));
-    return CALL(sample, be, logits, n_valid, rows, results);
+    if (be->n_samplings > 0)
+        return qv_fail(QV_ERR_LIMIT, "sample: a sampling that was begun has not ended");
+    QV_TRY(qv_op_sample_begin(be, logits, n_valid, rows));
+    return qv_op_sample_end(be, results);
 }
 
 /* The first of the rows, or of those that are short with `n_valid`, that could not be sampled. */
@@ -1069,6 +1107,11 @@ static qv_status check_shortlist(const qv_shortlist_part *where, const qv_sample
     if (where->n_valid <= 0 || where->n_valid > where->n_vocab)
         return qv_fail(QV_ERR_SHAPE, "shortlist: %d valid tokens of %lld columns", where->n_valid,
                        (long long)where->n_vocab);
+    for (int64_t i = 0; i < n_rows; i++)
+        if (rows[i].target < 0 && rows[i].tokens != NULL && rows[i].n_tokens > 0 &&
+            rows[i].tokens[rows[i].n_tokens - 1] < 0)
+            return qv_fail(QV_ERR_ARG, "shortlist: the last token of row %lld is not known",
+                           (long long)i);
     return qv_sample_check_rows(rows, n_rows, where->n_vocab);
 }
 

@@ -94,6 +94,13 @@ qv_status qv_backend_sync(qv_backend *be);
  * their variant by (max_seq_tokens, max_context). The backend's thread. Errors: NOMEM, DEVICE. */
 qv_status qv_backend_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out);
 
+/* How long the device had nothing of a step to do: from the end of a step's sampling to where the
+ * next one's batch is in place (CPU: as the host sees it). For benchmarks; watching costs a little.
+ * The gap is that before the step whose sampling ended last, in seconds; NaN when not watched, or
+ * when the step before it sampled nothing. The backend's thread. */
+void qv_backend_watch_gaps(qv_backend *be, bool on);
+double qv_backend_gap(const qv_backend *be);
+
 /* --- Recorded steps: the backend's thread ----------------------------------------------------
  *
  * A decode step is hundreds of small kernels; recorded once and replayed, they cost one launch. A
@@ -541,7 +548,8 @@ typedef struct {
     uint32_t stream;       /* index among the n answers of one request */
     uint32_t draw;         /* how many tokens this stream has generated before */
     int32_t n_top;         /* alternatives to report, <= QV_MAX_TOP_LOGPROBS; -1 = no logprobs */
-    const int32_t *tokens; /* host: prompt and generated tokens, for penalties */
+    const int32_t *tokens; /* host: prompt and generated tokens, for penalties. The last may be
+                            * QV_TOKEN_OF_ROW of the sampling begun before */
     int32_t n_prompt, n_tokens;
     const int32_t *banned; /* host: ids that may not be chosen (EOS under ignore_eos: not here) */
     int32_t n_banned;
@@ -573,6 +581,16 @@ typedef struct {
 qv_status qv_op_sample(qv_backend *be, qv_tensor logits, int32_t n_valid, const qv_sample_row *rows,
                        qv_sample_result *results);
 
+/* The same in two halves, so that the next step can be enqueued before anybody has seen what this
+ * one chose (QV_TOKEN_OF_ROW): begin takes what it needs of `rows` and enqueues the work, end waits
+ * for the oldest sampling that has not ended and gives its results [n]. At most QV_MAX_SAMPLINGS
+ * are between the two. What is wrong with a row's logits is end's to say, all else begin's, which
+ * then has begun nothing. The backend's thread. */
+#define QV_MAX_SAMPLINGS 2
+qv_status qv_op_sample_begin(qv_backend *be, qv_tensor logits, int32_t n_valid,
+                             const qv_sample_row *rows);
+qv_status qv_op_sample_end(qv_backend *be, qv_sample_result *results);
+
 /* --- Sampling from parts of the vocabulary ------------------------------------------------------
  *
  * Ranks that have a part of the vocabulary each make a shortlist of every row of theirs, and one of
@@ -598,8 +616,9 @@ int64_t qv_shortlist_words(qv_shortlist_shape shape);
 
 /* lists [n, words] from part [n, n_part] F32 (changed in place), which is columns [first, first +
  * n_part) of logits with n_valid valid columns in all; rows are as for qv_op_sample, with ids of
- * the whole vocabulary, which is n_vocab. Lists of rows that are not short are left empty. `lists`
- * is F32, dense, and opaque. Errors: SHAPE, LIMIT, ARG as qv_op_sample. */
+ * the whole vocabulary, which is n_vocab, and without tokens that are not known yet. Lists of rows
+ * that are not short are left empty. `lists` is F32, dense, and opaque. Errors: SHAPE, LIMIT, ARG
+ * as qv_op_sample. */
 typedef struct {
     int64_t first, n_vocab;
     int32_t n_valid;

@@ -121,6 +121,13 @@ static qv_status fork_streams(qv_engine *engine, qv_request *request)
     return QV_OK;
 }
 
+qv_status qv_engine_fork(qv_engine *engine, qv_sequence *seq)
+{
+    qv_request *request = seq->request;
+    bool leads = request->leader != NULL && &request->leader->sequence == seq;
+    return leads && seq->n_computed >= seq->fork_at ? fork_streams(engine, request) : QV_OK;
+}
+
 /* Hold the request's adapter and start it. If the adapter's first load has not ended, the request
  * is parked until it has. Errors: what the load failed with. */
 static qv_status start_request(qv_engine *engine, qv_request *request, qv_code *code)
@@ -171,6 +178,18 @@ static void fail_lost(qv_engine *engine)
                  request->adapter.data, reason);
         qv_engine_fail_request(engine, request, code, message);
     }
+}
+
+qv_status qv_engine_poll_adapters(qv_engine *engine)
+{
+    bool news;
+    QV_TRY(qv_adapter_cache_poll(engine->adapters, &news));
+    if (news) {
+        fail_lost(engine);
+        retry_parked(engine);
+        qv_scheduler_notify(engine->scheduler);
+    }
+    return QV_OK;
 }
 
 /* Whether the engine can take the request at all. */
@@ -289,269 +308,6 @@ const qv_adapter_slots qv_engine_adapter_slots = {
     .release = leave_slot,
     .is_pinned = slot_is_pinned,
 };
-
-/* --- Step ------------------------------------------------------------------------------------ */
-
-static qv_request_stream *stream_of(const qv_sequence *seq)
-{
-    return &seq->request->streams[seq->index];
-}
-
-/* Whether this sequence is one that others wait for, and has come to where they begin. */
-static bool leads_to_fork(const qv_request *request, const qv_sequence *seq)
-{
-    return request->leader == stream_of(seq) && seq->n_computed >= seq->fork_at;
-}
-
-/* Save what lost its place, as far as the swap budget lasts; copy known beginnings to those that
- * were admitted with one, and bring back what got its place again. */
-static qv_status swap(qv_engine *engine, const qv_plan *plan)
-{
-    for (int32_t i = 0; i < plan->n_preempted; i++) {
-        const qv_preemption *lost = &plan->preempted[i];
-        qv_sequence *seq = lost->seq;
-        if (seq->n_computed == 0)
-            continue;
-        size_t bytes = qv_model_state_bytes(engine->model, lost->n_pages);
-        seq->snapshot = qv_state_cache_save(engine->states, bytes, seq->n_computed, lost->n_pages);
-        if (seq->snapshot != NULL)
-            QV_TRY(qv_model_state_save(engine->model, seq->pages, lost->n_pages, lost->state_slot,
-                                       seq->snapshot->data));
-        else
-            seq->n_computed = 0; /* to be computed again */
-    }
-    QV_TRY(qv_engine_load_prefixes(engine, plan));
-    for (int32_t i = 0; i < plan->n_restored; i++) {
-        qv_sequence *seq = plan->restored[i];
-        QV_TRY(qv_model_state_restore(engine->model, seq->pages, seq->snapshot->n_pages,
-                                      seq->state_slot, seq->snapshot->data));
-        qv_state_cache_drop(engine->states, seq->snapshot);
-        seq->snapshot = NULL;
-    }
-    for (int32_t i = 0; i < plan->n_loads;
-         i++) { /* a leader that found all that it was to compute */
-        qv_request *request = plan->loads[i].seq->request;
-        if (leads_to_fork(request, plan->loads[i].seq))
-            QV_TRY(fork_streams(engine, request));
-    }
-    return QV_OK;
-}
-
-/* What to do with each row of logits, in the order of the batch. */
-static void fill_rows(qv_engine *engine, const qv_plan *plan)
-{
-    qv_sample_row *row = engine->rows;
-    for (int32_t i = 0; i < plan->n_items; i++) {
-        const qv_plan_item *item = &plan->items[i];
-        const qv_sequence *seq = item->seq;
-        const qv_request *request = seq->request;
-        for (int32_t pos = item->rows.score_from; pos < item->rows.score_to; pos++)
-            *row++ =
-                (qv_sample_row){.target = seq->tokens[pos + 1], .n_top = request->n_top_prompt};
-        if (!item->rows.choose)
-            continue;
-        *row = request->sampling;
-        row->stream = seq->index;
-        row->draw = (uint32_t)(seq->n_tokens - seq->n_prompt);
-        row->tokens = seq->tokens;
-        row->n_prompt = seq->n_prompt;
-        row->n_tokens = seq->n_tokens;
-        row++;
-    }
-    for (int32_t i = 0; i < plan->n_logits; i++)
-        engine->results[i].token = -1;
-}
-
-/* Run the step and sample every row. A row whose logits are not finite keeps a negative token and
- * is its own request's trouble; the others have their results. */
-static qv_status step_and_sample(qv_engine *engine, const qv_plan *plan, const qv_batch *batch)
-{
-    qv_status sampled;
-    QV_TRY(qv_model_step(engine->model, batch, engine->context.n_valid, engine->rows,
-                         engine->results, &sampled));
-    if (sampled != QV_ERR_INTERNAL)
-        return sampled;
-    for (int32_t i = 0; i < plan->n_logits; i++)
-        if (engine->results[i].token < 0)
-            return QV_OK;
-    return sampled;
-}
-
-static void keep_prompt_scores(const qv_plan_item *item, const qv_sample_result *results)
-{
-    qv_request *request = item->seq->request;
-    for (int32_t pos = item->rows.score_from; pos < item->rows.score_to; pos++, results++) {
-        request->prompt_logprobs[pos + 1] = results->logprob;
-        if (request->n_top_prompt == 0)
-            continue;
-        uint32_t start = request->prompt_tops.start[pos + 1];
-        for (int32_t i = 0; i < results->n_top; i++) {
-            request->prompt_tops.token[start + (uint32_t)i] = results->top_token[i];
-            request->prompt_tops.logprob[start + (uint32_t)i] = results->top_logprob[i];
-        }
-    }
-}
-
-static bool has_bad_row(const qv_plan_item *item, const qv_sample_result *results)
-{
-    for (int32_t i = 0; i < item->rows.count; i++)
-        if (results[i].token < 0)
-            return true;
-    return false;
-}
-
-/* Take in what one item of the plan gave. `results` are those of its rows. */
-static qv_status commit(qv_engine *engine, const qv_plan_item *item,
-                        const qv_sample_result *results)
-{
-    qv_sequence *seq = item->seq;
-    if (seq->state == QV_SEQ_FINISHED) /* another stream of its request failed in this step */
-        return QV_OK;
-    if (has_bad_row(item, results)) {
-        char message[160];
-        snprintf(message, sizeof message,
-                 "the model gave logits that are not finite after %d tokens; its weights or those "
-                 "of the adapter may be broken",
-                 seq->n_computed + item->n_tokens);
-        if (seq->scope != NULL) /* whatever went wrong, nobody shall begin from it */
-            qv_prefix_cache_clear(engine->prefix, seq->scope);
-        qv_engine_fail_request(engine, seq->request, QV_CODE_INTERNAL, message);
-        return QV_OK;
-    }
-    keep_prompt_scores(item, results);
-    *(seq->state == QV_SEQ_PREFILL ? &engine->stats.tokens_prefilled
-                                   : &engine->stats.tokens_decoded) += (uint64_t)item->n_tokens;
-    const qv_sample_result *chosen = item->rows.choose ? &results[item->rows.count - 1] : NULL;
-    bool was_prefill = seq->state == QV_SEQ_PREFILL;
-    qv_scheduler_commit(engine->scheduler, item, chosen != NULL ? chosen->token : -1);
-    QV_TRY(qv_engine_keep_prefix(engine, seq, was_prefill && seq->state == QV_SEQ_DECODE));
-    if (leads_to_fork(seq->request, seq))
-        QV_TRY(fork_streams(engine, seq->request));
-    if (chosen != NULL) {
-        engine->stats.tokens_generated++;
-        qv_engine_emit_token(engine, stream_of(seq), chosen);
-    } else if (seq->score_only && qv_sequence_remaining(seq) == 0) {
-        qv_engine_emit_end(engine, stream_of(seq), "length");
-    }
-    return QV_OK;
-}
-
-/* Run one plan on the model and take in its results. */
-static qv_status run(qv_engine *engine, const qv_plan *plan)
-{
-    const qv_batch *batch = qv_batch_build(engine->builder, plan);
-    fill_rows(engine, plan);
-    QV_TRY(step_and_sample(engine, plan, batch));
-    if (engine->dump != NULL) {
-        QV_TRY(qv_engine_dump_finish(engine->dump));
-        qv_engine_dump_free(engine->dump);
-        engine->dump = NULL;
-    }
-    const qv_sample_result *results = engine->results;
-    for (int32_t i = 0; i < plan->n_items; i++) {
-        QV_TRY(commit(engine, &plan->items[i], results));
-        results += plan->items[i].rows.count;
-    }
-    return QV_OK;
-}
-
-static void count_prefixes(qv_engine *engine, const qv_engine_stats *before)
-{
-    const qv_engine_metrics *m = &engine->metrics;
-    const qv_prefix_stats *now = &engine->stats.prefix, *old = &before->prefix;
-    if (engine->prefix == NULL)
-        return;
-    engine->stats.prefix = qv_prefix_cache_stats(engine->prefix);
-    qv_counter_add(m->prefix_lookups, now->lookups - old->lookups);
-    qv_counter_add(m->prefix_hits, now->hits - old->hits);
-    qv_counter_add(m->prefix_tokens, now->hit_tokens - old->hit_tokens);
-    qv_counter_add(m->prefix_snapshots_evicted, now->snapshots_evicted - old->snapshots_evicted);
-    qv_counter_add(m->prefix_pages_evicted, now->pages_evicted - old->pages_evicted);
-    qv_gauge_set(m->prefix_snapshots, now->n_snapshots);
-    qv_gauge_set(m->prefix_pages, now->n_pages);
-}
-
-/* The numbers that the adapter cache keeps go to the metrics. */
-static void count_adapters(qv_engine *engine)
-{
-    const qv_engine_metrics *m = &engine->metrics;
-    qv_adapter_stats now, *before = &engine->adapter_stats;
-    qv_adapter_cache_get_stats(engine->adapters, &now);
-    qv_counter_add(m->slot_hits, now.slot_hits - before->slot_hits);
-    qv_counter_add(m->host_hits, now.host_hits - before->host_hits);
-    qv_counter_add(m->misses, now.misses - before->misses);
-    qv_counter_add(m->reads, now.reads - before->reads);
-    qv_counter_add(m->installs, now.installs - before->installs);
-    qv_counter_add(m->slot_evictions, now.slot_evictions - before->slot_evictions);
-    qv_counter_add(m->host_evictions, now.host_evictions - before->host_evictions);
-    qv_gauge_set(m->adapters, (double)now.n_names);
-    qv_gauge_set(m->host_bytes, (double)now.host_bytes);
-    *before = now;
-}
-
-static void count_step(qv_engine *engine, const qv_engine_stats *before, int32_t n_tokens,
-                       uint64_t start_ns)
-{
-    qv_engine_stats *now = &engine->stats;
-    const qv_engine_metrics *m = &engine->metrics;
-    now->preemptions = qv_scheduler_n_preemptions(engine->scheduler);
-    if (n_tokens > 0) {
-        now->steps++;
-        qv_counter_add(m->steps, 1);
-        qv_histogram_observe(m->step_tokens, n_tokens);
-        qv_histogram_observe(m->step_seconds, (double)(qv_now_ns() - start_ns) * 1e-9);
-    }
-    qv_counter_add(m->prefilled, now->tokens_prefilled - before->tokens_prefilled);
-    qv_counter_add(m->generated, now->tokens_generated - before->tokens_generated);
-    qv_counter_add(m->preemptions, now->preemptions - before->preemptions);
-    count_prefixes(engine, before);
-
-    qv_engine_stats stats;
-    qv_engine_get_stats(engine, &stats);
-    qv_gauge_set(m->running, stats.running);
-    qv_gauge_set(m->waiting, stats.waiting);
-    qv_gauge_set(m->free_pages, stats.free_pages);
-    qv_gauge_set(m->empty_slots, stats.free_adapter_slots);
-    count_adapters(engine);
-}
-
-qv_status qv_engine_step(qv_engine *engine, qv_step_result *result)
-{
-    uint64_t start_ns = qv_now_ns();
-    qv_engine_stats before = engine->stats;
-    qv_outbox_begin(&engine->outbox);
-
-    bool news;
-    QV_TRY(qv_adapter_cache_poll(engine->adapters, &news));
-    if (news) {
-        fail_lost(engine);
-        retry_parked(engine);
-        qv_scheduler_notify(engine->scheduler);
-    }
-    qv_engine_forget_prefixes(engine);
-    const qv_plan *plan = qv_scheduler_plan(engine->scheduler);
-    QV_TRY(swap(engine, plan));
-    if (plan->n_items > 0)
-        QV_TRY(run(engine, plan));
-    count_step(engine, &before, plan->n_tokens, start_ns);
-
-    const qv_outbox_side *out;
-    QV_TRY(qv_outbox_flip(&engine->outbox, &out));
-    *result = (qv_step_result){
-        .deltas = out->deltas,
-        .n_deltas = out->n_deltas,
-        .adapters = out->events,
-        .n_adapters = out->n_events,
-        .n_tokens = (uint32_t)plan->n_tokens,
-    };
-    return QV_OK;
-}
-
-bool qv_engine_has_work(const qv_engine *engine)
-{
-    return qv_scheduler_has_work(engine->scheduler) || !qv_outbox_is_empty(&engine->outbox) ||
-           qv_adapter_cache_has_results(engine->adapters);
-}
 
 int qv_engine_fd(const qv_engine *engine)
 {

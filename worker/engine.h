@@ -30,6 +30,8 @@ typedef struct {
     int64_t tp;              /* ranks that share the model, a device each */
     int64_t ep;              /* groups of ranks that experts are shared out to; divides tp */
     int64_t recorded;      /* CUDA: decode steps of up to so many sequences are recorded at start */
+    const char *overlap;   /* "on", "off" or "auto" (NULL too): enqueue a step before the last one's
+                            * results are read */
     bool deterministic;    /* CUDA: the same bits whatever else is in the batch */
     const char *devices;   /* "0,1": of the ranks; empty = the first tp */
     int64_t max_running;   /* sequences that hold pages and a state slot at once */
@@ -148,6 +150,11 @@ typedef struct {
 /* Admit, plan, run, sample, commit. With nothing to run it returns at once (n_tokens 0) with
  * whatever deltas and events there are. Errors: DEVICE, INTERNAL - fatal to the process. */
 qv_status qv_engine_step(qv_engine *engine, qv_step_result *result);
+
+/* How long the device had nothing to do before the step whose results the last call gave, in
+ * seconds: for benchmarks, which switch it on. NaN: not known. */
+void qv_engine_watch_gaps(qv_engine *engine, bool on);
+double qv_engine_gap(const qv_engine *engine);
 
 /* True when a step would do something. False: sleep until new input or until qv_engine_fd is
  * readable. */

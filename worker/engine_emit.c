@@ -40,6 +40,7 @@ void qv_engine_end_request(qv_engine *engine, qv_request *request)
 void qv_engine_end_stream(qv_engine *engine, qv_request_stream *stream)
 {
     qv_request *request = stream->sequence.request;
+    qv_engine_leave_flights(engine, &stream->sequence);
     if (stream->queued) {
         qv_scheduler_finish(engine->scheduler, &stream->sequence);
     } else {
@@ -98,6 +99,7 @@ static void add_finish(qv_engine *engine, qv_request_stream *stream, qv_msg_delt
                        const char *reason)
 {
     const qv_request *request = stream->sequence.request;
+    qv_engine_leave_flights(engine, &stream->sequence);
     qv_set(delta, delta, finish_reason, qv_outbox_text(&engine->outbox, reason, strlen(reason)));
     qv_msg_usage usage = {.prompt_tokens = request->n_prompt,
                           .completion_tokens = stream->stream.n_tokens,

@@ -1,6 +1,7 @@
 /* What the parts of the engine share:
  *
- *   engine.c        requests in, adapters, the step
+ *   engine.c        requests in, adapters
+ *   engine_step.c   the step, and the one before whose results are not read yet
  *   engine_prefix.c what sequences take from the prefix cache and leave in it
  *   engine_emit.c   how streams and requests end, and the deltas that say so
  *   engine_open.c   opening and closing, facts, metrics
@@ -35,6 +36,16 @@ typedef struct {
     qv_histogram *step_seconds, *step_tokens;
 } qv_engine_metrics;
 
+/* A step that was enqueued, until its results are read. */
+typedef struct {
+    qv_plan_item *items; /* [max_running] seq NULL: ended meanwhile, or read */
+    int32_t n_items;     /* 0: there is none */
+    int32_t n_logits;    /* 0: nothing was sampled */
+    bool is_sampled;     /* its results are there already, and `sampled` is what sampling said */
+    qv_status sampled;
+    bool taken; /* its sequences are as after it, but for the tokens it chose */
+} qv_flight;
+
 struct qv_engine {
     qv_engine_options options; /* its strings are owned, defaults resolved */
     qv_engine_sizes sizes;
@@ -56,6 +67,9 @@ struct qv_engine {
     qv_batch_builder *builder;
     qv_sample_row *rows;       /* [max_logits] */
     qv_sample_result *results; /* [max_logits] */
+    bool overlap;              /* a step is enqueued before the one before is read */
+    qv_flight flights[2];      /* in turn */
+    qv_flight *unread;         /* the last step, if its results are not read */
 
     qv_map *requests;                 /* by number: every request that has not ended */
     qv_request *parked, *last_parked; /* of those, the ones whose adapter is being loaded for the
@@ -112,6 +126,21 @@ qv_status qv_engine_keep_prefix(qv_engine *engine, qv_sequence *seq, bool prompt
 
 /* A stream ends well: keep the pages of its prompt and answer. */
 void qv_engine_keep_answer(qv_engine *engine, qv_sequence *seq);
+
+/* --- engine_step.c ---------------------------------------------------------------------------- */
+
+/* A sequence ends: what it has in a step that is under way is dropped, and it is as it was before
+ * that step. */
+void qv_engine_leave_flights(qv_engine *engine, const qv_sequence *seq);
+
+/* --- engine.c --------------------------------------------------------------------------------- */
+
+/* Take in what loaders have done. Errors: DEVICE. */
+qv_status qv_engine_poll_adapters(qv_engine *engine);
+
+/* If other streams wait for this sequence and it has come to where they begin, queue them. Errors:
+ * DEVICE. */
+qv_status qv_engine_fork(qv_engine *engine, qv_sequence *seq);
 
 /* --- engine.c, for the caches ----------------------------------------------------------------- */
 

@@ -271,7 +271,14 @@ static qv_status open_caches(qv_engine *engine)
     engine->requests = qv_map_new((size_t)o->max_running);
     engine->rows = calloc((size_t)limits->max_logits, sizeof *engine->rows);
     engine->results = calloc((size_t)limits->max_logits, sizeof *engine->results);
-    if (engine->requests == NULL || engine->rows == NULL || engine->results == NULL)
+    bool ok = engine->requests != NULL && engine->rows != NULL && engine->results != NULL;
+    for (int i = 0; i < 2; i++) {
+        qv_flight *flight = &engine->flights[i];
+        flight->items = calloc((size_t)limits->max_seqs, sizeof *flight->items);
+        ok = ok && flight->items != NULL;
+    }
+    engine->unread = &engine->flights[0];
+    if (!ok)
         return qv_fail(QV_ERR_NOMEM, "no memory for the tables of the engine");
     return QV_OK;
 }
@@ -279,9 +286,9 @@ static qv_status open_caches(qv_engine *engine)
 /* Own the strings of the options. */
 static qv_status keep_strings(qv_engine_options *o)
 {
-    const char **strings[] = {&o->model_dir,  &o->backend,     &o->gemm,
-                              &o->arithmetic, &o->devices,     &o->break_rank,
-                              &o->dump,       &o->load_format, &o->all_reduce};
+    const char **strings[] = {&o->model_dir,  &o->backend,    &o->gemm, &o->arithmetic,
+                              &o->devices,    &o->break_rank, &o->dump, &o->load_format,
+                              &o->all_reduce, &o->overlap};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         if (*strings[i] != NULL)
@@ -289,9 +296,27 @@ static qv_status keep_strings(qv_engine_options *o)
     return ok ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory for the engine's options");
 }
 
+/* Whether steps overlap: where the host would leave a device waiting. Ranks other than the first
+ * have no way to what that one chose but through the host. */
+static qv_status choose_overlap(qv_engine *engine)
+{
+    const qv_engine_options *o = &engine->options;
+    const char *how = o->overlap != NULL && o->overlap[0] != '\0' ? o->overlap : "auto";
+    bool is_on = strcmp(how, "on") == 0, is_auto = strcmp(how, "auto") == 0;
+    if (!is_on && !is_auto && strcmp(how, "off") != 0)
+        return qv_fail(QV_ERR_ARG, "overlap is '%s'; it can be on, off or auto", how);
+    if (is_on && o->tp > 1)
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "overlap is on with %d ranks; steps of several ranks go one at a time",
+                       (int)o->tp);
+    engine->overlap = is_on || (is_auto && o->tp <= 1 && strcmp(o->backend, "cuda") == 0);
+    return QV_OK;
+}
+
 static qv_status open_all(qv_engine *engine, qv_metrics *metrics)
 {
     QV_TRY(keep_strings(&engine->options));
+    QV_TRY(choose_overlap(engine));
     QV_TRY(register_metrics(metrics, &engine->metrics));
     QV_TRY(open_model(engine));
     QV_TRY(plan_break(engine));
@@ -347,6 +372,8 @@ void qv_engine_close(qv_engine *engine)
     qv_kv_cache_free(engine->pages);
     free(engine->rows);
     free(engine->results);
+    for (int i = 0; i < 2; i++)
+        free(engine->flights[i].items);
     qv_chat_template_free(engine->chat);
     qv_tokenizer_close(engine->tokenizer);
     qv_engine_dump_free(engine->dump);
@@ -361,5 +388,6 @@ void qv_engine_close(qv_engine *engine)
     free((char *)engine->options.break_rank);
     free((char *)engine->options.dump);
     free((char *)engine->options.load_format);
+    free((char *)engine->options.overlap);
     free(engine);
 }

@@ -33,6 +33,11 @@
                   "CUDA: decode steps of up to so many answers are recorded as graphs at start, "  \
                   "which saves their launches. 0: none.",                                          \
                   .min = 0, .max = 4096, .section = "Device"),                                     \
+        QV_OPTION(st, m.overlap, STRING, "overlap", "on|off|auto", "auto",                         \
+                  "Enqueue a step before the results of the one before are read, so that the "     \
+                  "device does not wait for the host; answers are the same. auto: on for CUDA "    \
+                  "without tp.",                                                                   \
+                  .section = "Device"),                                                            \
         QV_OPTION(st, m.deterministic, FLAG, "deterministic", NULL, NULL,                          \
                   "CUDA: decode gives the same bits whatever else is in the batch, with kernels "  \
                   "that are slower for many answers at once.",                                     \

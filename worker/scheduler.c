@@ -259,10 +259,16 @@ static bool can_practice_on(const qv_sequence *seq)
     return seq->state == QV_SEQ_DECODE || seq->n_preempted == 0;
 }
 
-/* Preempt running sequences in turn, needed or not. */
+/* Whether plan number n_plans is one that preempts needed or not. */
+static bool is_practice(const qv_scheduler *s, uint64_t n_plans)
+{
+    return s->options.preempt_every > 0 && n_plans % (uint64_t)s->options.preempt_every == 0;
+}
+
+/* Preempt running sequences in turn. */
 static void preempt_for_practice(qv_scheduler *s)
 {
-    if (s->options.preempt_every == 0 || s->n_plans % (uint64_t)s->options.preempt_every != 0)
+    if (!is_practice(s, s->n_plans))
         return;
     const seq_list *const running[] = {&s->decode, &s->prefill};
     int32_t n = 0;
@@ -280,23 +286,34 @@ static void preempt_for_practice(qv_scheduler *s)
             }
 }
 
+/* Whether an answer is as long as it may be: its last token is only not told yet. */
+static bool is_complete(const qv_sequence *seq)
+{
+    return seq->n_tokens == seq->max_tokens;
+}
+
+/* Pages that a decoding sequence needs for its next token. */
 static int32_t pages_wanted(const qv_scheduler *s, const qv_sequence *seq)
 {
+    if (is_complete(seq))
+        return 0;
     return qv_kv_cache_pages_for(s->pages, qv_sequence_goal(seq)) - seq->n_pages;
+}
+
+static bool answers_have_room(const qv_scheduler *s)
+{
+    int32_t wanted = 0;
+    for (const qv_sequence *seq = s->decode.head; seq != NULL; seq = seq->next)
+        wanted += pages_wanted(s, seq);
+    return wanted <= n_free_pages(s);
 }
 
 /* Give every decoding sequence the page that its next token needs, preempting until that works. The
  * first in order always gets it: alone, it fits. */
 static void grow_answers(qv_scheduler *s)
 {
-    for (;;) {
-        int32_t wanted = 0;
-        for (qv_sequence *seq = s->decode.head; seq != NULL; seq = seq->next)
-            wanted += pages_wanted(s, seq);
-        if (wanted <= n_free_pages(s))
-            break;
+    while (!answers_have_room(s))
         preempt(s, last_running(s));
-    }
     for (qv_sequence *seq = s->decode.head; seq != NULL; seq = seq->next)
         take_pages(s, seq, pages_wanted(s, seq));
 }
@@ -363,7 +380,8 @@ static void plan_decodes(qv_scheduler *s)
     int32_t n = s->decode.count < share ? s->decode.count : share;
     for (int32_t i = 0; i < n; i++) {
         qv_sequence *seq = s->decode.head;
-        plan_item(s, seq, 1, qv_sequence_logit_rows(seq, 1));
+        if (!is_complete(seq))
+            plan_item(s, seq, 1, qv_sequence_logit_rows(seq, 1));
         list_remove(&s->decode, seq);
         list_append(&s->decode, seq);
     }
@@ -581,6 +599,11 @@ static void sort_items(qv_scheduler *s)
         s->sorted[s->slot_count[s->items[i].seq->adapter_slot + 1]++] = s->items[i];
 }
 
+bool qv_scheduler_will_preempt(const qv_scheduler *s)
+{
+    return is_practice(s, s->n_plans + 1) || !answers_have_room(s);
+}
+
 const qv_plan *qv_scheduler_plan(qv_scheduler *s)
 {
     s->plan = (qv_plan){
@@ -602,7 +625,7 @@ void qv_scheduler_commit(qv_scheduler *s, const qv_plan_item *item, int32_t toke
 {
     qv_sequence *seq = item->seq;
     qv_sequence_advance(seq, item->n_tokens);
-    if (token < 0)
+    if (token == QV_NO_TOKEN)
         return;
     qv_sequence_append(seq, token);
     if (seq->state == QV_SEQ_PREFILL) {

@@ -116,11 +116,17 @@ typedef struct {
     int32_t n_restored;
 } qv_plan;
 
+/* Whether the next plan may preempt. To plan a step before the one before has been read, all tokens
+ * of running sequences but the last must be known, and of those that are preempted the last too. */
+bool qv_scheduler_will_preempt(const qv_scheduler *s);
+
 /* Plan the next step. To be carried out in the order: save what is preempted, load, restore, run
  * the items, then commit or finish each item's sequence. Borrowed until the next call. */
 const qv_plan *qv_scheduler_plan(qv_scheduler *s);
 
-/* The step ran this item. `token` is what was chosen, -1 if its rows chose none. */
+/* The step ran this item. `token` is what was chosen, or stands for it until it is settled
+ * (worker/sequence.h): a sequence whose answer has its full length then is not planned any more. */
+#define QV_NO_TOKEN INT32_MIN /* its rows chose none */
 void qv_scheduler_commit(qv_scheduler *s, const qv_plan_item *item, int32_t token);
 
 /* End a sequence in whatever state; what it holds is given back. */

@@ -117,3 +117,9 @@ void qv_sequence_append(qv_sequence *seq, int32_t token)
     QV_ASSERT(seq->n_tokens < seq->max_tokens);
     seq->tokens[seq->n_tokens++] = token;
 }
+
+void qv_sequence_settle(qv_sequence *seq, int32_t token)
+{
+    QV_ASSERT(seq->n_tokens > seq->n_prompt && seq->tokens[seq->n_tokens - 1] < 0);
+    seq->tokens[seq->n_tokens - 1] = token;
+}

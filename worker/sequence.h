@@ -58,7 +58,8 @@ typedef struct qv_sequence {
     qv_prefix_scope *scope;     /* whom it shares beginnings with; NULL = nobody. The request's */
 
     /* Tokens: the prompt, then the answer. */
-    int32_t *tokens; /* [max_tokens], the first n_tokens are set; owned by the request */
+    int32_t *tokens; /* [max_tokens], the first n_tokens are set, the last perhaps to
+                      * QV_TOKEN_OF_ROW (ops/batch.h); owned by the request */
     int32_t n_prompt;
     int32_t n_tokens;
     int32_t max_tokens; /* prompt and answer together */
@@ -114,5 +115,8 @@ void qv_sequence_advance(qv_sequence *seq, int32_t n);
 
 /* Append a chosen token. There must be room (n_tokens < max_tokens). */
 void qv_sequence_append(qv_sequence *seq, int32_t token);
+
+/* The token appended last was only known to the device: here is its id. */
+void qv_sequence_settle(qv_sequence *seq, int32_t token);
 
 #endif

@@ -1,4 +1,5 @@
 /* The CPU backend's object: options, memory, scratch, and the choice of the instruction set. */
+#include "common/clock.h"
 #include "ops/cpu/cpu.h"
 
 #include <cblas.h>
@@ -71,10 +72,31 @@ static qv_status cpu_sync(qv_backend *be)
     return QV_OK;
 }
 
+/* The tokens of a batch, with ids for those that the host does not know. */
+static qv_status fill_tokens(qv_cpu_backend *cpu, qv_batch *batch)
+{
+    const qv_cpu_sampling *last = qv_cpu_last_sampling(cpu);
+    if (batch->n_tokens > cpu->token_room)
+        return qv_fail(QV_ERR_LIMIT, "cpu: a step of %d tokens, but %d are reserved",
+                       batch->n_tokens, cpu->token_room);
+    for (int32_t i = 0; i < batch->n_tokens; i++) {
+        if (batch->token[i] < 0 && QV_ROW_OF_TOKEN(batch->token[i]) >= last->n_rows)
+            return qv_fail(QV_ERR_ARG,
+                           "cpu: token %d is what row %d chose, of a sampling of %lld rows", i,
+                           QV_ROW_OF_TOKEN(batch->token[i]), (long long)last->n_rows);
+        cpu->token[i] = qv_cpu_token_id(last, batch->token[i]);
+    }
+    batch->token = cpu->token;
+    return QV_OK;
+}
+
 static qv_status cpu_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
 {
-    (void)be;
     *out = *host;
+    qv_cpu(be)->began_ns = qv_now_ns();
+    for (int32_t i = 0; host->token && i < host->n_tokens; i++)
+        if (host->token[i] < 0)
+            return fill_tokens(qv_cpu(be), out);
     return QV_OK;
 }
 
@@ -107,9 +129,36 @@ static size_t lay_out_sample(qv_cpu_backend *cpu, char *memory, int32_t n_vocab)
     return used;
 }
 
+qv_status qv_cpu_sampling_require(qv_cpu_sampling *s, int64_t n_rows)
+{
+    if (n_rows <= s->room)
+        return QV_OK;
+    qv_sample_result *grown = realloc(s->results, (size_t)n_rows * sizeof *grown);
+    if (!grown)
+        return qv_fail(QV_ERR_NOMEM, "cpu: no memory for samples of %lld rows", (long long)n_rows);
+    s->results = grown;
+    s->room = n_rows;
+    return QV_OK;
+}
+
+static qv_status reserve_tokens(qv_cpu_backend *cpu, int32_t n)
+{
+    if (n <= cpu->token_room)
+        return QV_OK;
+    int32_t *grown = realloc(cpu->token, (size_t)n * sizeof *grown);
+    if (!grown)
+        return qv_fail(QV_ERR_NOMEM, "cpu: no memory for %d tokens", n);
+    cpu->token = grown;
+    cpu->token_room = n;
+    return QV_OK;
+}
+
 static qv_status cpu_reserve(qv_backend *be, const qv_backend_limits *limits)
 {
     qv_cpu_backend *cpu = qv_cpu(be);
+    QV_TRY(reserve_tokens(cpu, limits->max_tokens));
+    for (int i = 0; i < QV_MAX_SAMPLINGS; i++)
+        QV_TRY(qv_cpu_sampling_require(&cpu->samplings[i], limits->max_logits));
     if (limits->n_vocab <= cpu->n_vocab)
         return QV_OK;
     void *memory;
@@ -182,6 +231,9 @@ static void cpu_close(qv_backend *be)
     qv_pool_free(cpu->pool);
     qv_backend_free(be, cpu->sample_memory);
     qv_backend_free(be, cpu->blas_tile);
+    for (int i = 0; i < QV_MAX_SAMPLINGS; i++)
+        free(cpu->samplings[i].results);
+    free(cpu->token);
     free(cpu->sample);
     free(cpu);
 }
@@ -235,9 +287,9 @@ static qv_status cpu_open(const qv_backend_options *options, qv_backend **out)
         .open = cpu_open, .close = cpu_close, .reserve = cpu_reserve, .alloc = cpu_alloc,          \
         .free = cpu_free, .upload = cpu_copy, .download = cpu_copy, .zero = cpu_zero,              \
         .copy = cpu_copy, .sync = cpu_sync, .put_batch = cpu_put_batch,                            \
-        .all_reduce = qv_cpu_all_reduce,                                                           \
-        .gather_cols = qv_cpu_gather_cols, .weight_new = qv_cpu_weight_new,                        \
-        .weight_free = qv_cpu_weight_free, .weight_load = qv_cpu_weight_load,                      \
+        .all_reduce = qv_cpu_all_reduce, .gather_cols = qv_cpu_gather_cols,                        \
+        .weight_new = qv_cpu_weight_new, .weight_free = qv_cpu_weight_free,                        \
+        .weight_load = qv_cpu_weight_load,                                                         \
     }
 
 const qv_backend_table qv_cpu_backend_table = CPU_TABLE(QV_F32);

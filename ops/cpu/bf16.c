@@ -286,10 +286,15 @@ static qv_status bf16_moe_combine_f32(qv_backend *be, const qv_moe_list *list, q
     return OPS(be)->moe_combine_f32(be, list, weights, o, site, scratch, shared, gate, y);
 }
 
-static qv_status bf16_sample(qv_backend *be, qv_tensor logits, int32_t n_valid,
-                             const qv_sample_row *rows, qv_sample_result *results)
+static qv_status bf16_sample_begin(qv_backend *be, qv_tensor logits, int32_t n_valid,
+                                   const qv_sample_row *rows)
 {
-    return OPS(be)->sample(be, logits, n_valid, rows, results);
+    return OPS(be)->sample_begin(be, logits, n_valid, rows);
+}
+
+static qv_status bf16_sample_end(qv_backend *be, qv_sample_result *results)
+{
+    return OPS(be)->sample_end(be, results);
 }
 
 static qv_status bf16_shortlist(qv_backend *be, qv_tensor part, const qv_shortlist_part *where,

@@ -68,6 +68,15 @@ typedef struct {
 
 #define QV_SAMPLE_BLOCK 256
 
+/* What one sampling chose. */
+typedef struct {
+    qv_sample_result *results; /* [room] */
+    int64_t n_rows, room;
+    double gap; /* before its step, in seconds; NaN: none */
+} qv_cpu_sampling;
+
+qv_status qv_cpu_sampling_require(qv_cpu_sampling *s, int64_t n_rows);
+
 typedef struct {
     qv_backend base;
     const qv_op_table
@@ -77,8 +86,34 @@ typedef struct {
     int32_t n_vocab;               /* sampling scratch is for rows up to this long */
     qv_cpu_sample_scratch *sample; /* [n_threads] */
     void *sample_memory;
+    qv_cpu_sampling samplings[QV_MAX_SAMPLINGS]; /* in turn */
+    uint64_t n_begun, n_ended;                   /* of them, ever */
+    int32_t *token; /* [token_room] ids of a batch some of which the host did not know */
+    int32_t token_room;
+    uint64_t sampled_ns, began_ns; /* the last sampling's end, and the last batch; 0: none since */
     float *blas_tile; /* [n_threads, QV_BLAS_TILE] rows of a weight in float32; openblas only */
 } qv_cpu_backend;
+
+/* The id of a token, which may be one that the sampling begun last chose. */
+static inline int32_t qv_cpu_token_id(const qv_cpu_sampling *last, int32_t token)
+{
+    int32_t id = token >= 0 ? token : last->results[QV_ROW_OF_TOKEN(token)].token;
+    return id >= 0 ? id : 0;
+}
+
+/* The sampling begun last; without rows if there was none. */
+static inline qv_cpu_sampling *qv_cpu_last_sampling(qv_cpu_backend *cpu)
+{
+    return &cpu->samplings[(cpu->n_begun + QV_MAX_SAMPLINGS - 1) % QV_MAX_SAMPLINGS];
+}
+
+/* From the last sampling's end to the batch after it, in seconds; NaN: not known. */
+static inline double qv_cpu_gap(const qv_cpu_backend *cpu)
+{
+    return cpu->sampled_ns > 0 && cpu->began_ns > cpu->sampled_ns
+               ? (double)(cpu->began_ns - cpu->sampled_ns) * 1e-9
+               : NAN;
+}
 
 /* Floats of one thread's tile: 1 MiB, which leaves the other half of a usual L2 to x and y. */
 #define QV_BLAS_TILE (256 * 1024)

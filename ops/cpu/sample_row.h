@@ -142,14 +142,16 @@ static inline float penalise(float logit, const qv_sample_row *row, uint32_t cou
     return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x;
 }
 
-static inline void apply_penalties(const qv_sample_row *row, float *logit, qv_cpu_sample_scratch *s)
+/* `before` is the sampling that may have chosen the last token. */
+static inline void apply_penalties(const qv_sample_row *row, const qv_cpu_sampling *before,
+                                   float *logit, qv_cpu_sample_scratch *s)
 {
     for (int32_t i = 0; i < row->n_tokens; i++)
-        s->mark[row->tokens[i]] |= MARK_SEEN;
+        s->mark[qv_cpu_token_id(before, row->tokens[i])] |= MARK_SEEN;
     for (int32_t i = row->n_prompt; i < row->n_tokens; i++)
-        s->mark[row->tokens[i]]++;
+        s->mark[qv_cpu_token_id(before, row->tokens[i])]++;
     for (int32_t i = 0; i < row->n_tokens; i++) {
-        int32_t token = row->tokens[i];
+        int32_t token = qv_cpu_token_id(before, row->tokens[i]);
         if (s->mark[token] & MARK_APPLIED)
             continue;
         s->raw[token] = logit[token];
@@ -158,10 +160,11 @@ static inline void apply_penalties(const qv_sample_row *row, float *logit, qv_cp
     }
 }
 
-static inline void clear_marks(const qv_sample_row *row, qv_cpu_sample_scratch *s)
+static inline void clear_marks(const qv_sample_row *row, const qv_cpu_sampling *before,
+                               qv_cpu_sample_scratch *s)
 {
     for (int32_t i = 0; i < row->n_tokens; i++)
-        s->mark[row->tokens[i]] = 0;
+        s->mark[qv_cpu_token_id(before, row->tokens[i])] = 0;
 }
 
 /* --- Candidates --------------------------------------------------------------------------- */

@@ -1,6 +1,7 @@
 /* Shortlists of a part of the vocabulary, and their merging into what sample.c does with the whole:
  * the same functions over the same numbers, so tokens and alternatives are the same bit for bit. */
 #include "kernels/shortlist.h"
+#include "common/clock.h"
 #include "ops/cpu/sample_row.h"
 
 #include <string.h>
@@ -319,5 +320,7 @@ qv_status QV_ISA(qv_cpu_merge_shortlists)(qv_backend *be, qv_tensor lists, int32
                  .rows = rows,
                  .results = results};
     qv_pool_run(cpu->pool, lists.shape[0], lists.shape[1], merge_rows, &c);
+    be->gap = qv_cpu_gap(cpu);
+    cpu->sampled_ns = qv_now_ns();
     return QV_OK;
 }

@@ -28,6 +28,9 @@ static qv_status cuda_reserve(qv_backend *be, const qv_backend_limits *limits)
 #undef GROW
     void *scratch;
     QV_TRY(qv_cuda_scratch_require(cuda, (size_t)64 << 20, &scratch));
+    for (int i = 0; i < QV_MAX_SAMPLINGS; i++) /* with some tokens to penalise each */
+        QV_TRY(qv_cuda_sampling_require(cuda, &cuda->samplings[i], have->max_logits,
+                                        (size_t)have->max_logits * 1024));
     /* What a batch of this size needs, with pages for 4 Ki tokens of a page of 16 each. */
     return qv_cuda_mirror_require(cuda, &cuda->batch, (size_t)have->max_tokens * 12 + (1 << 20));
 }
@@ -55,6 +58,18 @@ static void cuda_close(qv_backend *be)
     qv_cuda_mirror_deinit(&cuda->sample);
     qv_cuda_mirror_deinit(&cuda->merge);
     qv_cuda_mirror_deinit(&cuda->result);
+    for (int i = 0; i < QV_MAX_SAMPLINGS; i++) {
+        qv_cuda_mirror_deinit(&cuda->samplings[i].params);
+        qv_cuda_mirror_deinit(&cuda->samplings[i].results);
+        if (cuda->samplings[i].done != NULL)
+            (void)cudaEventDestroy(cuda->samplings[i].done);
+    }
+    for (int i = 0; i < QV_CUDA_STEPS; i++) {
+        if (cuda->steps[i].start != NULL)
+            (void)cudaEventDestroy(cuda->steps[i].start);
+        if (cuda->steps[i].stop != NULL)
+            (void)cudaEventDestroy(cuda->steps[i].stop);
+    }
     if (cuda->batch_sent != NULL)
         (void)cudaEventDestroy(cuda->batch_sent);
     for (int i = 0; i < QV_CUDA_LANES; i++) {
@@ -104,6 +119,8 @@ static qv_status open_parts(qv_cuda_backend *cuda)
     QV_TRY(open_device(cuda));
     QV_CUDA_TRY(cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking));
     QV_CUDA_TRY(cudaEventCreateWithFlags(&cuda->batch_sent, cudaEventDisableTiming));
+    for (int i = 0; i < QV_MAX_SAMPLINGS; i++)
+        QV_CUDA_TRY(cudaEventCreateWithFlags(&cuda->samplings[i].done, cudaEventDisableTiming));
     for (int i = 0; i < QV_CUDA_LANES; i++) {
         QV_CUDA_TRY(cudaStreamCreateWithFlags(&cuda->lanes[i].stream, cudaStreamNonBlocking));
         QV_CUDA_TRY(cudaEventCreateWithFlags(&cuda->lanes[i].ready, cudaEventDisableTiming));

@@ -72,6 +72,9 @@ qv_status qv_cuda_put_batch(qv_backend *be, const qv_batch *host, qv_batch *out)
     QV_CUDA_TRY(cudaMemcpyAsync(cuda->batch.device, cuda->batch.host, bytes, cudaMemcpyHostToDevice,
                                 cuda->stream));
     QV_CUDA_TRY(cudaEventRecord(cuda->batch_sent, cuda->stream));
+    if (host->token != NULL)
+        QV_TRY(qv_cuda_take_chosen(cuda, host->token, host->n_tokens, (int32_t *)batch.token));
+    QV_TRY(qv_cuda_mark_start(cuda));
     if (batch.seq_start != NULL && batch.pos != NULL)
         summarise(host, &batch);
     *out = batch;

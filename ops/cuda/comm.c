@@ -209,15 +209,16 @@ static bool has_failed(const qv_cuda_backend *cuda)
     return qv_comm_first_failed(cuda->base.comm) >= 0;
 }
 
-qv_status qv_cuda_wait(qv_cuda_backend *cuda)
+qv_status qv_cuda_wait(qv_cuda_backend *cuda, cudaEvent_t event)
 {
     const struct qv_cuda_comm *c = cuda->comm;
     if (c == NULL || (c->comm == NULL && c->direct == NULL)) {
-        QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
+        QV_CUDA_TRY(event != NULL ? cudaEventSynchronize(event)
+                                  : cudaStreamSynchronize(cuda->stream));
         return QV_OK;
     }
     for (int64_t i = 0;; i++) {
-        cudaError_t error = cudaStreamQuery(cuda->stream);
+        cudaError_t error = event != NULL ? cudaEventQuery(event) : cudaStreamQuery(cuda->stream);
         if (error != cudaSuccess && error != cudaErrorNotReady)
             return qv_cuda_fail(error, "waiting for the device");
         if (c->direct != NULL && has_failed(cuda)) /* its kernels end by themselves, with nothing */

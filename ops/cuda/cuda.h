@@ -39,6 +39,21 @@ typedef struct {
     size_t bytes;
 } qv_cuda_mirror;
 
+/* One sampling between its begin and its end; what it chose stays until its place is used again. */
+typedef struct {
+    qv_cuda_mirror params, results; /* of its rows */
+    int64_t n_rows;
+    cudaEvent_t done; /* the results are on the host */
+    uint64_t step;    /* that it is of */
+} qv_cuda_sampling;
+
+/* Where steps begin and end on the device, of the last few: for the gaps between them. */
+#define QV_CUDA_STEPS 4
+typedef struct {
+    cudaEvent_t start, stop; /* its batch is in place; its sampling is done. NULL until watched */
+    uint64_t stopped;        /* the step that `stop` was recorded for */
+} qv_cuda_step;
+
 typedef struct qv_cuda_plans qv_cuda_plans; /* linear.c */
 typedef struct qv_cuda_comm qv_cuda_comm;   /* comm.c */
 
@@ -66,12 +81,16 @@ typedef struct {
     void *retired[QV_CUDA_RETIRED]; /* earlier scratch that recordings still use */
     int n_retired, n_recordings;
     bool recording_now;
-    qv_cuda_mirror batch;   /* the arrays of the step */
-    cudaEvent_t batch_sent; /* the host side may be written again */
-    qv_cuda_mirror sample;  /* parameters of rows */
-    qv_cuda_mirror merge;   /* of rows whose shortlists are merged */
-    qv_cuda_mirror result;
-    int32_t *seen_place; /* host [limits.n_vocab], all -1 between ops */
+    qv_cuda_mirror batch;                         /* the arrays of the step */
+    cudaEvent_t batch_sent;                       /* the host side may be written again */
+    qv_cuda_sampling samplings[QV_MAX_SAMPLINGS]; /* in turn */
+    uint64_t n_begun, n_ended;                    /* of them, ever */
+    qv_cuda_mirror sample;                        /* parameters of rows to be shortlisted */
+    qv_cuda_mirror merge;                         /* of rows whose shortlists are merged */
+    qv_cuda_mirror result;                        /* of these */
+    qv_cuda_step steps[QV_CUDA_STEPS];            /* their marks, in turn */
+    uint64_t n_steps;                             /* ever; the current one's number */
+    int32_t *seen_place;                          /* host [limits.n_vocab], all -1 between ops */
 
     cublasLtHandle_t blas;
     void *blas_workspace;
@@ -140,8 +159,23 @@ qv_status qv_cuda_sum_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor
                                    float eps, bool plus_one, qv_tensor y, qv_tensor rest);
 /* After launching recorded collectives: see qv_cuda_direct_together. */
 qv_status qv_cuda_meet_ranks(qv_cuda_backend *cuda);
-/* Wait for the compute stream. With other ranks, also until one of them fails. */
-qv_status qv_cuda_wait(qv_cuda_backend *cuda);
+/* Wait for an event, or with NULL for the whole compute stream. With other ranks, also until one of
+ * them fails. */
+qv_status qv_cuda_wait(qv_cuda_backend *cuda, cudaEvent_t event);
+
+/* --- sample.c ----------------------------------------------------------------------------- */
+
+/* Room for so many rows and bytes of their parameters. */
+qv_status qv_cuda_sampling_require(qv_cuda_backend *cuda, qv_cuda_sampling *s, int64_t n_rows,
+                                   size_t param_bytes);
+
+/* Put ids in the place of those of a batch's tokens that the host did not know: `host` are its
+ * tokens there, `device` where they have been sent. */
+qv_status qv_cuda_take_chosen(qv_cuda_backend *cuda, const int32_t *host, int32_t n,
+                              int32_t *device);
+
+/* A step's batch is in place: where the gap between it and the one before ends. */
+qv_status qv_cuda_mark_start(qv_cuda_backend *cuda);
 
 /* --- batch.c, weight.c, linear.c ---------------------------------------------------------- */
 

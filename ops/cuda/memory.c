@@ -119,7 +119,7 @@ qv_status qv_cuda_download(qv_backend *be, void *dst, const void *src, size_t by
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(qv_cuda_use(cuda));
     QV_CUDA_TRY(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDeviceToHost, cuda->stream));
-    return qv_cuda_wait(cuda);
+    return qv_cuda_wait(cuda, NULL);
 }
 
 qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
@@ -127,7 +127,7 @@ qv_status qv_cuda_zero(qv_backend *be, void *dst, size_t bytes)
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(qv_cuda_use(cuda));
     QV_CUDA_TRY(cudaMemsetAsync(dst, 0, bytes, cuda->stream));
-    return qv_cuda_wait(cuda);
+    return qv_cuda_wait(cuda, NULL);
 }
 
 qv_status qv_cuda_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
@@ -149,7 +149,7 @@ qv_status qv_cuda_sync(qv_backend *be)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(qv_cuda_use(cuda));
-    return qv_cuda_wait(cuda);
+    return qv_cuda_wait(cuda, NULL);
 }
 
 /* --- Mirrors and scratch ------------------------------------------------------------------ */

@@ -174,7 +174,7 @@ static qv_status record(qv_cuda_backend *cuda, qv_recording *r, qv_record_fn *fn
     QV_TRY(send_padding(cuda, r));
     QV_TRY(wait_for_ranks(cuda));
     QV_TRY(fn(ctx, &r->batch)); /* plans are made and scratch grows here */
-    QV_TRY(qv_cuda_wait(cuda));
+    QV_TRY(qv_cuda_wait(cuda, NULL));
     QV_TRY(wait_for_ranks(cuda));
     return capture(cuda, r, fn, ctx);
 }
@@ -222,6 +222,9 @@ qv_status qv_cuda_replay(qv_backend *be, qv_recording *r, const qv_batch *host)
                        "was recorded for %d with %d",
                        host->n_tokens, host->n_seqs, host->page_stride, s->n_seqs, s->page_stride);
     QV_TRY(send(qv_cuda(be), r, host));
+    QV_TRY(
+        qv_cuda_take_chosen(qv_cuda(be), host->token, host->n_tokens, (int32_t *)r->batch.token));
+    QV_TRY(qv_cuda_mark_start(qv_cuda(be)));
     QV_CUDA_TRY(cudaGraphLaunch(r->exec, qv_cuda(be)->stream));
     return qv_cuda_meet_ranks(qv_cuda(be));
 }

@@ -145,3 +145,74 @@ Test(cuda_sample, shortlists_of_a_real_vocabulary_choose_the_same)
     check_shortlists(&p, &c);
     close_duo(&d);
 }
+
+/* Two samplings under way: rows of the second count what the first chose, and the next batch takes
+ * its tokens from there. As on the CPU. */
+static void sample_ahead(qv_backend *be, const twin *first, const twin *second, bool is_cpu,
+                         const qv_sample_row *rows, const qv_sample_row *after,
+                         qv_sample_result *chosen, qv_sample_result *got, int32_t *ids)
+{
+    int32_t token[N_ROWS];
+    for (int i = 0; i < N_ROWS; i++)
+        token[i] = i % 3 == 0 ? i : QV_TOKEN_OF_ROW(N_ROWS - 1 - i);
+    int32_t starts[2] = {0, N_ROWS}, pos[N_ROWS] = {0};
+    qv_batch batch = {.n_tokens = N_ROWS,
+                      .token = token,
+                      .pos = pos,
+                      .n_seqs = 1,
+                      .seq_start = starts},
+             out;
+    PASS(qv_op_sample_begin(be, is_cpu ? first->cpu : first->dev, 290, rows));
+    PASS(qv_backend_put_batch(be, &batch, &out));
+    PASS(qv_backend_download(be, ids, out.token, sizeof token));
+    PASS(qv_op_sample_begin(be, is_cpu ? second->cpu : second->dev, 290, after));
+    PASS(qv_op_sample_end(be, chosen));
+    PASS(qv_op_sample_end(be, got));
+}
+
+Test(cuda_sample, goes_on_from_what_nobody_has_read)
+{
+    duo d = open_duo(3);
+    qv_backend_limits limits = {.max_tokens = N_ROWS, .max_logits = N_ROWS, .n_vocab = 300};
+    PASS(qv_backend_reserve(d.cpu, &limits));
+    PASS(qv_backend_reserve(d.dev, &limits));
+    twin first = NEW_TWIN(&d, QV_F32, N_ROWS, 300), second = NEW_TWIN(&d, QV_F32, N_ROWS, 300);
+    fill_twin(&d, &first, 4);
+    fill_twin(&d, &second, 4);
+    send_twin(&d, &first);
+    send_twin(&d, &second);
+    int32_t tokens[N_ROWS][12];
+    qv_sample_row rows[N_ROWS], after[N_ROWS];
+    qv_sample_result chosen[2][N_ROWS], got[2][N_ROWS];
+    for (int i = 0; i < N_ROWS; i++) {
+        rows[i] = (qv_sample_row){.target = -1, .top_p = 1, .repetition_penalty = 1, .n_top = -1};
+        after[i] = rows[i];
+        after[i].temperature = i % 2 ? 0.8f : 0;
+        after[i].seed = (uint64_t)i;
+        after[i].frequency_penalty = 2;
+        after[i].repetition_penalty = 1.5f;
+        after[i].tokens = tokens[i];
+        after[i].n_prompt = 2;
+        after[i].n_tokens = 1 + i % 12 < 2 ? 2 : 1 + i % 12;
+        int32_t best = 0; /* that the row chooses: in half of the rows it is among the tokens */
+        const float *x = (const float *)first.cpu.data + (int64_t)i * 300;
+        for (int32_t j = 0; j < 290; j++)
+            best = x[j] > x[best] ? j : best;
+        for (int32_t j = 0; j < 12; j++)
+            tokens[i][j] = i % 2 && j == 0 ? best : (i * 31 + j * 7) % 290;
+        tokens[i][after[i].n_tokens - 1] = QV_TOKEN_OF_ROW(i);
+    }
+    int32_t ids[2][N_ROWS];
+    sample_ahead(d.cpu, &first, &second, true, rows, after, chosen[0], got[0], ids[0]);
+    sample_ahead(d.dev, &first, &second, false, rows, after, chosen[1], got[1], ids[1]);
+    for (int i = 0; i < N_ROWS; i++) {
+        char what[32];
+        snprintf(what, sizeof what, "row %d", i);
+        check_row(what, &chosen[1][i], &chosen[0][i]);
+        check_row(what, &got[1][i], &got[0][i]);
+        cr_assert_eq(ids[1][i], ids[0][i], "token %d: %d, wanted %d", i, ids[1][i], ids[0][i]);
+    }
+    free_twin(&d, &first);
+    free_twin(&d, &second);
+    close_duo(&d);
+}

@@ -648,3 +648,82 @@ Test(sample, more_columns_than_reserved_is_a_limit)
     PASS(qv_op_sample(be, qv_tensor_2d(NULL, QV_F32, 0, 20), 20, NULL, NULL));
     qv_backend_close(be);
 }
+
+/* --- Two halves --------------------------------------------------------------------------- */
+
+/* Rows with penalties whose last token is what a row of the sampling before chose, which is not
+ * read yet: the same as when it is known. `known` is among their other tokens or not. */
+Test(sample, a_row_may_count_a_token_that_nobody_has_read)
+{
+    enum { V = 100, N = 2 };
+    static const int32_t others[][3] = {{3, 4, 4}, {3, 40, 40}, {40, 5, 6}};
+    for (size_t k = 0; k < QV_ROWS(others); k++) {
+        qv_backend *be = open_for_sampling(NULL, V);
+        float *first = filled_floats(N * V, 0), *logits = filled_floats(N * V, 0);
+        first[7] = first[V + 40] = 9; /* rows choose 7 and 40 */
+        logits[40] = logits[V + 40] = 3;
+        logits[41] = logits[V + 41] = 2;
+        qv_sample_row rows[N], after[N];
+        int32_t tokens[4] = {others[k][0], others[k][1], others[k][2], QV_TOKEN_OF_ROW(1)};
+        for (int i = 0; i < N; i++) {
+            rows[i] = after[i] = plain_row();
+            rows[i].temperature = after[i].temperature = 0;
+            after[i].tokens = tokens;
+            after[i].n_tokens = 4;
+            after[i].n_prompt = 1;
+            after[i].n_top = 3;
+            after[i].frequency_penalty = i == 0 ? 0.6f : 0.2f;
+        }
+        qv_sample_result got[N], chosen[N], want[N];
+        float *copy = copied_floats(logits, N * V);
+        PASS(qv_op_sample_begin(be, qv_tensor_2d(first, QV_F32, N, V), V, rows));
+        PASS(qv_op_sample_begin(be, qv_tensor_2d(copy, QV_F32, N, V), V, after));
+        FAIL_WITH(QV_ERR_LIMIT, "not ended",
+                  qv_op_sample_begin(be, qv_tensor_2d(first, QV_F32, N, V), V, rows));
+        PASS(qv_op_sample_end(be, chosen));
+        PASS(qv_op_sample_end(be, got));
+        cr_assert_eq(chosen[0].token, 7);
+        cr_assert_eq(chosen[1].token, 40);
+        tokens[3] = 40;
+        PASS(qv_op_sample(be, qv_tensor_2d(logits, QV_F32, N, V), V, after, want));
+        for (int i = 0; i < N; i++) {
+            cr_expect_eq(got[i].token, want[i].token, "tokens %zu, row %d", k, i);
+            cr_expect_eq(qv_f32_bits(got[i].logprob), qv_f32_bits(want[i].logprob));
+        }
+        cr_expect_eq(want[0].token, k == 1 ? 41 : want[0].token, "three times 0.6 is enough");
+        free(first);
+        free(logits);
+        free(copy);
+        qv_backend_close(be);
+    }
+}
+
+Test(sample, its_choices_become_tokens_of_the_next_batch)
+{
+    enum { V = 50, N = 3 };
+    qv_backend *be = open_for_sampling(NULL, V);
+    PASS(qv_backend_reserve(be, &(qv_backend_limits){.max_tokens = 8, .max_logits = N}));
+    float *logits = filled_floats(N * V, 0);
+    logits[11] = logits[V + 12] = 5;
+    logits[2 * V] = NAN;
+    qv_sample_row rows[N];
+    for (int i = 0; i < N; i++) {
+        rows[i] = plain_row();
+        rows[i].temperature = 0;
+    }
+    PASS(qv_op_sample_begin(be, qv_tensor_2d(logits, QV_F32, N, V), V, rows));
+    int32_t token[] = {4, QV_TOKEN_OF_ROW(1), QV_TOKEN_OF_ROW(0), QV_TOKEN_OF_ROW(2), 5};
+    const int32_t want[] = {4, 12, 11, 0, 5};
+    qv_batch batch = {.n_tokens = 5, .token = token}, out;
+    PASS(qv_backend_put_batch(be, &batch, &out));
+    for (int i = 0; i < 5; i++)
+        cr_expect_eq(out.token[i], want[i], "token %d", i);
+    cr_expect_eq(token[1], QV_TOKEN_OF_ROW(1), "the caller's stay as they are");
+    token[4] = QV_TOKEN_OF_ROW(N);
+    FAIL_WITH(QV_ERR_ARG, "row 3", qv_backend_put_batch(be, &batch, &out));
+    qv_sample_result results[N];
+    FAIL_WITH(QV_ERR_INTERNAL, "row 2", qv_op_sample_end(be, results));
+    cr_expect_eq(results[1].token, 12);
+    free(logits);
+    qv_backend_close(be);
+}

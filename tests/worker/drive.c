@@ -41,6 +41,7 @@ qv_engine_options drive_options(const char *model_dir)
     return (qv_engine_options){
         .model_dir = model_dir,
         .backend = "cpu",
+        .overlap = getenv("QV_OVERLAP"), /* tests run once with and once without it */
         .gemm = "exact",
         .threads = 2,
         .max_running = 16,

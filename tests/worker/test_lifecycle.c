@@ -159,6 +159,7 @@ static qv_engine *open_engine(int64_t slots, int64_t host_bytes, int64_t preempt
     qv_engine_options options = {
         .model_dir = qv_demo_path(DEMO),
         .backend = "cpu",
+        .overlap = getenv("QV_OVERLAP"),
         .gemm = "exact",
         .threads = 1,
         .max_running = 6,

@@ -239,6 +239,7 @@ Test(prefix, is_kept_by_every_rank)
     for (int on = 0; on < 2; on++) {
         qv_engine_options options = small(on);
         options.tp = 2;
+        options.overlap = "off";
         options.ep = 1;
         options.adapter_slots = 0;
         drive *d = drive_open(&options);

@@ -224,7 +224,7 @@ static int32_t step(world *w, const qv_scheduler_options *o)
     for (int32_t i = 0; i < plan->n_items; i++) {
         const qv_plan_item *item = &plan->items[i];
         qv_sequence *seq = item->seq;
-        qv_scheduler_commit(w->scheduler, item, item->rows.choose ? 1 : -1);
+        qv_scheduler_commit(w->scheduler, item, item->rows.choose ? 1 : QV_NO_TOKEN);
         if (w->prefix != NULL)
             qv_prefix_cache_insert(w->prefix, w->scope, seq->tokens, seq->n_computed, seq->pages,
                                    seq->n_computed % qv_kv_cache_page_tokens(w->pages) == 0);
@@ -304,7 +304,8 @@ Test(scheduler, puts_decodes_before_prompts_in_the_budget)
     cr_assert_eq(planned(plan, b), 1);
     cr_assert_eq(planned(plan, prompt), 30, "what is left of 32");
     for (int32_t i = 0; i < plan->n_items; i++)
-        qv_scheduler_commit(w->scheduler, &plan->items[i], plan->items[i].rows.choose ? 1 : -1);
+        qv_scheduler_commit(w->scheduler, &plan->items[i],
+                            plan->items[i].rows.choose ? 1 : QV_NO_TOKEN);
     run_to_end(w, &defaults);
     world_free(w);
 }
@@ -346,7 +347,8 @@ Test(scheduler, bounds_rows_of_logits)
     cr_assert_eq(planned(plan, plain), 19, "no row left for the last token");
     cr_assert_eq(plan->n_logits, 8);
     for (int32_t i = 0; i < plan->n_items; i++)
-        qv_scheduler_commit(w->scheduler, &plan->items[i], plan->items[i].rows.choose ? 1 : -1);
+        qv_scheduler_commit(w->scheduler, &plan->items[i],
+                            plan->items[i].rows.choose ? 1 : QV_NO_TOKEN);
     run_to_end(w, &o);
     world_free(w);
 }
@@ -670,7 +672,7 @@ Test(scheduler, ends_chunks_at_pages_and_begins_where_a_snapshot_is)
     for (int i = 0; i < 3; i++) {
         cr_expect_eq(planned(qv_scheduler_plan(w->scheduler), first), chunks[i], "chunk %d", i);
         qv_plan_item item = {.seq = first, .n_tokens = chunks[i]};
-        qv_scheduler_commit(w->scheduler, &item, i < 2 ? -1 : 1);
+        qv_scheduler_commit(w->scheduler, &item, i < 2 ? QV_NO_TOKEN : 1);
         if (i == 1) /* of the prompt's six full pages, four end in a snapshot */
             cr_expect_geq(
                 qv_prefix_cache_insert(w->prefix, w->scope, first->tokens, 32, first->pages, true),

@@ -234,7 +234,8 @@ static void print_copies(const settings *s)
                               .n_pages = 1,
                               .n_state_slots = 1,
                               .n_adapter_slots = 2,
-                              .max_lora_rank = (int32_t)s->engine.max_lora_rank};
+                              .max_lora_rank = (int32_t)s->engine.max_lora_rank,
+                              .made_up_weights = strcmp(s->engine.load_format, "dummy") == 0};
     if (qv_backend_open(&backend, &be) != QV_OK ||
         qv_model_config_load(s->engine.model_dir, &config) != QV_OK ||
         qv_model_plan(&config, be, &limits, &plan) != QV_OK ||

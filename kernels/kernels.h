@@ -15,6 +15,7 @@
 #include "kernels/kernels_dense.h"
 #include "kernels/kernels_linear.h"
 #include "kernels/kernels_sample.h"
+#include "kernels/kernels_upload.h"
 
 #include <stdint.h>
 

@@ -306,8 +306,8 @@ static void draw_item(const qv_lora_parts *parts, const group *g, const qv_lora_
 }
 
 /* The entry of a slot, which the ops read, once its parts are in place. */
-static qv_status enter(qv_lora_parts *parts, int32_t slot, const group *g, const qv_lora_item *item,
-                       const image *device)
+static qv_status enter(qv_lora_parts *parts, qv_upload *up, int32_t slot, const group *g,
+                       const qv_lora_item *item, const image *device)
 {
     if (item->embedding) {
         qv_embed_lora_slot entry = {.a = device->a,
@@ -315,7 +315,7 @@ static qv_status enter(qv_lora_parts *parts, int32_t slot, const group *g, const
                                     .max_rank = g->rank,
                                     .rank = item->rank,
                                     .scale = item->scale};
-        QV_TRY(qv_backend_upload(parts->be, &parts->embedding.slots[slot], &entry, sizeof entry));
+        QV_TRY(qv_upload_copy(up, &parts->embedding.slots[slot], &entry, sizeof entry));
         active_of(parts, n_expert_sites(parts))[slot] = 1;
         return QV_OK;
     }
@@ -327,7 +327,7 @@ static qv_status enter(qv_lora_parts *parts, int32_t slot, const group *g, const
                               .b_shared = g->b_shared};
     size_t index =
         (size_t)(item->layer * N_EXPERT_PROJS) + (item->target.proj == QV_PROJ_EXPERT_OUT);
-    QV_TRY(qv_backend_upload(parts->be, &parts->experts[index].slots[slot], &entry, sizeof entry));
+    QV_TRY(qv_upload_copy(up, &parts->experts[index].slots[slot], &entry, sizeof entry));
     active_of(parts, index)[slot] = 1;
     return QV_OK;
 }
@@ -341,8 +341,9 @@ static image image_at(const group *g, qv_dtype dtype, uint8_t *data)
 }
 
 /* Put a group together in `staging`, copy it to `device`, and enter it. */
-static qv_status write_group(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter,
-                             const group *g, uint8_t *staging, uint8_t *device)
+static qv_status write_group(qv_lora_parts *parts, qv_upload *up, int32_t slot,
+                             const qv_adapter *adapter, const group *g, uint8_t *staging,
+                             uint8_t *device)
 {
     const qv_lora_item *first = qv_adapter_item(adapter, g->first);
     image out = image_at(g, parts->dtype, staging);
@@ -355,9 +356,9 @@ static qv_status write_group(qv_lora_parts *parts, int32_t slot, const qv_adapte
         transpose(elem, first->a, first->rank, first->target.n_in, out.a, first->rank);
         transpose(elem, first->b, first->target.n_rows, first->rank, out.b, first->target.n_rows);
     }
-    QV_TRY(qv_backend_upload(parts->be, device, staging, group_bytes(g, parts->dtype)));
+    QV_TRY(qv_upload_copy(up, device, staging, group_bytes(g, parts->dtype)));
     image there = image_at(g, parts->dtype, device);
-    return enter(parts, slot, g, first, &there);
+    return enter(parts, up, slot, g, first, &there);
 }
 
 /* --- Slots ------------------------------------------------------------------------------------ */
@@ -386,48 +387,57 @@ qv_status qv_lora_parts_check(const qv_lora_parts *parts, const qv_adapter *adap
                          bytes, parts->max_bytes);
 }
 
-qv_status qv_lora_parts_install(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter)
+qv_status qv_lora_parts_reserve(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter)
 {
     block *b = &parts->blocks[slot];
     QV_ASSERT(b->data == NULL);
-    uint64_t bytes = qv_lora_parts_bytes(parts->layout, adapter, parts->dtype), largest = 0;
+    uint64_t bytes = qv_lora_parts_bytes(parts->layout, adapter, parts->dtype);
     if (bytes == 0)
         return QV_OK;
     QV_TRY(reserve(parts, bytes));
     b->bytes = bytes;
-    QV_TRY(qv_backend_alloc(parts->be, bytes, &b->data));
+    return qv_backend_alloc(parts->be, bytes, &b->data);
+}
+
+qv_status qv_lora_parts_install(qv_lora_parts *parts, qv_upload *up, int32_t slot,
+                                const qv_adapter *adapter)
+{
+    uint64_t largest = 0;
     group g;
+    if (parts->blocks[slot].bytes == 0)
+        return QV_OK;
     for (size_t at = 0; next_group(parts->layout, adapter, &at, &g);)
         largest = group_bytes(&g, parts->dtype) > largest ? group_bytes(&g, parts->dtype) : largest;
-    uint8_t *staging = aligned_alloc(64, largest), *device = b->data;
+    uint8_t *staging = aligned_alloc(64, largest), *device = parts->blocks[slot].data;
     qv_status status = staging ? QV_OK : qv_fail(QV_ERR_NOMEM, "no memory to install an adapter");
     for (size_t at = 0; status == QV_OK && next_group(parts->layout, adapter, &at, &g);) {
-        status = write_group(parts, slot, adapter, &g, staging, device);
+        status = write_group(parts, up, slot, adapter, &g, staging, device);
         device += group_bytes(&g, parts->dtype);
     }
     free(staging);
     return status;
 }
 
-qv_status qv_lora_parts_clear(qv_lora_parts *parts, int32_t slot)
+qv_status qv_lora_parts_leave(qv_lora_parts *parts, qv_upload *up, int32_t slot)
 {
-    block *b = &parts->blocks[slot];
     size_t n = n_expert_sites(parts);
     for (size_t i = 0; i <= n; i++)
         active_of(parts, i)[slot] = 0;
-    if (b->bytes == 0)
+    if (parts->blocks[slot].bytes == 0)
         return QV_OK;
-    qv_status status = QV_OK;
-    for (size_t i = 0; i < n && status == QV_OK; i++) {
+    for (size_t i = 0; i < n; i++) {
         qv_moe_lora_slot *slots = parts->experts[i].slots;
         if (slots != NULL)
-            status = qv_backend_zero(parts->be, &slots[slot], sizeof *slots);
+            QV_TRY(qv_upload_zero(up, &slots[slot], sizeof *slots));
     }
-    if (status == QV_OK)
-        status = qv_backend_zero(parts->be, &parts->embedding.slots[slot],
-                                 sizeof *parts->embedding.slots);
-    qv_backend_free(parts->be, b->data);
+    return qv_upload_zero(up, &parts->embedding.slots[slot], sizeof *parts->embedding.slots);
+}
+
+void qv_lora_parts_free_block(qv_lora_parts *parts, int32_t slot)
+{
+    block *b = &parts->blocks[slot];
+    if (b->data != NULL)
+        qv_backend_free(parts->be, b->data);
     atomic_fetch_sub_explicit(&parts->used, b->bytes, memory_order_relaxed);
     *b = (block){.data = NULL};
-    return status;
 }

@@ -32,9 +32,14 @@ const qv_moe_lora_site *qv_lora_parts_experts(const qv_lora_parts *parts, int64_
                                               qv_proj proj);
 const qv_embed_lora_site *qv_lora_parts_embedding(const qv_lora_parts *parts);
 
-/* Fill a clear slot. Errors: LIMIT (the bound), NOMEM, DEVICE; the slot is then to be cleared. */
-qv_status qv_lora_parts_install(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter);
-qv_status qv_lora_parts_clear(qv_lora_parts *parts, int32_t slot);
+/* Fill a clear slot: memory for it, then what goes there, as pieces of an upload. Errors: LIMIT
+ * (the bound), NOMEM, DEVICE; the slot is then to be cleared. */
+qv_status qv_lora_parts_reserve(qv_lora_parts *parts, int32_t slot, const qv_adapter *adapter);
+qv_status qv_lora_parts_install(qv_lora_parts *parts, qv_upload *up, int32_t slot,
+                                const qv_adapter *adapter);
+/* Clear a slot: its entries, as pieces of an upload, and when that has ended its memory. */
+qv_status qv_lora_parts_leave(qv_lora_parts *parts, qv_upload *up, int32_t slot);
+void qv_lora_parts_free_block(qv_lora_parts *parts, int32_t slot);
 
 /* Whether an adapter fits an empty pool. Any thread. Errors: LIMIT. */
 qv_status qv_lora_parts_check(const qv_lora_parts *parts, const qv_adapter *adapter);

@@ -179,33 +179,43 @@ static int32_t *slot_used_rank(const qv_lora_pool *pool, size_t index, int32_t s
 
 /* Zero what the last adapter wrote: of a slot with room for rank 64 and an adapter of rank 8, an
  * eighth. */
-static qv_status clear_site(qv_lora_pool *pool, size_t index, int32_t slot)
+static qv_status clear_site(qv_lora_pool *pool, qv_upload *up, size_t index, int32_t slot)
 {
     const qv_lora_site *site = &pool->sites[index];
-    int32_t *used = slot_used_rank(pool, index, slot);
-    size_t elem = qv_dtype_size(pool->dtype), rank = (size_t)*used;
+    size_t elem = qv_dtype_size(pool->dtype), rank = (size_t)*slot_used_rank(pool, index, slot);
     *slot_active(pool, index, slot) = 0;
     if (rank == 0)
         return QV_OK;
     for (int32_t plane = 0; plane < site->n_slices; plane++)
-        QV_TRY(qv_backend_zero(
-            pool->be, slot_data(&site->a, slot) + (size_t)(plane * site->a.stride[1]) * elem,
+        QV_TRY(qv_upload_zero(
+            up, slot_data(&site->a, slot) + (size_t)(plane * site->a.stride[1]) * elem,
             rank * (size_t)site->n_in * elem));
-    QV_TRY(qv_backend_zero(pool->be, slot_data(&site->b, slot), rank * (size_t)site->n_out * elem));
-    QV_TRY(qv_backend_zero(pool->be, site->slices + (int64_t)slot * site->n_slices,
-                           (size_t)site->n_slices * sizeof *site->slices));
-    *used = 0;
-    return QV_OK;
+    QV_TRY(qv_upload_zero(up, slot_data(&site->b, slot), rank * (size_t)site->n_out * elem));
+    return qv_upload_zero(up, site->slices + (int64_t)slot * site->n_slices,
+                          (size_t)site->n_slices * sizeof *site->slices);
+}
+
+static qv_status clear_sites(qv_lora_pool *pool, qv_upload *up, int32_t slot)
+{
+    size_t n_sites = (size_t)(pool->layout->config->n_layers + 1) * QV_PROJ_COUNT;
+    for (size_t i = 0; i < n_sites; i++)
+        if (pool->sites[i].n_slots > 0)
+            QV_TRY(clear_site(pool, up, i, slot));
+    return qv_lora_parts_leave(pool->parts, up, slot);
 }
 
 qv_status qv_lora_pool_clear(qv_lora_pool *pool, int32_t slot)
 {
     QV_ASSERT(slot >= 0 && slot < pool->n_slots);
     size_t n_sites = (size_t)(pool->layout->config->n_layers + 1) * QV_PROJ_COUNT;
+    qv_upload up;
+    QV_TRY(qv_upload_begin(pool->be, &up));
+    qv_status status = clear_sites(pool, &up, slot), end = qv_upload_end(&up);
+    QV_TRY(status != QV_OK ? status : end);
     for (size_t i = 0; i < n_sites; i++)
-        if (pool->sites[i].n_slots > 0)
-            QV_TRY(clear_site(pool, i, slot));
-    return qv_lora_parts_clear(pool->parts, slot);
+        *slot_used_rank(pool, i, slot) = 0;
+    qv_lora_parts_free_block(pool->parts, slot);
+    return QV_OK;
 }
 
 /* out[column][row] = in[row][column], by tiles whose lines stay in the cache. */
@@ -225,8 +235,8 @@ DEFINE_TRANSPOSE(transpose_32, uint32_t)
 
 /* B, [n_rows, rank] in the file, into the slot's transposed one: row r gets column r. `staging` has
  * room for all of it. */
-static qv_status write_b(const qv_lora_pool *pool, const qv_lora_site *site, int32_t slot,
-                         const qv_lora_item *item, uint8_t *staging)
+static qv_status write_b(const qv_lora_pool *pool, qv_upload *up, const qv_lora_site *site,
+                         int32_t slot, const qv_lora_item *item, uint8_t *staging)
 {
     size_t elem = qv_dtype_size(pool->dtype);
     int64_t rank = item->rank, n_rows = item->target.n_rows;
@@ -236,8 +246,8 @@ static qv_status write_b(const qv_lora_pool *pool, const qv_lora_site *site, int
     else
         transpose_32(item->b, n_rows, rank, (uint32_t *)staging);
     for (int64_t r = 0; r < rank; r++)
-        QV_TRY(qv_backend_upload(
-            pool->be, slot_data(&site->b, slot) + (size_t)(r * site->n_out + first_row) * elem,
+        QV_TRY(qv_upload_copy(
+            up, slot_data(&site->b, slot) + (size_t)(r * site->n_out + first_row) * elem,
             staging + (size_t)(r * n_rows) * elem, (size_t)n_rows * elem));
     return QV_OK;
 }
@@ -248,8 +258,8 @@ static bool is_in_pool(const qv_lora_pool *pool, const qv_lora_item *item)
 }
 
 /* One item into an empty slot: A into the plane of its first slice, B, and its slices' entries. */
-static qv_status write_item(qv_lora_pool *pool, int32_t slot, const qv_lora_item *item,
-                            uint8_t *staging)
+static qv_status write_item(qv_lora_pool *pool, qv_upload *up, int32_t slot,
+                            const qv_lora_item *item, uint8_t *staging)
 {
     if (!is_in_pool(pool, item)) /* written with the other parts */
         return QV_OK;
@@ -263,18 +273,33 @@ static qv_status write_item(qv_lora_pool *pool, int32_t slot, const qv_lora_item
 
     size_t elem = qv_dtype_size(pool->dtype);
     uint8_t *plane = slot_data(&site->a, slot) + (size_t)(target->first * site->a.stride[1]) * elem;
-    QV_TRY(qv_backend_upload(pool->be, plane, item->a, (size_t)(item->rank * site->n_in) * elem));
-    QV_TRY(write_b(pool, site, slot, item, staging));
+    QV_TRY(qv_upload_copy(up, plane, item->a, (size_t)(item->rank * site->n_in) * elem));
+    QV_TRY(write_b(pool, up, site, slot, item, staging));
 
     qv_lora_slice slices[QV_MAX_SLICES];
     for (int32_t i = 0; i < target->n; i++)
         slices[i] =
             (qv_lora_slice){.plane = target->first, .rank = item->rank, .scale = item->scale};
-    QV_TRY(qv_backend_upload(pool->be,
-                             site->slices + (int64_t)slot * site->n_slices + target->first, slices,
-                             (size_t)target->n * sizeof *slices));
+    QV_TRY(qv_upload_copy(up, site->slices + (int64_t)slot * site->n_slices + target->first, slices,
+                          (size_t)target->n * sizeof *slices));
     *slot_active(pool, index, slot) = 1;
     return QV_OK;
+}
+
+/* All of an adapter into an empty slot, in one upload. */
+static qv_status write_adapter(qv_lora_pool *pool, int32_t slot, const qv_adapter *adapter,
+                               uint8_t *staging)
+{
+    qv_upload up;
+    QV_TRY(qv_lora_parts_reserve(pool->parts, slot, adapter));
+    QV_TRY(qv_upload_begin(pool->be, &up));
+    qv_status status = QV_OK;
+    for (size_t i = 0; i < qv_adapter_n_items(adapter) && status == QV_OK; i++)
+        status = write_item(pool, &up, slot, qv_adapter_item(adapter, i), staging);
+    if (status == QV_OK)
+        status = qv_lora_parts_install(pool->parts, &up, slot, adapter);
+    qv_status end = qv_upload_end(&up);
+    return status != QV_OK ? status : end;
 }
 
 qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapter *adapter)
@@ -289,12 +314,8 @@ qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapte
     uint8_t *staging = malloc((size_t)largest_b * qv_dtype_size(pool->dtype));
     if (staging == NULL)
         return qv_fail(QV_ERR_NOMEM, "no memory to install an adapter");
-    qv_status status = QV_OK;
-    for (size_t i = 0; i < qv_adapter_n_items(adapter) && status == QV_OK; i++)
-        status = write_item(pool, slot, qv_adapter_item(adapter, i), staging);
+    qv_status status = write_adapter(pool, slot, adapter, staging);
     free(staging);
-    if (status == QV_OK)
-        status = qv_lora_parts_install(pool->parts, slot, adapter);
     if (status != QV_OK)
         (void)qv_lora_pool_clear(pool, slot); /* the first failure is the one to report */
     return status;

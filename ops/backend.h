@@ -86,6 +86,11 @@ typedef struct {
     qv_status (*upload)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*download)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*zero)(qv_backend *be, void *dst, size_t bytes);
+    /* NULL, all four: pieces are written where they belong. Sizes are not 0; zeros may have any. */
+    qv_status (*upload_begin)(qv_backend *be, void **lane);
+    qv_status (*upload_piece)(qv_backend *be, void *lane, void *dst, size_t bytes, void **out);
+    qv_status (*upload_zero)(qv_backend *be, void *lane, void *dst, size_t bytes);
+    qv_status (*upload_end)(qv_backend *be, void *lane);
     qv_status (*copy)(qv_backend *be, void *dst, const void *src, size_t bytes);
     qv_status (*sync)(qv_backend *be);
     qv_status (*put_batch)(qv_backend *be, const qv_batch *host, qv_batch *out);

@@ -126,6 +126,45 @@ qv_status qv_backend_zero(qv_backend *be, void *dst, size_t bytes)
     return bytes ? be->table->zero(be, dst, bytes) : QV_OK;
 }
 
+/* --- Uploads of many pieces --------------------------------------------------------------- */
+
+qv_status qv_upload_begin(qv_backend *be, qv_upload *out)
+{
+    *out = (qv_upload){.be = be};
+    return be->table->upload_begin ? be->table->upload_begin(be, &out->lane) : QV_OK;
+}
+
+qv_status qv_upload_piece(qv_upload *u, void *dst, size_t bytes, void **out)
+{
+    QV_ASSERT(bytes > 0 && bytes <= QV_MAX_UPLOAD_PIECE);
+    *out = dst;
+    return u->lane ? u->be->table->upload_piece(u->be, u->lane, dst, bytes, out) : QV_OK;
+}
+
+qv_status qv_upload_copy(qv_upload *u, void *dst, const void *src, size_t bytes)
+{
+    for (size_t done = 0; done < bytes; done += QV_MAX_UPLOAD_PIECE) {
+        size_t n = bytes - done < QV_MAX_UPLOAD_PIECE ? bytes - done : QV_MAX_UPLOAD_PIECE;
+        void *piece;
+        QV_TRY(qv_upload_piece(u, (char *)dst + done, n, &piece));
+        memcpy(piece, (const char *)src + done, n);
+    }
+    return QV_OK;
+}
+
+qv_status qv_upload_zero(qv_upload *u, void *dst, size_t bytes)
+{
+    if (bytes == 0)
+        return QV_OK;
+    return u->lane ? u->be->table->upload_zero(u->be, u->lane, dst, bytes)
+                   : u->be->table->zero(u->be, dst, bytes);
+}
+
+qv_status qv_upload_end(qv_upload *u)
+{
+    return u->lane ? u->be->table->upload_end(u->be, u->lane) : QV_OK;
+}
+
 qv_status qv_backend_copy(qv_backend *be, void *dst, const void *src, size_t bytes)
 {
     return bytes ? be->table->copy(be, dst, src, bytes) : QV_OK;

@@ -88,6 +88,29 @@ qv_status qv_backend_fill(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, 
 /* Wait until everything enqueued so far has finished (CPU: nothing to wait for). */
 qv_status qv_backend_sync(qv_backend *be);
 
+/* An upload of many pieces, put together by the caller piece by piece, as an adapter is into its
+ * slot. On a device they go through pinned memory in few copies, on a stream of their own: the
+ * first starts when what was enqueued before begin has finished, so pieces may overwrite what those
+ * steps read, and later steps, which must not name what is written until end has returned, neither
+ * wait for it nor hold it up. Pieces between begin and end are written in no order. begin and end
+ * in one thread, any. Errors: NOMEM, DEVICE; end is due also after one. */
+typedef struct {
+    qv_backend *be;
+    void *lane; /* the backend's */
+} qv_upload;
+
+#define QV_MAX_UPLOAD_PIECE ((size_t)1 << 20)
+
+qv_status qv_upload_begin(qv_backend *be, qv_upload *out);
+/* Memory to put the piece together in that will be at `dst`: up to QV_MAX_UPLOAD_PIECE bytes,
+ * 16-byte aligned if dst is, valid until the next call. */
+qv_status qv_upload_piece(qv_upload *upload, void *dst, size_t bytes, void **out);
+/* A copy of any size; zeros of any size. */
+qv_status qv_upload_copy(qv_upload *upload, void *dst, const void *src, size_t bytes);
+qv_status qv_upload_zero(qv_upload *upload, void *dst, size_t bytes);
+/* All pieces are in place when this returns. */
+qv_status qv_upload_end(qv_upload *upload);
+
 /* Bring a step's batch, whose arrays are host memory, to where ops read it: *out is what to give
  * them, valid until the next call. CPU: the same arrays. CUDA: one copy through pinned memory, in
  * the order of the step's kernels; `host` may change once this returns. Also fills what ops choose

@@ -74,6 +74,10 @@ static void cuda_close(qv_backend *be)
         (void)cudaEventDestroy(cuda->batch_sent);
     for (int i = 0; i < QV_CUDA_LANES; i++) {
         (void)cudaFreeHost(cuda->lanes[i].host);
+        (void)cudaFree(cuda->lanes[i].device);
+        for (int half = 0; half < 2; half++)
+            if (cuda->lanes[i].free[half] != NULL)
+                (void)cudaEventDestroy(cuda->lanes[i].free[half]);
         if (cuda->lanes[i].ready != NULL)
             (void)cudaEventDestroy(cuda->lanes[i].ready);
         if (cuda->lanes[i].stream != NULL)
@@ -124,6 +128,9 @@ static qv_status open_parts(qv_cuda_backend *cuda)
     for (int i = 0; i < QV_CUDA_LANES; i++) {
         QV_CUDA_TRY(cudaStreamCreateWithFlags(&cuda->lanes[i].stream, cudaStreamNonBlocking));
         QV_CUDA_TRY(cudaEventCreateWithFlags(&cuda->lanes[i].ready, cudaEventDisableTiming));
+        for (int half = 0; half < 2; half++)
+            QV_CUDA_TRY(
+                cudaEventCreateWithFlags(&cuda->lanes[i].free[half], cudaEventDisableTiming));
     }
     cublasStatus_t status = cublasLtCreate(&cuda->blas);
     if (status != CUBLAS_STATUS_SUCCESS)
@@ -186,6 +193,10 @@ const qv_backend_table qv_cuda_backend_table = {
     .upload = qv_cuda_upload,
     .download = qv_cuda_download,
     .zero = qv_cuda_zero,
+    .upload_begin = qv_cuda_upload_begin,
+    .upload_piece = qv_cuda_upload_piece,
+    .upload_zero = qv_cuda_upload_zero,
+    .upload_end = qv_cuda_upload_end,
     .copy = qv_cuda_copy,
     .sync = qv_cuda_sync,
     .put_batch = qv_cuda_put_batch,

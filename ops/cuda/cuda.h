@@ -25,11 +25,19 @@
 #define QV_CUDA_COUNTERS       ((size_t)1 << 16)
 #define QV_CUDA_RETIRED        16
 
-/* A way for uploads: the thread that holds it fills `host` and copies from there. */
+/* A way for uploads: the thread that holds it fills `host` and copies from there. An upload of many
+ * pieces fills it by halves, each a list of pieces and what goes there: one copy of that to
+ * `device`, and a kernel that takes the pieces where they belong, while the other half is filled.
+ */
 typedef struct {
-    void *host; /* pinned, QV_CUDA_LANE_BYTES; NULL until first used */
+    void *host;   /* pinned, QV_CUDA_LANE_BYTES; NULL until first used */
+    void *device; /* as much; NULL until pieces are uploaded */
     cudaStream_t stream;
-    cudaEvent_t ready; /* what the compute stream held when the upload began */
+    cudaEvent_t ready;   /* what the compute stream held when the upload began */
+    cudaEvent_t free[2]; /* the half has been taken to its places */
+    int half;            /* that is being filled */
+    size_t used;         /* bytes of it, its list included */
+    int32_t n_pieces;    /* of it */
     bool taken;
 } qv_cuda_lane;
 
@@ -148,6 +156,19 @@ void qv_cuda_mirror_deinit(qv_cuda_mirror *mirror);
 /* Scratch for one op. Sizes known from the limits are planned at reserve, so that a step grows it
  * only when a shape was not foreseen. */
 qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **out);
+
+/* For upload.c: a lane that nobody holds, and back. */
+qv_cuda_lane *qv_cuda_take_lane(qv_cuda_backend *cuda);
+void qv_cuda_give_lane(qv_cuda_backend *cuda, qv_cuda_lane *lane);
+/* Its pinned memory; what it copies starts after what the compute stream holds now. */
+qv_status qv_cuda_start_lane(qv_cuda_backend *cuda, qv_cuda_lane *lane);
+
+/* --- upload.c ----------------------------------------------------------------------------- */
+
+qv_status qv_cuda_upload_begin(qv_backend *be, void **lane);
+qv_status qv_cuda_upload_piece(qv_backend *be, void *lane, void *dst, size_t bytes, void **out);
+qv_status qv_cuda_upload_zero(qv_backend *be, void *lane, void *dst, size_t bytes);
+qv_status qv_cuda_upload_end(qv_backend *be, void *lane);
 
 /* --- comm.c ------------------------------------------------------------------------------- */
 

@@ -63,7 +63,7 @@ uint64_t qv_cuda_free_memory(const qv_backend *be)
 
 /* --- Copies ------------------------------------------------------------------------------- */
 
-static qv_cuda_lane *take_lane(qv_cuda_backend *cuda)
+qv_cuda_lane *qv_cuda_take_lane(qv_cuda_backend *cuda)
 {
     qv_cuda_lane *lane = NULL;
     pthread_mutex_lock(&cuda->lock);
@@ -79,7 +79,7 @@ static qv_cuda_lane *take_lane(qv_cuda_backend *cuda)
     return lane;
 }
 
-static void give_lane(qv_cuda_backend *cuda, qv_cuda_lane *lane)
+void qv_cuda_give_lane(qv_cuda_backend *cuda, qv_cuda_lane *lane)
 {
     pthread_mutex_lock(&cuda->lock);
     lane->taken = false;
@@ -87,13 +87,19 @@ static void give_lane(qv_cuda_backend *cuda, qv_cuda_lane *lane)
     pthread_mutex_unlock(&cuda->lock);
 }
 
-static qv_status copy_through(qv_cuda_backend *cuda, qv_cuda_lane *lane, void *dst, const void *src,
-                              size_t bytes)
+qv_status qv_cuda_start_lane(qv_cuda_backend *cuda, qv_cuda_lane *lane)
 {
     if (lane->host == NULL)
         QV_CUDA_TRY(cudaHostAlloc(&lane->host, QV_CUDA_LANE_BYTES, cudaHostAllocDefault));
     QV_CUDA_TRY(cudaEventRecord(lane->ready, cuda->stream));
     QV_CUDA_TRY(cudaStreamWaitEvent(lane->stream, lane->ready, 0));
+    return QV_OK;
+}
+
+static qv_status copy_through(qv_cuda_backend *cuda, qv_cuda_lane *lane, void *dst, const void *src,
+                              size_t bytes)
+{
+    QV_TRY(qv_cuda_start_lane(cuda, lane));
     for (size_t done = 0; done < bytes; done += QV_CUDA_LANE_BYTES) {
         size_t n = bytes - done < QV_CUDA_LANE_BYTES ? bytes - done : QV_CUDA_LANE_BYTES;
         memcpy(lane->host, (const char *)src + done, n);
@@ -108,9 +114,9 @@ qv_status qv_cuda_upload(qv_backend *be, void *dst, const void *src, size_t byte
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     QV_TRY(qv_cuda_use(cuda));
-    qv_cuda_lane *lane = take_lane(cuda);
+    qv_cuda_lane *lane = qv_cuda_take_lane(cuda);
     qv_status status = copy_through(cuda, lane, dst, src, bytes);
-    give_lane(cuda, lane);
+    qv_cuda_give_lane(cuda, lane);
     return status;
 }
 

@@ -1,5 +1,5 @@
 /* The backend itself: options, memory, and that a step allocates nothing. */
-#include "tests/ops/ops_test.h"
+#include "tests/ops/upload_test.h"
 
 #include <stdatomic.h>
 
@@ -143,6 +143,14 @@ Test(backend, uploads_and_downloads_are_complete_when_they_return)
     PASS(qv_backend_zero(be, NULL, 0));
     PASS(qv_backend_sync(be));
     qv_backend_free(be, p);
+    qv_backend_close(be);
+}
+
+Test(backend, takes_pieces_of_an_upload_where_they_belong)
+{
+    qv_backend *be = open_isa(NULL, 2);
+    check_upload(be);
+    check_upload_order(be);
     qv_backend_close(be);
 }
 

@@ -1,5 +1,6 @@
 /* Memory, copies, batches and weights of the CUDA backend. */
 #include "tests/ops/cuda_test.h"
+#include "tests/ops/upload_test.h"
 
 Test(cuda_memory, is_zero_when_new_and_keeps_what_is_uploaded)
 {
@@ -24,6 +25,21 @@ Test(cuda_memory, is_zero_when_new_and_keeps_what_is_uploaded)
         free(got);
         free(want);
     }
+    close_duo(&d);
+}
+
+Test(cuda_memory, takes_pieces_of_an_upload_where_they_belong)
+{
+    duo d = open_duo(1);
+    check_upload(d.dev);
+    check_upload(d.dev); /* through memory that has been used */
+    close_duo(&d);
+}
+
+Test(cuda_memory, an_upload_waits_for_what_reads_its_place)
+{
+    duo d = open_duo(1);
+    check_upload_order(d.dev);
     close_duo(&d);
 }
 

@@ -403,12 +403,18 @@ static void parse_sizes(char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},          {"ops", no_argument, NULL, 'i'},
-        {"tp", required_argument, NULL, 't'},       {"ep", required_argument, NULL, 'x'},
-        {"one-device", no_argument, NULL, 'o'},     {"all-reduce", required_argument, NULL, 'm'},
+        {"backend", required_argument, NULL, 'b'},
+        {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},
+        {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'},
+        {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},
+        {"ops", no_argument, NULL, 'i'},
+        {"tp", required_argument, NULL, 't'},
+        {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},
+        {"all-reduce", required_argument, NULL, 'm'},
         {0},
     };
     char sizes[] = "1,16,64";
@@ -526,7 +532,7 @@ int main(int argc, char **argv)
     if (args.tp > 1)
         printf(", %d ranks%s, experts in %d groups, sums %s", args.tp,
                args.one_device ? " on it" : "", args.ep,
-               args.all_reduce != NULL ? args.all_reduce : "nccl");
+               args.all_reduce != NULL ? args.all_reduce : "auto");
     printf(": copy %.2f TB/s, GEMM %.0f TFLOP/s\n", copy_rate * 1e-12, gemm_rate * 1e-12);
     open_model(&b);
     decode_table(&b);

@@ -24,7 +24,8 @@ typedef struct {
     int32_t n_adapter_slots; /* 0 = no adapters */
     int32_t max_lora_rank;
     bool made_up_weights;       /* from a fixed seed, in place of the checkpoint, of which only
-                                 * config.json       is read: to measure sizes whose weights are not at hand */
+                                 * config.json       is read: to measure sizes whose weights are not at
+                                 * hand */
     int32_t max_seq_pages;      /* of one sequence; 0: no recorded steps */
     int32_t max_recorded;       /* record decode steps of up to so many sequences; 0: none */
     uint64_t max_adapter_bytes; /* largest adapter file; 0 = QV_ADAPTER_MAX_BYTES */

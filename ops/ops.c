@@ -1002,9 +1002,9 @@ qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tens
     QV_TRY(check_combine(be, list, weights, o, site, scratch, y, QV_F32));
     if (shared.data)
         QV_TRY(check_delta(be, "moe_combine", shared, gate, y.shape[0], y.shape[1]));
-    return qv_tensor_count(&y) ? CALL(moe_combine_f32, be, list, weights, o, site, scratch, shared,
-                                      gate, y)
-                               : QV_OK;
+    return qv_tensor_count(&y)
+               ? CALL(moe_combine_f32, be, list, weights, o, site, scratch, shared, gate, y)
+               : QV_OK;
 }
 
 /* --- Sampling ----------------------------------------------------------------------------- */

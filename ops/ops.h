@@ -41,9 +41,9 @@ typedef struct {
     const char *isa;        /* CPU: "avx512", "avx2" or "baseline"; NULL = the widest there is */
     const char *arithmetic; /* CPU: "f32" (default when NULL) or "bf16": what a device that computes
                              * in BF16 does, see below */
-    const char *all_reduce; /* CUDA: how ranks on devices of their own add up: "nccl" (default when
-                             * NULL), "direct" (into each other's memory, also on one device) or
-                             * "auto" (direct when short, else NCCL) */
+    const char *all_reduce; /* CUDA: how ranks on devices of their own add up: "nccl", "direct"
+                             * (into each other's memory, also on one device) or "auto" (direct
+                             * when short, else NCCL; default when NULL) */
 } qv_backend_options;
 
 /* Errors: NOT_FOUND (no such backend in this build, names those there are), ARG and UNSUPPORTED (an

@@ -64,7 +64,7 @@
         QV_OPTION(st, m.devices, STRING, "devices", "LIST", "",                                    \
                   "Devices of the ranks, for example 0,1. Default: the first tp.",                 \
                   .section = "Device"),                                                            \
-        QV_OPTION(st, m.all_reduce, STRING, "all-reduce", "NAME", "nccl",                          \
+        QV_OPTION(st, m.all_reduce, STRING, "all-reduce", "NAME", "auto",                          \
                   "CUDA: how ranks add up. nccl: through NCCL. direct: they write into each "      \
                   "other's memory, in one kernel with the norm that follows. auto: direct for "    \
                   "messages of up to 4 MiB with two ranks, a ninth of that with four, NCCL "       \

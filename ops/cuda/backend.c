@@ -149,7 +149,7 @@ static qv_status read_sums(const char *name, qv_cuda_sums *out)
                                         [QV_CUDA_SUMS_DIRECT] = "direct",
                                         [QV_CUDA_SUMS_AUTO] = "auto"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name != NULL && *name != '\0' ? name : "nccl", names[i]) == 0) {
+        if (strcmp(name != NULL && *name != '\0' ? name : "auto", names[i]) == 0) {
             *out = (qv_cuda_sums)i;
             return QV_OK;
         }

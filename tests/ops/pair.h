@@ -33,7 +33,8 @@ static inline pair *open_pair_as(bool deterministic)
 {
     const char *want = getenv("QV_PAIR");
     pair *p = must(calloc(1, sizeof *p));
-    qv_backend_options cpu = {.name = "cpu", .arithmetic = "bf16"}, gpu = {.name = "cuda", .deterministic = deterministic};
+    qv_backend_options cpu = {.name = "cpu", .arithmetic = "bf16"},
+                       gpu = {.name = "cuda", .deterministic = deterministic};
     PASS(qv_backend_open(&cpu, &p->be[CPU]));
     if (want && strcmp(want, "cpu") == 0)
         gpu = (qv_backend_options){

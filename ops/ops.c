@@ -38,9 +38,20 @@ static const char *backend_names(char *buf, size_t size)
     return buf;
 }
 
+/* A name that no backend knows is refused by all, also by one that does not need it. */
+static qv_status check_all_reduce(const char *name)
+{
+    static const char *const names[] = {"", "nccl", "direct", "auto"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (strcmp(name != NULL ? name : "", names[i]) == 0)
+            return QV_OK;
+    return qv_fail(QV_ERR_ARG, "all-reduce '%s' is none of nccl, direct and auto", name);
+}
+
 qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
 {
     char names[128];
+    QV_TRY(check_all_reduce(options->all_reduce));
     const char *name = options->name ? options->name : "";
     for (size_t i = 0; i < N_BACKENDS; i++)
         if (strcmp(backends[i]->name, name) == 0)

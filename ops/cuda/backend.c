@@ -143,23 +143,18 @@ static qv_status open_parts(qv_cuda_backend *cuda)
     return QV_OK;
 }
 
-static qv_status read_sums(const char *name, qv_cuda_sums *out)
+/* `name` is one of the three, or none, as qv_backend_open has seen to. */
+static qv_cuda_sums read_sums(const char *name)
 {
-    static const char *const names[] = {[QV_CUDA_SUMS_NCCL] = "nccl",
-                                        [QV_CUDA_SUMS_DIRECT] = "direct",
-                                        [QV_CUDA_SUMS_AUTO] = "auto"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if (strcmp(name != NULL && *name != '\0' ? name : "auto", names[i]) == 0) {
-            *out = (qv_cuda_sums)i;
-            return QV_OK;
-        }
-    return qv_fail(QV_ERR_ARG, "all-reduce '%s' is none of nccl, direct and auto", name);
+    if (name == NULL || *name == '\0')
+        return QV_CUDA_SUMS_AUTO;
+    if (strcmp(name, "nccl") == 0)
+        return QV_CUDA_SUMS_NCCL;
+    return strcmp(name, "direct") == 0 ? QV_CUDA_SUMS_DIRECT : QV_CUDA_SUMS_AUTO;
 }
 
 static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
 {
-    qv_cuda_sums sums = QV_CUDA_SUMS_NCCL;
-    QV_TRY(read_sums(options->all_reduce, &sums));
     qv_cuda_backend *cuda = calloc(1, sizeof *cuda);
     if (cuda == NULL)
         return qv_fail(QV_ERR_NOMEM, "cuda: no memory");
@@ -167,7 +162,7 @@ static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
     cuda->base.ops = &qv_cuda_ops;
     cuda->device = options->device;
     cuda->deterministic = options->deterministic;
-    cuda->sums = sums;
+    cuda->sums = read_sums(options->all_reduce);
     pthread_mutex_init(&cuda->lock, NULL);
     pthread_cond_init(&cuda->lane_free, NULL);
     qv_status status = open_parts(cuda);

@@ -70,6 +70,13 @@ Test(shortlist, refuses_what_does_not_fit)
     where.n_valid = 21;
     FAIL_WITH(QV_ERR_SHAPE, "21 valid tokens of 20", qv_op_shortlist(be, x, &where, &row, l));
     where.n_valid = 20;
+    int32_t tokens[] = {3, QV_TOKEN_OF_ROW(0)};
+    row.tokens = tokens;
+    row.n_tokens = 2;
+    FAIL_WITH(QV_ERR_ARG, "the last token of row 0 is not known",
+              qv_op_shortlist(be, x, &where, &row, l));
+    row.n_tokens = 1;
+    PASS(qv_op_shortlist(be, x, &where, &row, l));
     where.shape.k = 2;
     FAIL_WITH(QV_ERR_SHAPE, "shortlist", qv_op_shortlist(be, x, &where, &row, l));
     qv_backend_close(be);

@@ -14,6 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+enum { FIRST_PORT = 10240 }; /* of those that tests listen on */
+
 /* A helper that cannot do its work ends the test. */
 #define DIE(...)                                                                                   \
     do {                                                                                           \
@@ -289,16 +291,38 @@ bool qv_wait_until(bool (*done)(void *user), void *user, int64_t deadline_ms)
     return true;
 }
 
+/* Where the kernel begins with the ports that it gives to outgoing connections. */
+static int outgoing_ports_begin(void)
+{
+    int begin = 0;
+    FILE *file = fopen("/proc/sys/net/ipv4/ip_local_port_range", "re");
+    if (file != NULL) {
+        if (fscanf(file, "%d", &begin) != 1)
+            begin = 0;
+        fclose(file);
+    }
+    return begin > FIRST_PORT && begin < 65536 ? begin : 32768;
+}
+
 uint16_t qv_free_port(void)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (fd < 0 || bind(fd, (struct sockaddr *)&address, size) != 0 ||
-        getsockname(fd, (struct sockaddr *)&address, &size) != 0)
-        DIE("no free port");
-    close(fd);
-    return ntohs(address.sin_port);
+    static qv_rng rng;
+    if (rng.state == 0)
+        rng = qv_rng_seed(qv_now_ms() * 1000003 + (uint64_t)getpid());
+    int begin = outgoing_ports_begin();
+    for (int attempt = 0; attempt < 1000; attempt++) {
+        uint16_t port = (uint16_t)qv_rng_range(&rng, FIRST_PORT, begin - 1);
+        struct sockaddr_in address = {.sin_family = AF_INET,
+                                      .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+                                      .sin_port = htons(port)};
+        int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        bool is_free = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
+        if (fd >= 0)
+            close(fd);
+        if (is_free)
+            return port;
+    }
+    DIE("no free port");
 }
 
 const char *qv_ipc_endpoint(const char *name)

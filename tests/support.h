@@ -90,7 +90,7 @@ const char *qv_demo_path(const char *relative);
  * for events that cannot be awaited otherwise. */
 bool qv_wait_until(bool (*done)(void *user), void *user, int64_t deadline_ms);
 
-/* A TCP port on 127.0.0.1 that was free a moment ago. */
+/* A TCP port on 127.0.0.1 that was free a moment ago, and that no outgoing connection is given. */
 uint16_t qv_free_port(void);
 
 /* "ipc://<temp dir>/<name>" and "tcp://127.0.0.1:<free port>". Static buffers as qv_path. */

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -28,19 +29,35 @@ from quiver_client import Client  # noqa: E402
 START_S = 30  # how long a program may take to come up on a busy machine
 
 
+FIRST_PORT = 10240  # of those that tests listen on
+given_ports = set()
+
+
+def outgoing_ports():
+    """The range from which the kernel takes the ports of outgoing connections; empty where it leaves no other."""
+    try:
+        low, high = map(int, pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    except (OSError, ValueError):
+        low, high = 32768, 60999
+    return range(low, high + 1) if low > FIRST_PORT else range(0)
+
+
 def free_port(n=1):
-    """The first of n ports in a row that are free now."""
+    """The first of n ports in a row that are free now, that no outgoing connection takes until they are used, and
+    that no other caller in this process was given."""
+    taken = given_ports.union(outgoing_ports())
     while True:
+        ports = range(first := random.randrange(FIRST_PORT, 65536 - n), first + n)
+        if taken.intersection(ports):
+            continue
         with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
             try:
-                for i in range(1, n):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port + i))
-            except (OSError, OverflowError):
+                for port in ports:
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
                 continue
-            return port
+        given_ports.update(ports)
+        return first
 
 
 def wait_until(what, condition, seconds=START_S):

@@ -6,7 +6,7 @@
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
  *               [--rank R] [--eager] [--ops] [--tp N] [--ep N] [--one-device]
- *               [--all-reduce nccl|direct|auto]
+ *               [--all-reduce nccl|direct|auto] [--trials NAMES]
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
  * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
@@ -41,7 +41,7 @@ static struct {
     bool eager, ops;
     int32_t tp, ep;  /* ranks that share the model; groups of them that share out the experts */
     bool one_device; /* all ranks on the first device */
-    const char *all_reduce;
+    const char *all_reduce, *trials;
 } args = {.backend = "cuda", .context = 2048, .prompt = 8192, .rank = 16, .tp = 1, .ep = 1};
 
 static void check(qv_status status, const char *what)
@@ -403,19 +403,13 @@ static void parse_sizes(char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},
-        {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},
-        {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'},
-        {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},
-        {"ops", no_argument, NULL, 'i'},
-        {"tp", required_argument, NULL, 't'},
-        {"ep", required_argument, NULL, 'x'},
-        {"one-device", no_argument, NULL, 'o'},
-        {"all-reduce", required_argument, NULL, 'm'},
-        {0},
+        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},          {"ops", no_argument, NULL, 'i'},
+        {"tp", required_argument, NULL, 't'},       {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},     {"all-reduce", required_argument, NULL, 'm'},
+        {"trials", required_argument, NULL, 'k'},   {0},
     };
     char sizes[] = "1,16,64";
     parse_sizes(sizes);
@@ -457,6 +451,9 @@ static void parse(int argc, char **argv)
         case 'm':
             args.all_reduce = optarg;
             break;
+        case 'k':
+            args.trials = optarg;
+            break;
         default:
             exit(2);
         }
@@ -464,7 +461,7 @@ static void parse(int argc, char **argv)
     if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
         fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
                         "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--ops] [--tp N] "
-                        "[--ep N] [--one-device] [--all-reduce NAME]\n");
+                        "[--ep N] [--one-device] [--all-reduce NAME] [--trials NAMES]\n");
         exit(2);
     }
     args.dir = argv[optind];
@@ -521,8 +518,10 @@ int main(int argc, char **argv)
     parse(argc, argv);
     bench b = {.model = NULL};
     for (int32_t i = 0; i < args.tp; i++) {
-        qv_backend_options options = {
-            .name = args.backend, .device = args.one_device ? 0 : i, .all_reduce = args.all_reduce};
+        qv_backend_options options = {.name = args.backend,
+                                      .device = args.one_device ? 0 : i,
+                                      .all_reduce = args.all_reduce,
+                                      .trials = args.trials};
         check(qv_backend_open(&options, &b.backends[i]), "backend");
     }
     b.be = b.backends[0];
@@ -533,6 +532,8 @@ int main(int argc, char **argv)
         printf(", %d ranks%s, experts in %d groups, sums %s", args.tp,
                args.one_device ? " on it" : "", args.ep,
                args.all_reduce != NULL ? args.all_reduce : "auto");
+    if (args.trials != NULL)
+        printf(", on trial: %s", args.trials);
     printf(": copy %.2f TB/s, GEMM %.0f TFLOP/s\n", copy_rate * 1e-12, gemm_rate * 1e-12);
     open_model(&b);
     decode_table(&b);

@@ -4,6 +4,7 @@
 #include "kernels/shortlist.h"
 #include "ops/backend.h"
 #include "ops/op_times.h"
+#include "ops/trials.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -51,7 +52,9 @@ static qv_status check_all_reduce(const char *name)
 qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
 {
     char names[128];
+    uint32_t trials;
     QV_TRY(check_all_reduce(options->all_reduce));
+    QV_TRY(qv_trials_read(options->trials, &trials));
     const char *name = options->name ? options->name : "";
     for (size_t i = 0; i < N_BACKENDS; i++)
         if (strcmp(backends[i]->name, name) == 0)

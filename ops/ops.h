@@ -44,6 +44,8 @@ typedef struct {
     const char *all_reduce; /* CUDA: how ranks on devices of their own add up: "nccl", "direct"
                              * (into each other's memory, also on one device) or "auto" (direct
                              * when short, else NCCL; default when NULL) */
+    const char *trials; /* CUDA: kernels on trial that are to be used, names of ops/trials.h with
+                         * commas between them; NULL: none */
 } qv_backend_options;
 
 /* Errors: NOT_FOUND (no such backend in this build, names those there are), ARG and UNSUPPORTED (an

@@ -42,6 +42,10 @@
                   "CUDA: decode gives the same bits whatever else is in the batch, with kernels "  \
                   "that are slower for many answers at once.",                                     \
                   .section = "Device"),                                                            \
+        QV_OPTION(st, m.trials, STRING, "trials", "NAMES", NULL,                                   \
+                  "CUDA: kernels to be used that are right by their tests but that no device has " \
+                  "timed: recurrent, experts, attention, gemm, sample, with commas, or all.",      \
+                  .section = "Device"),                                                            \
         QV_OPTION(st, m.gemm, STRING, "gemm", "NAME", "exact",                                     \
                   "Matrix products of the CPU backend. exact: the same bits whatever else is in "  \
                   "the batch. openblas: may be faster for long prompts, without that promise.",    \

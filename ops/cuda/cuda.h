@@ -13,6 +13,7 @@
 
 #include "kernels/kernels.h"
 #include "ops/backend.h"
+#include "ops/trials.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>
@@ -76,6 +77,7 @@ typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
+    uint32_t trials; /* kernels on trial that are used: qv_trial */
     qv_cuda_sums sums;
     cudaStream_t stream;
     qv_cuda_lane lanes[QV_CUDA_LANES];

@@ -17,14 +17,12 @@
 
 #include "common/clock.h"
 #include "common/log.h"
+#include "common/redis_url.h"
+#include "common/resolver.h"
 
 #include <czmq.h>
 #include <errno.h>
 #include <hiredis/async.h>
-#include <netdb.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/random.h>
@@ -39,25 +37,6 @@ enum {
     TIMEOUT_MAX_MS = 3600 * 1000
 };
 
-typedef struct {
-    char *host; /* or the path of a socket, when `port` is 0 */
-    char *user, *password;
-    int port, db;
-    char shown[256]; /* without the password */
-} redis_url;
-
-/* A look-up of a host name on a thread of its own: getaddrinfo blocks. Freed by the side that is
- * done last. */
-typedef struct {
-    char *host;
-    char address[NI_MAXHOST]; /* numeric; empty: not found */
-    char error[REASON_MAX];
-    atomic_int state; /* RUNNING, then DONE by the thread (release: publishes the result) or
-                         ABANDONED by the link (acquire-release: one side sees the other's) */
-} resolver;
-
-enum { RESOLVER_RUNNING, RESOLVER_DONE, RESOLVER_ABANDONED };
-
 typedef enum { LINK_WAITING, LINK_RESOLVING, LINK_CONNECTING, LINK_UP } link_state;
 
 typedef struct {
@@ -66,7 +45,7 @@ typedef struct {
     link_state state;
     size_t server;              /* which of redis->urls it is at, or goes to */
     redisAsyncContext *context; /* CONNECTING and UP; hiredis frees it, cleanup_event tells us */
-    resolver *resolver;         /* RESOLVING; owned */
+    qv_resolver *resolver;      /* RESOLVING; owned */
     uint32_t interest;          /* epoll events that hiredis wants */
     uint64_t deadline_ms;       /* WAITING: next try; CONNECTING: give up */
     uint64_t backoff_ms;        /* the next wait */
@@ -102,7 +81,7 @@ struct qv_redis {
 
     qv_redis_options options;
     char *name;
-    redis_url urls[QV_REDIS_MAX_SERVERS];
+    qv_redis_url urls[QV_REDIS_MAX_SERVERS];
     size_t n_urls;
     size_t n_refused; /* servers tried in a row that would not do */
 
@@ -116,279 +95,6 @@ struct qv_redis {
     char run_id[64];
     char evicts[32]; /* eviction policy, or empty */
 };
-
-/* --- URL ------------------------------------------------------------------------------------- */
-
-static void url_deinit(redis_url *url)
-{
-    free(url->host);
-    free(url->user);
-    if (url->password != NULL)
-        explicit_bzero(url->password, strlen(url->password));
-    free(url->password);
-    *url = (redis_url){0};
-}
-
-static int hex_digit(char c)
-{
-    return c >= '0' && c <= '9'   ? c - '0'
-           : c >= 'a' && c <= 'f' ? c - 'a' + 10
-           : c >= 'A' && c <= 'F' ? c - 'A' + 10
-                                  : -1;
-}
-
-/* A terminated copy of text[size] with %XX decoded. NULL for a bad escape, %00 or no memory. */
-static char *percent_decode(const char *text, size_t size)
-{
-    char *out = malloc(size + 1), *p = out;
-    if (out == NULL)
-        return NULL;
-    for (size_t i = 0; i < size; i++) {
-        if (text[i] != '%') {
-            *p++ = text[i];
-            continue;
-        }
-        int high = i + 2 < size ? hex_digit(text[i + 1]) : -1;
-        int low = i + 2 < size ? hex_digit(text[i + 2]) : -1;
-        if (high < 0 || low < 0 || high * 16 + low == 0) {
-            free(out);
-            return NULL;
-        }
-        *p++ = (char)(high * 16 + low);
-        i += 2;
-    }
-    *p = 0;
-    return out;
-}
-
-/* All of text[size] as a number from 0 to max; -1 if it is none. */
-static int parse_number(const char *text, size_t size, int max)
-{
-    int64_t value = 0;
-    if (size == 0 || size > 9)
-        return -1;
-    for (size_t i = 0; i < size; i++) {
-        if (text[i] < '0' || text[i] > '9')
-            return -1;
-        value = value * 10 + (text[i] - '0');
-    }
-    return value <= max ? (int)value : -1;
-}
-
-/* "user:password@" at the start of *text, which moves behind it. */
-static qv_status parse_credentials(const char **text, const char *end, const char *shown,
-                                   redis_url *url)
-{
-    const char *at = memrchr(*text, '@', (size_t)(end - *text));
-    if (at == NULL)
-        return QV_OK;
-    const char *colon = memchr(*text, ':', (size_t)(at - *text));
-    if (colon == NULL)
-        return qv_fail(QV_ERR_ARG, "%s: a user without a password (user:password@ or :password@)",
-                       shown);
-    url->user = colon > *text ? percent_decode(*text, (size_t)(colon - *text)) : NULL;
-    url->password = percent_decode(colon + 1, (size_t)(at - colon - 1));
-    if (url->password == NULL || (colon > *text && url->user == NULL))
-        return qv_fail(QV_ERR_ARG, "%s: user or password is not percent-encoded properly", shown);
-    *text = at + 1;
-    return QV_OK;
-}
-
-static qv_status parse_tcp(const char *rest, const char *shown, redis_url *url)
-{
-    const char *slash = rest + strcspn(rest, "/"), *db = slash + (*slash == '/');
-    QV_TRY(parse_credentials(&rest, slash, shown, url));
-
-    const char *host = rest, *host_end;
-    if (*host == '[') { /* an IPv6 address */
-        host++;
-        host_end = memchr(host, ']', (size_t)(slash - host));
-        rest = host_end != NULL ? host_end + 1 : slash;
-    } else {
-        host_end = memchr(host, ':', (size_t)(slash - host));
-        rest = host_end = host_end != NULL ? host_end : slash;
-    }
-    if (host_end == NULL || host_end == host || (rest < slash && *rest != ':'))
-        return qv_fail(QV_ERR_ARG, "%s: no host where it should be (redis://host:port/db)", shown);
-    if (memchr(host, ',', (size_t)(host_end - host)) != NULL)
-        return qv_fail(QV_ERR_ARG, "%s: a host with a comma; of several urls each has its redis://",
-                       shown);
-    url->port = rest < slash ? parse_number(rest + 1, (size_t)(slash - rest - 1), 65535) : 6379;
-    if (url->port <= 0)
-        return qv_fail(QV_ERR_ARG, "%s: the port is not a number from 1 to 65535", shown);
-    url->db = *db == 0 ? 0 : parse_number(db, strlen(db), 1000000);
-    if (url->db < 0)
-        return qv_fail(QV_ERR_ARG, "%s: the database '%s' is not a number", shown, db);
-    url->host = strndup(host, (size_t)(host_end - host));
-    return url->host != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "%s: out of memory", shown);
-}
-
-static qv_status parse_unix(const char *rest, const char *shown, redis_url *url)
-{
-    const char *path = strchr(rest, '/');
-    if (path == NULL)
-        return qv_fail(QV_ERR_ARG, "%s: the path of the socket is not absolute (unix:///path)",
-                       shown);
-    QV_TRY(parse_credentials(&rest, path, shown, url));
-    if (rest != path)
-        return qv_fail(QV_ERR_ARG, "%s: a host before the path of a socket (unix:///path)", shown);
-    const char *query = path + strcspn(path, "?");
-    if (*query == '?') {
-        url->db = strncmp(query, "?db=", 4) == 0
-                      ? parse_number(query + 4, strlen(query + 4), 1000000)
-                      : -1;
-        if (url->db < 0)
-            return qv_fail(QV_ERR_ARG, "%s: '%s' where only ?db=NUMBER may stand", shown, query);
-    }
-    if (query - path < 2 || query - path > 107)
-        return qv_fail(QV_ERR_ARG, "%s: the path of a socket has 1 to 107 bytes", shown);
-    url->host = strndup(path, (size_t)(query - path));
-    return url->host != NULL ? QV_OK : qv_fail(QV_ERR_NOMEM, "%s: out of memory", shown);
-}
-
-/* On failure `url` is empty. */
-static qv_status url_parse(const char *text, redis_url *url)
-{
-    qv_status status;
-    *url = (redis_url){0};
-    qv_log_mask_url(text, url->shown, sizeof url->shown);
-    const char *shown = url->shown;
-    if (strncmp(text, "redis://", 8) == 0)
-        status = parse_tcp(text + 8, shown, url);
-    else if (strncmp(text, "unix://", 7) == 0)
-        status = parse_unix(text + 7, shown, url);
-    else if (strncmp(text, "rediss://", 9) == 0)
-        status = qv_fail(QV_ERR_ARG, "%s: TLS to Redis is not supported, use redis://", shown);
-    else
-        status = qv_fail(QV_ERR_ARG, "'%s' is no Redis url (redis://host:port/db or unix:///path)",
-                         shown);
-    if (status != QV_OK)
-        url_deinit(url);
-    return status;
-}
-
-/* The comma before the next url of a list, or the end of the text. */
-static const char *url_end(const char *text)
-{
-    static const char *const starts[] = {",redis://", ",rediss://", ",unix://"};
-    const char *end = text + strlen(text);
-    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
-        const char *found = strstr(text, starts[i]);
-        end = found != NULL && found < end ? found : end;
-    }
-    return end;
-}
-
-static void urls_deinit(redis_url *urls, size_t n)
-{
-    for (size_t i = 0; i < n; i++)
-        url_deinit(&urls[i]);
-}
-
-/* On failure nothing is left to free. */
-static qv_status urls_parse(const char *text, redis_url urls[QV_REDIS_MAX_SERVERS], size_t *n)
-{
-    qv_status status = text != NULL ? QV_OK : qv_fail(QV_ERR_ARG, "no Redis url");
-    for (*n = 0; status == QV_OK; text++) { /* behind the comma */
-        const char *end = url_end(text);
-        char *one = strndup(text, (size_t)(end - text));
-        if (one == NULL)
-            status = qv_fail(QV_ERR_NOMEM, "redis: out of memory");
-        else if (*n == QV_REDIS_MAX_SERVERS)
-            status = qv_fail(QV_ERR_ARG, "more than %d Redis urls", QV_REDIS_MAX_SERVERS);
-        else if ((status = url_parse(one, &urls[*n])) == QV_OK && urls[(*n)++].db != urls[0].db)
-            status =
-                qv_fail(QV_ERR_ARG, "%s: another database than %s, and one is a copy of the other",
-                        urls[*n - 1].shown, urls[0].shown);
-        if (one != NULL)
-            explicit_bzero(one, strlen(one));
-        free(one);
-        text = end;
-        if (*end == 0)
-            break;
-    }
-    if (status != QV_OK)
-        urls_deinit(urls, *n);
-    return status;
-}
-
-qv_status qv_redis_check_url(const char *url)
-{
-    redis_url parsed[QV_REDIS_MAX_SERVERS];
-    size_t n;
-    QV_TRY(urls_parse(url, parsed, &n));
-    urls_deinit(parsed, n);
-    return QV_OK;
-}
-
-/* --- host names ------------------------------------------------------------------------------ */
-
-static void resolver_free(resolver *r)
-{
-    free(r->host);
-    free(r);
-}
-
-static void *resolver_main(void *arg)
-{
-    resolver *r = arg;
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_ADDRCONFIG}, *found = NULL;
-    int rc = getaddrinfo(r->host, NULL, &hints, &found);
-    if (rc == 0)
-        rc = getnameinfo(found->ai_addr, found->ai_addrlen, r->address, sizeof r->address, NULL, 0,
-                         NI_NUMERICHOST);
-    if (rc != 0) {
-        r->address[0] = 0;
-        snprintf(r->error, sizeof r->error, "host %.128s: %s", r->host, gai_strerror(rc));
-    }
-    if (found != NULL)
-        freeaddrinfo(found);
-    int expected = RESOLVER_RUNNING;
-    if (!atomic_compare_exchange_strong(&r->state, &expected, RESOLVER_DONE))
-        resolver_free(r);
-    return NULL;
-}
-
-/* NULL when it cannot be started. */
-static resolver *resolver_start(const char *host)
-{
-    resolver *r = calloc(1, sizeof *r);
-    pthread_attr_t attr;
-    pthread_t thread;
-    sigset_t all, before;
-    if (r == NULL || (r->host = strdup(host)) == NULL) {
-        free(r);
-        return NULL;
-    }
-    sigfillset(&all); /* signals are for the threads that expect them */
-    pthread_attr_init(&attr);
-    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int rc = pthread_create(&thread, &attr, resolver_main, r);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attr);
-    if (rc != 0) {
-        resolver_free(r);
-        return NULL;
-    }
-    return r;
-}
-
-static void resolver_abandon(resolver *r)
-{
-    int expected = RESOLVER_RUNNING;
-    if (r != NULL && !atomic_compare_exchange_strong(&r->state, &expected, RESOLVER_ABANDONED))
-        resolver_free(r);
-}
-
-static bool is_numeric_address(const char *host)
-{
-    struct addrinfo hints = {.ai_flags = AI_NUMERICHOST}, *found;
-    if (getaddrinfo(host, NULL, &hints, &found) != 0)
-        return false;
-    freeaddrinfo(found);
-    return true;
-}
 
 /* --- calls ----------------------------------------------------------------------------------- */
 
@@ -761,7 +467,7 @@ static void psubscribe(redis_link *link, subscription *sub)
 static void greet(redis_link *link)
 {
     qv_redis *redis = link->redis;
-    const redis_url *url = &redis->urls[link->server];
+    const qv_redis_url *url = &redis->urls[link->server];
     if (url->user != NULL)
         redisAsyncCommand(link->context, on_greeting, "AUTH", "AUTH %s %s", url->user,
                           url->password);
@@ -783,7 +489,7 @@ static void greet(redis_link *link)
 static void link_connect(redis_link *link, const char *address)
 {
     qv_redis *redis = link->redis;
-    const redis_url *url = &redis->urls[link->server];
+    const qv_redis_url *url = &redis->urls[link->server];
     redisAsyncContext *context =
         url->port == 0 ? redisAsyncConnectUnix(url->host) : redisAsyncConnect(address, url->port);
     if (context == NULL || context->err != 0 || !attach(link, context)) {
@@ -804,14 +510,14 @@ static void link_start(redis_link *link, uint64_t now)
     qv_redis *redis = link->redis;
     if (link == &redis->sub)
         link->server = redis->main.server;
-    const redis_url *url = &redis->urls[link->server];
+    const qv_redis_url *url = &redis->urls[link->server];
     link->doom[0] = 0;
     link->deadline_ms = now + (uint64_t)redis->options.connect_timeout_ms;
-    if (url->port == 0 || is_numeric_address(url->host)) {
+    if (url->port == 0 || qv_is_numeric_address(url->host)) {
         link_connect(link, url->host);
         return;
     }
-    link->resolver = resolver_start(url->host);
+    link->resolver = qv_resolver_start(url->host);
     if (link->resolver != NULL)
         link->state = LINK_RESOLVING;
     else
@@ -820,13 +526,13 @@ static void link_start(redis_link *link, uint64_t now)
 
 static void link_resolved(redis_link *link)
 {
-    resolver *r = link->resolver;
+    qv_resolver *r = link->resolver;
     link->resolver = NULL;
     if (r->address[0] != 0)
         link_connect(link, r->address);
     else
         link_lost(link, r->error);
-    resolver_free(r);
+    qv_resolver_abandon(r);
 }
 
 /* --- time ------------------------------------------------------------------------------------ */
@@ -867,7 +573,7 @@ static void link_tick(redis_link *link, uint64_t now)
             link_start(link, now);
         break;
     case LINK_RESOLVING:
-        if (atomic_load(&link->resolver->state) == RESOLVER_DONE)
+        if (atomic_load(&link->resolver->state) == QV_RESOLVER_DONE)
             link_resolved(link);
         break;
     case LINK_CONNECTING:
@@ -951,7 +657,7 @@ qv_status qv_redis_new(zloop_t *loop, const qv_redis_options *options, qv_redis 
     qv_redis *redis = calloc(1, sizeof *redis);
     if (redis == NULL)
         return qv_fail(QV_ERR_NOMEM, "redis: out of memory");
-    qv_status status = urls_parse(options->url, redis->urls, &redis->n_urls);
+    qv_status status = qv_redis_urls_parse(options->url, redis->urls, &redis->n_urls);
     if (status != QV_OK) {
         free(redis);
         return status;
@@ -992,7 +698,7 @@ fail:
 
 static void link_close(redis_link *link)
 {
-    resolver_abandon(link->resolver);
+    qv_resolver_abandon(link->resolver);
     if (link->context != NULL)
         redisAsyncFree(link->context);
 }
@@ -1014,7 +720,7 @@ void qv_redis_free(qv_redis *redis)
         zloop_timer_end(redis->loop, redis->timer_id);
     for (size_t i = 0; i < redis->n_subscriptions; i++)
         free(redis->subscriptions[i].pattern);
-    urls_deinit(redis->urls, redis->n_urls);
+    qv_redis_urls_deinit(redis->urls, redis->n_urls);
     free(redis->name);
     free(redis);
 }

@@ -319,6 +319,9 @@ Test(redis, refuses_malformed_urls_without_telling_the_password)
             cr_expect(strstr(qv_error(), "geheim") == NULL, "row %zu: %s", i, qv_error());
     }
     cr_expect_eq(qv_redis_check_url(NULL), QV_ERR_ARG);
+    cr_expect_eq(qv_redis_check_url("redis://a:1,foo://:geheim@b"), QV_ERR_ARG);
+    cr_expect_str_eq(qv_error(), "'foo://:***@b' is no Redis url (redis://host:port/db or "
+                                 "unix:///path)");
 }
 
 Test(redis, answers_commands_in_order_with_binary_words)

@@ -7,6 +7,7 @@
  * numbers. The rate is a share of what the first row can do, measured first. Each row has an engine
  * of its own; repetitions of all rows take turns, so that a machine that slows down slows all.
  */
+#include "bench/engine_bench.h"
 #include "common/clock.h"
 #include "common/log.h"
 #include "models/safetensors.h"
@@ -567,27 +568,13 @@ static void print_table(const settings *s, uint64_t adapter_bytes)
 
 /* --- Main ------------------------------------------------------------------------------------- */
 
-/* The engine's rows with a default for the model, so that the program runs without arguments. */
-static qv_status parse(int argc, char **argv, settings *s, qv_options **options)
-{
-    enum { N = sizeof option_table / sizeof *option_table };
-    static qv_option table[N];
-    for (int i = 0; i < N; i++) {
-        table[i] = option_table[i];
-        if (strcmp(table[i].name, "model") == 0) {
-            table[i].required = false;
-            table[i].default_text = "demo/tiny-qwen3.5";
-        }
-    }
-    return qv_options_parse(table, N, &program, argc, argv, s, options);
-}
-
 int main(int argc, char **argv)
 {
     settings s;
     qv_options *options;
     qv_log_init(&(qv_log_options){.level = QV_LOG_WARN, .program = "bench_adapters"});
-    if (parse(argc, argv, &s, &options) != QV_OK)
+    if (bench_parse(option_table, sizeof option_table / sizeof *option_table, &program, argc, argv,
+                    &s, &options) != QV_OK)
         die("options");
     if (qv_options_printed(options)) {
         qv_options_free(options);

@@ -82,16 +82,6 @@ static double copy_rate(rank *r)
 
 static double time_kind(rank *r)
 {
-    static const int32_t none[1] = {0};
-    const qv_batch empty = {.token = none,
-                            .pos = none,
-                            .seq_start = none,
-                            .state_slot = none,
-                            .logit_row = none,
-                            .seg_start = none,
-                            .seg_slot = none,
-                            .logit_seg_start = none,
-                            .logit_seg_slot = none};
     qv_recording *recording = NULL;
     qv_recording_shape shape = {.n_seqs = 1, .page_stride = 1};
     if (qv_backend_can_record(r->be))
@@ -101,7 +91,8 @@ static double time_kind(rank *r)
         check(qv_backend_sync(r->be), "sync");
         pthread_barrier_wait(r->together);
         uint64_t start = qv_now_ns();
-        check(recording != NULL ? qv_backend_replay(r->be, recording, &empty) : run_kind(r, NULL),
+        check(recording != NULL ? qv_backend_replay(r->be, recording, &qv_empty_batch)
+                                : run_kind(r, NULL),
               "run");
         check(qv_backend_sync(r->be), "sync");
         double us = (double)(qv_now_ns() - start) * 1e-3 / IN_A_ROW;

@@ -7,6 +7,7 @@
  * model's own ones, loaded again under other names where there are fewer; a copy with the same
  * content would share its slot, so copies get another lora_alpha.
  */
+#include "bench/engine_bench.h"
 #include "common/clock.h"
 #include "common/json.h"
 #include "common/log.h"
@@ -303,27 +304,13 @@ static void print_tables(qv_engine *engine, const settings *s, int n_counts)
 
 /* --- Main ------------------------------------------------------------------------------------ */
 
-/* The engine's rows with a default for the model, so that the program runs without arguments. */
-static qv_status parse(int argc, char **argv, settings *s, qv_options **options)
-{
-    enum { N = sizeof option_table / sizeof *option_table };
-    static qv_option table[N];
-    for (int i = 0; i < N; i++) {
-        table[i] = option_table[i];
-        if (strcmp(table[i].name, "model") == 0) {
-            table[i].required = false;
-            table[i].default_text = "demo/tiny-qwen3.5";
-        }
-    }
-    return qv_options_parse(table, N, &program, argc, argv, s, options);
-}
-
 int main(int argc, char **argv)
 {
     settings s;
     qv_options *options;
     qv_log_init(&(qv_log_options){.level = QV_LOG_WARN, .program = "bench_engine"});
-    if (parse(argc, argv, &s, &options) != QV_OK)
+    if (bench_parse(option_table, sizeof option_table / sizeof *option_table, &program, argc, argv,
+                    &s, &options) != QV_OK)
         die("options");
     if (qv_options_printed(options)) {
         qv_options_free(options);

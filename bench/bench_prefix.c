@@ -5,6 +5,7 @@
  * The KV cache is small and full before anything is timed, so that in the first table every page of
  * a new prompt is taken from an old one, and most snapshots too.
  */
+#include "bench/engine_bench.h"
 #include "common/log.h"
 #include "worker/engine_options.h"
 
@@ -212,21 +213,6 @@ static void print_gain(qv_engine *const engines[2], const settings *s, int32_t p
 
 /* --- Main ------------------------------------------------------------------------------------ */
 
-/* The engine's rows with a default for the model, so that the program runs without arguments. */
-static qv_status parse(int argc, char **argv, settings *s, qv_options **options)
-{
-    enum { N = sizeof option_table / sizeof *option_table };
-    static qv_option table[N];
-    for (int i = 0; i < N; i++) {
-        table[i] = option_table[i];
-        if (strcmp(table[i].name, "model") == 0) {
-            table[i].required = false;
-            table[i].default_text = "demo/tiny-qwen3.5";
-        }
-    }
-    return qv_options_parse(table, N, &program, argc, argv, s, options);
-}
-
 /* The same engine without the cache and with it, with room for twice what runs at once. */
 static void open_engines(settings *s, int32_t longest, qv_engine *engines[2])
 {
@@ -256,7 +242,8 @@ int main(int argc, char **argv)
     settings s;
     qv_options *options;
     qv_log_init(&(qv_log_options){.level = QV_LOG_WARN, .program = "bench_prefix"});
-    if (parse(argc, argv, &s, &options) != QV_OK)
+    if (bench_parse(option_table, sizeof option_table / sizeof *option_table, &program, argc, argv,
+                    &s, &options) != QV_OK)
         die("options");
     if (qv_options_printed(options)) {
         qv_options_free(options);

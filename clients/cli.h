@@ -59,4 +59,19 @@ typedef struct {
                   "Print JSON, one object a line, instead of text for people.",                    \
                   .section = "Output")
 
+/* Connect as the options say. */
+qv_status cli_connect(const cli_common *common, qv_client **out);
+
+/* A command over request ids: `send` asks the broker about one, `show` prints what it says (false:
+ * it could not). */
+typedef struct {
+    const char *name;
+    qv_status (*send)(qv_client *client, const char *id);
+    bool (*show)(const cli_common *common, const char *id, const qv_message *message);
+} cli_id_command;
+
+/* All ids of the command line, one after the other. Returns the program's exit code: CLI_OK only if
+ * none was refused. */
+int cli_each_id(const cli_id_command *command, const qv_options *options, const cli_common *common);
+
 #endif

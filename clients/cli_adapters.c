@@ -168,10 +168,7 @@ static void print_adapter(const qv_msg_adapter_status *a, const char *name)
 static int watch(const settings *set, const char *name, bool added)
 {
     qv_client *client;
-    if (qv_client_open(&(qv_client_options){.endpoint = set->common.broker,
-                                            .key = set->common.key,
-                                            .broker_key = set->common.broker_key},
-                       &client) != QV_OK)
+    if (cli_connect(&set->common, &client) != QV_OK)
         return cli_fail(CLI_FAILED);
     uint64_t deadline = qv_now_ms() + (uint64_t)set->wait_ms;
     int code = CLI_FAILED;
@@ -249,10 +246,7 @@ static int list(const settings *set)
 {
     qv_client *client;
     const qv_msg_status *status;
-    if (qv_client_open(&(qv_client_options){.endpoint = set->common.broker,
-                                            .key = set->common.key,
-                                            .broker_key = set->common.broker_key},
-                       &client) != QV_OK)
+    if (cli_connect(&set->common, &client) != QV_OK)
         return cli_fail(CLI_FAILED);
     int code = CLI_OK;
     if (cli_get_status(client, set->common.timeout_ms, &status) != QV_OK) {

@@ -157,10 +157,7 @@ int cli_status(int argc, char **argv)
     const qv_msg_status *status;
     if (qv_options_printed(options))
         goto end;
-    if (qv_client_open(&(qv_client_options){.endpoint = set.common.broker,
-                                            .key = set.common.key,
-                                            .broker_key = set.common.broker_key},
-                       &client) != QV_OK ||
+    if (cli_connect(&set.common, &client) != QV_OK ||
         cli_get_status(client, set.common.timeout_ms, &status) != QV_OK) {
         code = cli_fail(CLI_FAILED);
         goto end;

@@ -339,10 +339,7 @@ int cli_submit(int argc, char **argv)
         code = cli_fail(CLI_USAGE);
         goto end;
     }
-    if (qv_client_open(&(qv_client_options){.endpoint = set.common.broker,
-                                            .key = set.common.key,
-                                            .broker_key = set.common.broker_key},
-                       &client) != QV_OK) {
+    if (cli_connect(&set.common, &client) != QV_OK) {
         code = cli_fail(CLI_FAILED);
         goto end;
     }

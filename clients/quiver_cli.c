@@ -45,6 +45,51 @@ int cli_fail(int code)
     return code;
 }
 
+qv_status cli_connect(const cli_common *common, qv_client **out)
+{
+    return qv_client_open(&(qv_client_options){.endpoint = common->broker,
+                                               .key = common->key,
+                                               .broker_key = common->broker_key},
+                          out);
+}
+
+static bool ask_of_id(const cli_id_command *command, qv_client *client, const char *id,
+                      const cli_common *common)
+{
+    const qv_message *message;
+    qv_status status = command->send(client, id);
+    if (status == QV_OK)
+        status = qv_client_poll(client, common->timeout_ms, &message);
+    if (status != QV_OK) {
+        cli_fail(CLI_FAILED);
+        return false;
+    }
+    if (message->type == QV_MSG_ERROR) {
+        fprintf(stderr, "quiver: %s: %.*s\n", id, (int)message->error.message.size,
+                message->error.message.data);
+        return false;
+    }
+    return command->show(common, id, message);
+}
+
+int cli_each_id(const cli_id_command *command, const qv_options *options, const cli_common *common)
+{
+    const qv_string_list *ids = qv_options_args(options);
+    if (ids->n == 0) {
+        fprintf(stderr, "quiver %s: name at least one request id\n", command->name);
+        return CLI_USAGE;
+    }
+    qv_client *client;
+    if (cli_connect(common, &client) != QV_OK)
+        return cli_fail(CLI_FAILED);
+    int code = CLI_OK;
+    for (size_t i = 0; i < ids->n; i++)
+        if (!ask_of_id(command, client, ids->items[i], common))
+            code = CLI_FAILED;
+    qv_client_close(client);
+    return code;
+}
+
 qv_status cli_get_status(qv_client *client, int64_t timeout_ms, const qv_msg_status **out)
 {
     QV_TRY(qv_client_request_status(client));

@@ -54,4 +54,7 @@ typedef struct {
     const int32_t *logit_seg_slot;  /* [n_logit_segs] */
 } qv_batch;
 
+/* A batch of nothing: for steps that read none, and to fill a recording with padding. */
+extern const qv_batch qv_empty_batch;
+
 #endif

@@ -117,17 +117,7 @@ static qv_status send(qv_cuda_backend *cuda, qv_recording *r, const qv_batch *b)
 
 static qv_status send_padding(qv_cuda_backend *cuda, qv_recording *r)
 {
-    static const int32_t none[1] = {0};
-    const qv_batch empty = {.token = none,
-                            .pos = none,
-                            .seq_start = none,
-                            .state_slot = none,
-                            .logit_row = none,
-                            .seg_start = none,
-                            .seg_slot = none,
-                            .logit_seg_start = none,
-                            .logit_seg_slot = none};
-    return send(cuda, r, &empty);
+    return send(cuda, r, &qv_empty_batch);
 }
 
 static qv_status capture(qv_cuda_backend *cuda, qv_recording *r, qv_record_fn *fn, void *ctx)

@@ -125,16 +125,6 @@ static qv_status fused(void *ctx, const qv_batch *batch)
  * one way and the other left must be the same bits. */
 static qv_status run_norms(norm_job *job)
 {
-    static const int32_t none[1] = {0};
-    const qv_batch empty = {.token = none,
-                            .pos = none,
-                            .seq_start = none,
-                            .state_slot = none,
-                            .logit_row = none,
-                            .seg_start = none,
-                            .seg_slot = none,
-                            .logit_seg_start = none,
-                            .logit_seg_slot = none};
     qv_recording *recording = NULL;
     int start = 0;
     QV_TRY(qv_backend_connect(job->be));
@@ -146,7 +136,7 @@ static qv_status run_norms(norm_job *job)
     size_t bytes = (size_t)(job->delta.shape[0] * job->delta.shape[1]) * sizeof *job->numbers;
     for (int i = start; i < NORM_ROUNDS; i++) {
         QV_TRY(qv_backend_upload(job->be, job->delta.data, job->numbers, bytes));
-        QV_TRY(recording != NULL ? qv_backend_replay(job->be, recording, &empty)
+        QV_TRY(recording != NULL ? qv_backend_replay(job->be, recording, &qv_empty_batch)
                                  : fused(job, NULL));
     }
     QV_TRY(qv_backend_sync(job->be));

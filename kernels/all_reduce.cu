@@ -36,33 +36,9 @@ __device__ __forceinline__ uint4 *half_of(const qv_k_direct &d, int at, int from
     return (uint4 *)d.slots[at] + half * (QV_K_SLOT_NUMBERS / 2);
 }
 
-__device__ __forceinline__ void put_line(uint4 *line, uint32_t a, uint32_t b, uint32_t flag)
-{
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};\n" ::"l"(line), "r"(a),
-                 "r"(flag), "r"(b)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint4 look_at(const uint4 *line)
-{
-    uint4 v;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(line)
-                 : "memory");
-    return v;
-}
-
 __device__ __forceinline__ bool has_come(const uint4 &line, uint32_t flag)
 {
     return line.y == flag && line.w == flag;
-}
-
-__device__ __forceinline__ uint64_t now_ns()
-{
-    uint64_t t;
-    asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(t));
-    return t;
 }
 
 /* Waits of one thread: when it began, and whether it has given up. */

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(32 * STREAM_WARPS, 2)
     if (lane == 0) {
         for (int i = 0; i < UNITS; i++)
             barrier_init(&full[warp][i], 1);
-        asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        barriers_publish();
     }
     in.find();
     __syncwarp();

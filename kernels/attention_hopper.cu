@@ -40,17 +40,10 @@ template <int STAGES> struct wide_barriers {
     uint64_t full_k[STAGES], full_v[STAGES], empty_k[STAGES], empty_v[STAGES];
 };
 
-[[maybe_unused]] __device__ __forceinline__ float power_of_two(float x)
-{
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* Of the 128 threads of a warpgroup. */
 [[maybe_unused]] __device__ __forceinline__ void group_barrier(int id)
 {
-    asm volatile("bar.sync %0, 128;\n" ::"r"(id) : "memory");
+    named_barrier<128>(id);
 }
 
 /* --- Fetch -------------------------------------------------------------------------------- */
@@ -218,19 +211,19 @@ __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(&bars.empty_k[i], 8); /* warps that read it */
             barrier_init(&bars.empty_v[i], 8);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        barriers_publish();
         wgmma_publish();
     }
     __syncthreads();
 
     int group = (int)(threadIdx.x >> 7) - 1;
     if (group < 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;\n");
+        fewer_registers<24>();
         if (threadIdx.x < 32)
             fetch<D, KEYS, STAGES>(c, &k_map, &v_map, c.page_table + (int64_t)seq * c.page_stride,
                                    kv_head, end, n_tiles, k_stages, v_stages, bars);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;\n");
+        more_registers<240>();
         int thread = threadIdx.x & 127, warp = thread >> 5, lane = thread & 31;
         int own = 1 + group; /* barrier */
         bf16 *q = q_tiles + group * shape::QUERIES;

@@ -28,11 +28,9 @@ extern "C" bool qv_k_is_hopper(void)
 
 __global__ void hold_kernel(uint64_t ns)
 {
-    uint64_t start, now;
-    asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(start));
-    do
-        asm volatile("mov.u64 %0, %globaltimer;\n" : "=l"(now));
-    while (now - start < ns);
+    uint64_t start = now_ns();
+    while (now_ns() - start < ns)
+        ;
 }
 
 qv_status qv_k_hold(uint64_t ns, void *stream)

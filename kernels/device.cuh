@@ -16,29 +16,6 @@ extern "C" qv_status qv_k_check_launch(const char *name);
 /* Whether the device of the process is of compute capability 9, which has wgmma. */
 extern "C" bool qv_k_is_hopper(void);
 
-/* Dependent launches (9.0 and later): a kernel that lets its successor start early, and a successor
- * that waits before it reads or writes what others may be working on. A successor that was launched
- * the ordinary way waits by itself. */
-__device__ __forceinline__ void let_next_start()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
-/* The 128 bytes around `p` on their way into the L2 cache. */
-__device__ __forceinline__ void prefetch(const void *p)
-{
-    asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
-}
-
 /* Eight BF16 numbers as one 16-byte access. */
 struct __align__(16) bf16x8
 {

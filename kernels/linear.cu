@@ -17,15 +17,6 @@ namespace
 constexpr int ANY_WARPS = 8;
 constexpr int STEP = 128; /* of k, by one warp at a time: 8 loads of W a thread in flight */
 
-__device__ __forceinline__ uint4 load_stream(const bf16 *p)
-{
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-
 __device__ __forceinline__ void store(void *y, bool f32, int64_t at, float v)
 {
     if (f32)

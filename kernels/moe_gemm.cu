@@ -341,7 +341,7 @@ struct wide_item {
 
 [[maybe_unused]] __device__ __forceinline__ void workers_barrier(int id)
 {
-    asm volatile("bar.sync %0, 128;\n" ::"r"(id) : "memory");
+    named_barrier<128>(id);
 }
 
 /* The warpgroup that fetches. */
@@ -473,7 +473,7 @@ __global__ void QV_CLUSTER(WIDE_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1
             barrier_init(&m.full[i], 1 + WIDE_THREADS - WIDE_WORKERS);
             barrier_init(&m.empty[i], 2 * WIDE_CLUSTER); /* warpgroups that read it */
         }
-        asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        barriers_publish();
     }
     __syncthreads();
     cluster_sync();

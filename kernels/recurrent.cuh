@@ -508,7 +508,7 @@ __device__ __forceinline__ void load_stage(scan_stage<DELTA> &m, scan_copies<DEL
 /* Barrier of the 128 threads that share columns. */
 __device__ __forceinline__ void half_barrier(int half)
 {
-    asm volatile("bar.sync %0, 128;\n" ::"r"(half + 1) : "memory");
+    named_barrier<128>(half + 1);
 }
 
 /* acc [16 x 16] += row block `block` of a lower triangular [64, 64] times columns [col, col + 16)

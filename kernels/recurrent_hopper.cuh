@@ -76,7 +76,7 @@ template <bool DELTA> struct walk_shared {
 
 [[maybe_unused]] __device__ __forceinline__ void group_barrier()
 {
-    asm volatile("bar.sync 1, 128;\n" ::: "memory");
+    named_barrier<128>(1);
 }
 
 /* What all three have in common. */
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(WALK_THREADS, 1)
             barrier_init(&m.u_ready[i], 128);
             barrier_init(&m.done[i], 128);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+        barriers_publish();
     }
     __syncthreads();
     int group = warpgroup();

@@ -38,9 +38,7 @@ template <bool ALIGNED> __device__ __forceinline__ uint4 load_w8(const bf16 *p, 
         return load_x8<false>(p, n);
     uint4 v = make_uint4(0, 0, 0, 0);
     if (n > 0)
-        asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "l"(p));
+        load_once(v, p);
     return v;
 }
 

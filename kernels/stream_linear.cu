@@ -55,35 +55,6 @@ template <int NT, int STAGES> struct stream_shared {
     uint8_t owner[MAX_TOKENS]; /* the block of the cluster that has the token's adapter; NOBODY */
 };
 
-/* --- Clusters ----------------------------------------------------------------------------- */
-
-__device__ __forceinline__ void cluster_sync()
-{
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;\n" ::
-                     : "memory");
-#endif
-}
-
-/* Four numbers at `p`, an address of this block's shared memory, in that of another of the cluster.
- */
-__device__ __forceinline__ float4 load_from(const float *p, int rank)
-{
-    float4 v = make_float4(0, 0, 0, 0);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;\n"
-                 : "=r"(there)
-                 : "r"(shared_address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];\n"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(there)
-                 : "memory");
-#endif
-    return v;
-}
-
 /* --- W and x ------------------------------------------------------------------------------ */
 
 /* What a block works on. */
@@ -94,13 +65,6 @@ struct place {
     int share, n_shares;
     int first_step, n_steps;
 };
-
-__device__ __forceinline__ void copy16_stream(void *dst, const void *src, bool valid)
-{
-    asm volatile(
-        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)),
-        "l"(src), "r"(valid ? 16 : 0));
-}
 
 template <int NT, int STAGES>
 __device__ __forceinline__ void load_w(stream_shared<NT, STAGES> &m, const qv_k_linear_args &c,

@@ -1,5 +1,5 @@
-/* What kernels on the tensor cores share: fragments of mma.sync m16n8k16 in BF16, tiles of shared
- * memory that ldmatrix reads without bank conflicts, asynchronous copies, and small reductions.
+/* What kernels on the tensor cores share: fragments of mma() in BF16, tiles of shared memory that
+ * ldmatrix reads without bank conflicts, and small reductions.
  *
  * A tile is [rows][COLS] of BF16 with COLS 32, 64 or 128, rows unpadded; pieces of 16 bytes are
  * permuted within each row so that eight rows of one column of pieces fall into different banks.
@@ -10,10 +10,7 @@
 #ifndef QV_KERNELS_TENSOR_CORE_CUH
 #define QV_KERNELS_TENSOR_CORE_CUH
 
-#include <cuda_bf16.h>
-#include <stdint.h>
-
-typedef __nv_bfloat16 bf16;
+#include "kernels/ptx.cuh"
 
 /* --- Tiles -------------------------------------------------------------------------------- */
 
@@ -30,43 +27,7 @@ template <int COLS> __device__ __forceinline__ int tile_at(int row, int col)
     return row * COLS + (piece << 3) + (col & 7);
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *p)
-{
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-/* 16 bytes to shared memory; zeros where `valid` is false (the address is not read then). */
-__device__ __forceinline__ void copy16(void *dst, const void *src, bool valid)
-{
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(dst)),
-                 "l"(src), "r"(valid ? 16 : 0));
-}
-
-__device__ __forceinline__ void copies_commit()
-{
-    asm volatile("cp.async.commit_group;\n" ::);
-}
-
-template <int N> __device__ __forceinline__ void copies_wait()
-{
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(N));
-}
-
 /* --- Fragments ---------------------------------------------------------------------------- */
-
-__device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const bf16 *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p)));
-}
-
-__device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], const bf16 *p)
-{
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(p)));
-}
 
 /* A [16 x 16] at (row, col) of a tile stored [m][k]. */
 template <int COLS>
@@ -100,15 +61,6 @@ __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], const bf16 *tile,
 {
     int lane = threadIdx.x & 31;
     ldmatrix4_trans(b, tile + tile_at<COLS>(k + (lane & 15), n + (lane >> 4) * 8));
-}
-
-/* c += a b */
-__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
-{
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /* --- Numbers ------------------------------------------------------------------------------ */

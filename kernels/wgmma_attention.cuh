@@ -2,25 +2,12 @@
  *
  * S = Q K^T: both operands in shared memory, each row's numbers beside each other (K-major).
  * O += P V: P in registers, in the layout of mma()'s A fragment (warp w of the warpgroup has rows
- * 16 w ..), V [keys][64] tiles as loaded, so the summed index is the row ("MN-major").
- *
- * V's descriptor. With a swizzle of 128 bytes the unit of an MN-major operand is 8 rows (keys) of
- * 64 columns, 1024 bytes, in the arrangement of tile_at<64>. From unit to unit along the keys is
- * the stride offset: 1024, since a tile's rows follow each other. From unit to unit along the
- * columns is the leading offset: the size of a tile [KEYS][64]. An instruction reads 16 keys; the
- * next 16 are 2048 bytes further on.
+ * 16 w ..), V [keys][64] tiles as loaded, so the summed index is the row: wgmma_values_tile().
  */
 #ifndef QV_KERNELS_WGMMA_ATTENTION_CUH
 #define QV_KERNELS_WGMMA_ATTENTION_CUH
 
 #include "kernels/wgmma.cuh"
-
-/* Tiles [rows][64] side by side, `tile_bytes` each, as the B of wgmma_values. */
-__device__ __forceinline__ uint64_t wgmma_values_tile(const bf16 *tile, int tile_bytes)
-{
-    const uint64_t leading = (uint64_t)tile_bytes >> 4, stride = 1024 >> 4;
-    return (shared_address(tile) & 0x3ffff) >> 4 | leading << 16 | stride << 32 | (uint64_t)1 << 62;
-}
 
 /* The compiler keeps what it does to the registers of a product in flight on its side of this. */
 template <int N> __device__ __forceinline__ void wgmma_hold(float (&d)[N])

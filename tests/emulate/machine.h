@@ -69,6 +69,10 @@ int cluster_rank(), cluster_size();
  * ordered among each other. Those that are left run when the threads of the cluster have ended. */
 void later(std::function<void()> action);
 
+/* Called for a thread that has ended and whose `device` is set, while it is still current. Defined in
+ * thread_state.cc. */
+void thread_ended(thread *t);
+
 /* Whether something that may happen either way shall happen now: one of `n` draws says yes. */
 bool chance(unsigned n);
 

@@ -1,0 +1,55 @@
+/* BF16 numbers of the toolkit's cuda_bf16.h, as far as kernels use them, with the rounding of the
+ * device: to nearest even, and any NaN becomes 0x7fff.
+ */
+#ifndef QV_EMULATE_CUDA_BF16_H
+#define QV_EMULATE_CUDA_BF16_H
+
+#include <stdint.h>
+#include <string.h>
+
+struct __nv_bfloat16 {
+    uint16_t bits;
+};
+
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x)
+{
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+inline __nv_bfloat16 __float2bfloat16(float f)
+{
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return {0x7fff};
+    return {(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline __nv_bfloat16 __float2bfloat16_rn(float f)
+{
+    return __float2bfloat16(f);
+}
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y)
+{
+    return {__float2bfloat16(x), __float2bfloat16(y)};
+}
+
+inline float __low2float(__nv_bfloat162 v)
+{
+    return __bfloat162float(v.x);
+}
+
+inline float __high2float(__nv_bfloat162 v)
+{
+    return __bfloat162float(v.y);
+}
+
+#endif

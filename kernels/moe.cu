@@ -683,11 +683,11 @@ qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const vo
     int threads = wide && d / 8 < 256 ? (int)((d / 8 + 31) / 32 * 32) : 256;
     cudaStream_t on = (cudaStream_t)stream;
     if (y_f32)
-        combine_kernel<<<list->n_tokens, threads, bytes, on>>>(
+        combine_kernel<float><<<list->n_tokens, threads, bytes, on>>>(
             *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, more,
             (float *)y, y_stride, d, wide);
     else
-        combine_kernel<<<list->n_tokens, threads, bytes, on>>>(
+        combine_kernel<bf16><<<list->n_tokens, threads, bytes, on>>>(
             *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, more,
             (bf16 *)y, y_stride, d, wide);
     return qv_k_check_launch("moe_combine");

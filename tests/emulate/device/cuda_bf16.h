@@ -9,6 +9,15 @@
 
 struct __nv_bfloat16 {
     uint16_t bits;
+
+    __nv_bfloat16() = default;
+    __nv_bfloat16(float f)
+    {
+        uint32_t word;
+        memcpy(&word, &f, sizeof word);
+        bool is_nan = (word & 0x7fffffff) > 0x7f800000;
+        bits = is_nan ? 0x7fff : (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+    }
 };
 
 struct alignas(4) __nv_bfloat162 {
@@ -17,19 +26,15 @@ struct alignas(4) __nv_bfloat162 {
 
 inline float __bfloat162float(__nv_bfloat16 x)
 {
-    uint32_t bits = (uint32_t)x.bits << 16;
+    uint32_t word = (uint32_t)x.bits << 16;
     float f;
-    memcpy(&f, &bits, sizeof f);
+    memcpy(&f, &word, sizeof f);
     return f;
 }
 
 inline __nv_bfloat16 __float2bfloat16(float f)
 {
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return {0x7fff};
-    return {(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+    return __nv_bfloat16(f);
 }
 
 inline __nv_bfloat16 __float2bfloat16_rn(float f)

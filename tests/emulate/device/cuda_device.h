@@ -8,15 +8,40 @@
 #include "tests/emulate/machine.h"
 
 #include <cuda_runtime.h>
+#include <functional>
 #include <math.h>
+#include <memory>
 #include <stdint.h>
 #include <string.h>
+#include <tuple>
 
-#define threadIdx (emu::current->thread_idx)
-#define blockIdx  (emu::current->block_idx)
-#define blockDim  (emu::current->block_dim)
-#define gridDim   (emu::current->grid_dim)
+/* Behind the headers of C++, which have it between brackets. */
+#undef __noinline__
+#define __noinline__ [[gnu::noinline]]
 
+namespace emu
+{
+
+/* One number of where the running thread is; a variable, since structs have fields of these names. */
+template <auto VECTOR, auto AXIS> struct position_axis {
+    operator unsigned() const
+    {
+        return current->*VECTOR.*AXIS;
+    }
+};
+
+template <auto VECTOR, typename T> struct position {
+    position_axis<VECTOR, &T::x> x;
+    position_axis<VECTOR, &T::y> y;
+    position_axis<VECTOR, &T::z> z;
+};
+
+} // namespace emu
+
+constexpr emu::position<&emu::thread::thread_idx, uint3> threadIdx{};
+constexpr emu::position<&emu::thread::block_idx, uint3> blockIdx{};
+constexpr emu::position<&emu::thread::block_dim, dim3> blockDim{};
+constexpr emu::position<&emu::thread::grid_dim, dim3> gridDim{};
 constexpr int warpSize = 32;
 
 /* --- Barriers and fences ------------------------------------------------------------------ */
@@ -345,6 +370,14 @@ inline float __logf(float x)
 inline float rsqrtf(float x)
 {
     return 1.0f / sqrtf(x);
+}
+
+/* Of pi x. */
+inline void sincospif(float x, float *sine, float *cosine)
+{
+    double angle = M_PI * remainder((double)x, 2);
+    *sine = (float)sin(angle);
+    *cosine = (float)cos(angle);
 }
 
 /* Mixed integers meet as in an expression; floats with NaN give the other one. */

@@ -1,13 +1,27 @@
-# The CUDA backend: QV_CUDA ON, OFF, or AUTO (the default), which is ON where nvcc is found: on the
+# The CUDA backend: QV_CUDA ON, OFF, EMULATED (tests/emulate: for the CPU, with the toolkit's headers
+# and nothing else of it), or AUTO (the default), which is ON where nvcc is found: on the
 # PATH, under CUDA_HOME or /usr/local/cuda, or in the environment that tools/install_deps.sh --cuda
 # makes. Decides, and enables the language. Architectures: machine code for 8.0 (which later 8.x
 # run), for 9.0 with its own instructions, and PTX of 8.0 that the driver compiles for anything later.
-set(QV_CUDA AUTO CACHE STRING "Build the CUDA backend: ON, OFF or AUTO (when nvcc is found)")
+set(QV_CUDA AUTO CACHE STRING "Build the CUDA backend: ON, OFF, EMULATED or AUTO (when nvcc is found)")
 set(QV_CUDA_ROOT "" CACHE PATH "A CUDA toolkit, to be used before any other")
 
 find_program(QV_NVCC nvcc
   HINTS ${QV_CUDA_ROOT}/bin $ENV{CUDA_HOME}/bin /usr/local/cuda/bin ${PROJECT_SOURCE_DIR}/.cuda/bin
   DOC "CUDA compiler")
+set(QV_EMULATED OFF)
+if(QV_CUDA STREQUAL "EMULATED")
+  get_filename_component(nvcc_bin "${QV_NVCC}" DIRECTORY)
+  find_path(QV_CUDA_INCLUDE cublasLt.h HINTS ${nvcc_bin}/../include
+    DOC "Headers of a CUDA toolkit" REQUIRED)
+  set(QV_EMULATED ON)
+  set(QV_WITH_CUDA ON)
+  set(QV_CUDART qv_emulate) # what the backend links
+  set(QV_CUBLASLT qv_emulate)
+  enable_language(CXX)
+  message(STATUS "CUDA emulated on the CPU, with headers from ${QV_CUDA_INCLUDE}")
+  return()
+endif()
 set(with_cuda ${QV_CUDA})
 if(QV_CUDA STREQUAL "AUTO")
   set(with_cuda OFF)
@@ -36,4 +50,6 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 set(CUDAToolkit_ROOT ${cuda_root})
 find_package(CUDAToolkit 12.8 REQUIRED)
+set(QV_CUDART CUDA::cudart_static)
+set(QV_CUBLASLT CUDA::cublasLt)
 message(STATUS "CUDA ${CUDAToolkit_VERSION} for ${CMAKE_CUDA_ARCHITECTURES}")

@@ -64,7 +64,7 @@ float dot(const float *a, const float *b, uint64_t n)
     float sums[STEP] = {}, sum = 0;
     for (uint64_t k = 0; k < n; k += STEP)
         for (uint64_t i = 0; i < STEP; i++)
-            sums[i] += a[k + i] * b[k + i];
+            sums[i] = __builtin_fmaf(a[k + i], b[k + i], sums[i]);
     for (float s : sums)
         sum += s;
     return sum;

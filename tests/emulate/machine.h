@@ -58,15 +58,15 @@ void cluster_arrive();
 void cluster_wait();
 
 /* Shared memory of this block, aligned to 1024 bytes. PTX's 32-bit shared addresses are offsets into
- * it. It starts with what the launch asked for, then come the static variables. */
+ * it; what the launch asked for and the static variables lie somewhere in it. */
 char *shared_memory();
 size_t shared_size();
 char *shared_memory_of(int rank); /* of a block of this cluster */
 int cluster_rank(), cluster_size();
 
 /* An asynchronous action of the current block (a copy that lands): runs at once or at any later
- * moment, at the latest when no thread of the launch can go on otherwise. Actions are not
- * ordered among each other. Those that are left run when the threads of the cluster have ended. */
+ * moment, at the latest when no thread of the launch can go on otherwise; `current` is anybody then,
+ * or NULL. Actions are not ordered among each other. Those that are left run when the threads of the cluster have ended. */
 void later(std::function<void()> action);
 
 /* Called for a thread that has ended and whose `device` is set, while it is still current. Defined in

@@ -67,7 +67,7 @@ void multiply_all(void **lanes, void *)
     for (int row = 0; row < 16; row++)
         for (int k = 0; k < 16; k++)
             for (int col = 0; col < 8; col++)
-                c[row][col] += a[row][k] * b[k][col];
+                c[row][col] = __builtin_fmaf(a[row][k], b[k][col], c[row][col]);
     for (int lane = 0; lane < 32; lane++) {
         const tile_product &p = *(const tile_product *)lanes[lane];
         int g = lane / 4, t2 = lane % 4 * 2;

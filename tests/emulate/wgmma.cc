@@ -113,7 +113,7 @@ void multiply_matrices(matrices &m, int n)
             memcpy(sums, &m.d[row][col], sizeof sums);
             for (int k = 0; k < DEPTH; k++)
                 for (int j = 0; j < 16; j++)
-                    sums[j] += m.a[row][k] * m.b[k][col + j];
+                    sums[j] = __builtin_fmaf(m.a[row][k], m.b[k][col + j], sums[j]);
             memcpy(&m.d[row][col], sums, sizeof sums);
         }
 }

@@ -39,6 +39,8 @@ void need_all(void **lanes, const char *what)
             fail("%s without lane %d of the warp", what, lane);
 }
 
+typedef float eight __attribute__((vector_size(32)));
+
 struct tile_product {
     float *c;
     const uint32_t *a;
@@ -48,7 +50,8 @@ struct tile_product {
 void multiply_all(void **lanes, void *)
 {
     need_all(lanes, "mma");
-    float a[16][16], b[16][8], c[16][8];
+    float a[16][16];
+    eight b[16], c[16]; /* by rows */
     for (int lane = 0; lane < 32; lane++) {
         const tile_product &p = *(const tile_product *)lanes[lane];
         int g = lane / 4, t2 = lane % 4 * 2;
@@ -64,10 +67,12 @@ void multiply_all(void **lanes, void *)
         for (int i = 0; i < 4; i++)
             c[g + i / 2 * 8][t2 + i % 2] = p.c[i];
     }
-    for (int row = 0; row < 16; row++)
+    for (int row = 0; row < 16; row++) {
+        eight sums = c[row];
         for (int k = 0; k < 16; k++)
-            for (int col = 0; col < 8; col++)
-                c[row][col] = __builtin_fmaf(a[row][k], b[k][col], c[row][col]);
+            sums += a[row][k] * b[k]; /* exact products */
+        c[row] = sums;
+    }
     for (int lane = 0; lane < 32; lane++) {
         const tile_product &p = *(const tile_product *)lanes[lane];
         int g = lane / 4, t2 = lane % 4 * 2;

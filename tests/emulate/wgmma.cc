@@ -76,7 +76,7 @@ void read_operand(uint64_t descriptor, bool by_columns, int n, float *m, int row
 
 typedef thread_state::pending pending;
 
-struct matrices {
+struct alignas(64) matrices {
     float a[ROWS][DEPTH], b[DEPTH][MAX_COLS], d[ROWS][MAX_COLS];
 };
 
@@ -104,17 +104,27 @@ void read_a_registers(void **threads, size_t i, matrices &m)
     }
 }
 
-/* d [64 x n] += a b, 16 columns of a row at a time, which stay in registers. */
+typedef float sixteen __attribute__((vector_size(64)));
+
+sixteen &at(float *p)
+{
+    return *reinterpret_cast<sixteen *>(p);
+}
+
+/* d [64 x n] += a b, by 4 rows of 16 columns, which stay in registers. The products of BF16 numbers
+ * are exact. */
 void multiply_matrices(matrices &m, int n)
 {
-    for (int row = 0; row < ROWS; row++)
+    for (int row = 0; row < ROWS; row += 4)
         for (int col = 0; col < n; col += 16) {
-            float sums[16];
-            memcpy(sums, &m.d[row][col], sizeof sums);
+            sixteen sums[4];
+            for (int i = 0; i < 4; i++)
+                sums[i] = at(&m.d[row + i][col]);
             for (int k = 0; k < DEPTH; k++)
-                for (int j = 0; j < 16; j++)
-                    sums[j] = __builtin_fmaf(m.a[row][k], m.b[k][col + j], sums[j]);
-            memcpy(&m.d[row][col], sums, sizeof sums);
+                for (int i = 0; i < 4; i++)
+                    sums[i] += m.a[row + i][k] * at(&m.b[k][col]);
+            for (int i = 0; i < 4; i++)
+                at(&m.d[row + i][col]) = sums[i];
         }
 }
 

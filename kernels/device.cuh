@@ -16,6 +16,9 @@ extern "C" qv_status qv_k_check_launch(const char *name);
 /* Whether the device of the process is of compute capability 9, which has wgmma. */
 extern "C" bool qv_k_is_hopper(void);
 
+/* Whether it knows dependent launches; others refuse the attribute that asks for one. */
+extern "C" bool qv_k_starts_early(void);
+
 /* Eight BF16 numbers as one 16-byte access. */
 struct __align__(16) bf16x8
 {

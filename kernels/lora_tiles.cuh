@@ -39,7 +39,6 @@ template <typename... Parameters, typename... Arguments>
 void launch_behind(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
                    cudaStream_t stream, Arguments... arguments)
 {
-    int device = 0, major = 0;
     cudaLaunchAttribute attribute;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
@@ -49,9 +48,7 @@ void launch_behind(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
     config.attrs = &attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    if (cudaGetDevice(&device) == cudaSuccess &&
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess)
-        config.numAttrs = major >= 9;
+    config.numAttrs = qv_k_starts_early();
     cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

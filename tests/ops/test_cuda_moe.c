@@ -1,10 +1,7 @@
 /* Routed experts on CUDA against the CPU, op by op: router, list, grouped GEMM, adapters, weighted
  * sum.
  */
-#include "tests/ops/moe_test.h"
-#include "tests/ops/pair.h"
-
-#define N_SLOTS 4
+#include "tests/ops/moe_pair.h"
 
 /* --- Router ------------------------------------------------------------------------------- */
 
@@ -62,33 +59,6 @@ Test(cuda_moe, router_agrees_with_the_cpu, .timeout = 60)
 
 /* --- Lists -------------------------------------------------------------------------------- */
 
-typedef struct {
-    qv_moe_list list[2];
-    both_memory ids, start, slot;
-} lists;
-
-static lists route_both(pair *p, const int32_t *ids, int32_t n_experts, int32_t first,
-                        int32_t top_k, int32_t n, int32_t n_segs, const int32_t *start,
-                        const int32_t *slot)
-{
-    lists l;
-    size_t bytes = qv_moe_list_bytes(n_experts, top_k, n);
-    char *garbage = must(malloc(bytes));
-    memset(garbage, 0xA5, bytes);
-    both_memory m = upload_both(p, garbage, bytes);
-    l.ids = upload_both(p, ids, (size_t)(n * top_k) * 4);
-    l.start = upload_both(p, start, (size_t)(n_segs + 1) * 4);
-    l.slot = upload_both(p, slot, (size_t)n_segs * 4);
-    for (int side = 0; side < 2; side++) {
-        PASS(qv_moe_list_init(&l.list[side], n_experts, top_k, n, m.at[side]));
-        l.list[side].first_expert = first;
-        PASS(qv_op_moe_route(p->be[side], qv_tensor_2d(l.ids.at[side], QV_I32, n, top_k), n_segs,
-                             l.start.at[side], l.slot.at[side], &l.list[side]));
-    }
-    free(garbage);
-    return l;
-}
-
 static void check_list(pair *p, const char *what, const lists *l)
 {
     const qv_moe_list *c = &l->list[CPU], *g = &l->list[GPU];
@@ -130,16 +100,6 @@ Test(cuda_moe, lists_are_the_cpus, .timeout = 60)
 }
 
 /* --- Grouped GEMM and weighted sum -------------------------------------------------------- */
-
-static void load_both(pair *p, qv_rng *rng, int64_t n_experts, int64_t n_out, int64_t n_in,
-                      qv_weight *w[2])
-{
-    float *values = random_floats(rng, n_experts * n_out * n_in, 1.7f / sqrtf((float)n_in));
-    round_to_bf16(values, n_experts * n_out * n_in);
-    for (int side = 0; side < 2; side++)
-        w[side] = load_experts(p->be[side], values, n_experts, n_out, n_in, QV_BF16);
-    free(values);
-}
 
 static const qv_moe_shape more_shapes[] = {{"tiles", 4, 2, 264, 136, true},
                                            {"crowded", 2, 1, 128, 72, false}};
@@ -244,97 +204,6 @@ Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 1
 
 /* --- Adapters ----------------------------------------------------------------------------- */
 
-/* One projection's site on both sides: what slots hold is made by `add_part`. */
-typedef struct {
-    qv_moe_lora_site site[2];
-    qv_moe_lora_slot slots[2][N_SLOTS];
-    both_memory slot_memory;
-    int64_t slice_start[3];
-    uint8_t active[N_SLOTS];
-} part_pool;
-
-static part_pool *new_pool(pair *p, const qv_moe_shape *s, bool up, int32_t max_rank)
-{
-    part_pool *l = must(calloc(1, sizeof *l));
-    int32_t n_slices = up && s->gated ? 2 : 1;
-    l->slice_start[1] = up ? s->ffn : s->d;
-    l->slice_start[2] = 2 * s->ffn;
-    l->slot_memory = alloc_both(p, sizeof l->slots[0], sizeof l->slots[0]);
-    for (int side = 0; side < 2; side++)
-        l->site[side] = (qv_moe_lora_site){.n_in = up ? s->d : s->ffn,
-                                           .n_out = l->slice_start[n_slices],
-                                           .n_experts = s->n_experts,
-                                           .n_slices = n_slices,
-                                           .n_slots = N_SLOTS,
-                                           .max_rank = max_rank,
-                                           .dtype = QV_BF16,
-                                           .slice_start = l->slice_start,
-                                           .slots = l->slot_memory.at[side],
-                                           .slot_active = l->active};
-    return l;
-}
-
-/* A slot of `rank`, planes `spacing` apart, NaN above the rank; experts that are multiples of
- * `missing` have none. */
-static void add_part(pair *p, part_pool *l, qv_rng *rng, int32_t slot, int32_t rank,
-                     int32_t spacing, bool a_shared, bool b_shared, int32_t missing)
-{
-    const qv_moe_lora_site *s = &l->site[CPU];
-    int64_t n_a = a_shared ? 1 : s->n_experts, n_b = b_shared ? 1 : s->n_experts;
-    float *a = random_floats(rng, n_a * s->n_slices * spacing * s->n_in, 1 / sqrtf((float)s->n_in));
-    float *b = random_floats(rng, n_b * spacing * s->n_out, 1);
-    for (int64_t i = 0; i < n_a * s->n_slices * spacing; i++)
-        for (int64_t k = 0; i % spacing >= rank && k < s->n_in; k++)
-            a[i * s->n_in + k] = NAN;
-    for (int64_t i = 0; i < n_b * spacing; i++)
-        for (int64_t k = 0; i % spacing >= rank && k < s->n_out; k++)
-            b[i * s->n_out + k] = NAN;
-    qv_lora_slice *slices = must(calloc((size_t)(s->n_experts * s->n_slices), sizeof *slices));
-    for (int32_t i = 0; i < s->n_experts * s->n_slices; i++)
-        slices[i] = (qv_lora_slice){.plane = i % s->n_slices,
-                                    .rank = missing && i / s->n_slices % missing == 0 ? 0 : rank,
-                                    .scale = 0.5f + (float)(i % s->n_slices)};
-    both ta = tensor_both(p, a, QV_BF16, QV_BF16, n_a * s->n_slices * spacing, s->n_in, 1);
-    both tb = tensor_both(p, b, QV_BF16, QV_BF16, n_b * spacing, s->n_out, 1);
-    both_memory ts = upload_both(p, slices, (size_t)(s->n_experts * s->n_slices) * sizeof *slices);
-    for (int side = 0; side < 2; side++)
-        l->slots[side][slot] = (qv_moe_lora_slot){.a = ta.t[side].data,
-                                                  .b = tb.t[side].data,
-                                                  .slices = ts.at[side],
-                                                  .max_rank = spacing,
-                                                  .a_shared = a_shared,
-                                                  .b_shared = b_shared};
-    l->active[slot] = 1;
-    free(a);
-    free(b);
-    free(slices);
-}
-
-static void upload_slots(pair *p, part_pool *l)
-{
-    for (int side = 0; side < 2; side++)
-        PASS(qv_backend_upload(p->be[side], l->slot_memory.at[side], l->slots[side],
-                               sizeof l->slots[side]));
-}
-
-/* Three adapters of different forms, base tokens, and a slot without experts: A of the
- * up-projection and B of the down-projection shared or not, and the other way round, which nothing
- * forbids. */
-static const struct {
-    int32_t rank, spacing, missing;
-    bool up_a, up_b, down_a, down_b;
-} forms[][3] = {
-    {{7, 16, 0, false, false, false, false},
-     {16, 16, 3, false, false, false, false},
-     {1, 4, 0, false, false, false, false}},
-    {{7, 9, 0, true, false, false, true},
-     {16, 16, 2, false, false, false, false},
-     {1, 1, 0, true, false, false, true}},
-    {{40, 48, 0, true, true, true, true},
-     {33, 33, 0, false, true, true, false},
-     {48, 48, 0, true, false, false, true}},
-};
-
 static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
 {
     pair *p = open_pair();
@@ -347,16 +216,7 @@ static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
     const int32_t slot[] = {-1, 0, 1, 2, 1, 3};
     lists l = route_both(p, ids, s->n_experts, 0, s->top_k, n, 6, start, slot);
     part_pool *up = new_pool(p, s, true, max_rank), *down = new_pool(p, s, false, max_rank);
-    for (int i = 0; i < 3; i++) {
-        add_part(p, up, &rng, i, forms[form][i].rank, forms[form][i].spacing, forms[form][i].up_a,
-                 forms[form][i].up_b,
-                 forms[form][i].up_a || forms[form][i].up_b ? 0 : forms[form][i].missing);
-        add_part(p, down, &rng, i, forms[form][i].rank, forms[form][i].spacing,
-                 forms[form][i].down_a, forms[form][i].down_b,
-                 forms[form][i].down_a || forms[form][i].down_b ? 0 : forms[form][i].missing);
-    }
-    upload_slots(p, up);
-    upload_slots(p, down);
+    add_form(p, up, down, &rng, form);
     both x = random_act(p, &rng, n, s->d, 1), h = random_act(p, &rng, n_pairs, n_up, 1);
     both a = random_act(p, &rng, n_pairs, s->ffn, 1), o = random_act(p, &rng, n_pairs, s->d, 1);
     both weights = random_f32(p, &rng, n, s->top_k, 1), y = nan_act(p, n, s->d);

@@ -41,7 +41,7 @@ static inline qv_status pages_map(const char *name, const qv_k_attention_args &c
 
 /* Prefill: the sequence of tile number `tile`, and which of its tiles; -1 when there are fewer. A
  * token is `per_token` rows, a tile is ROWS of them, of one sequence. Sequences with one token are
- * decode's. One warp's work. */
+ * decode's, unless there is one form. One warp's work. */
 template <int ROWS>
 __device__ __forceinline__ int find_tile(const qv_k_attention_args &c, int per_token, int tile,
                                          int *in_seq)
@@ -51,7 +51,7 @@ __device__ __forceinline__ int find_tile(const qv_k_attention_args &c, int per_t
         int seq = first + lane, n = 0;
         if (seq < c.n_seqs) {
             int tokens = c.seq_start[seq + 1] - c.seq_start[seq];
-            n = tokens > 1 ? (tokens * per_token + ROWS - 1) / ROWS : 0;
+            n = tokens > 1 || c.one_form ? (tokens * per_token + ROWS - 1) / ROWS : 0;
         }
         int upto = n; /* tiles of this lane's sequence and of those before it in the group */
 #pragma unroll

@@ -186,9 +186,9 @@ qv_status qv_k_attention(const qv_k_attention_args *c, void *stream)
 {
     cudaStream_t s = (cudaStream_t)stream;
     bool large = has_large_blocks();
-    if (c->n_tokens > 0 && c->n_seqs > 0)
+    if (c->n_tokens > 0 && c->n_seqs > 0 && !c->one_form)
         QV_TRY(qv_k_attention_decode(c, large, stream));
-    if (c->max_seq_tokens <= 1)
+    if (c->max_seq_tokens <= 1 && !c->one_form)
         return QV_OK;
     if (has_boxes(*c))
         return qv_k_attention_hopper(c, stream);

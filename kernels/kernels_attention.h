@@ -24,16 +24,16 @@ typedef struct {
                          * alone, so that a recorded launch serves all contexts */
     void *scratch;      /* of qv_k_attention_scratch bytes; of decode */
     uint32_t *counters; /* [n_seqs * n_kv_heads], all 0, and 0 again afterwards */
+    uint8_t one_form;   /* 1: single tokens by the prefill kernel as well, so that what a token gets
+                         * depends on its position and its context alone; no scratch, no counters */
 } qv_k_attention_args;
 
 /* How many pieces of a context decode works on at once: enough to fill the device with this batch.
- * With a fixed number instead, where a context is cut depends on its length alone, and what a token
- * gets on nothing else in the batch; 32 is what one sequence needs to fill a device. */
-#define QV_K_ATTENTION_FIXED_SPLITS 32
+ */
 int32_t qv_k_attention_splits(int32_t n_seqs, int32_t n_kv_heads, int32_t n_sms);
 size_t qv_k_attention_scratch(int32_t n_seqs, int32_t n_heads, int32_t head_dim, int32_t n_splits);
 
-/* Sequences with one token in this step by the decode kernel, the others by the prefill kernel;
+/* Sequences with one token in this step by the decode kernel, all others by the prefill kernel;
  * head dims 64, 128 and 256 with up to 16 heads a KV head and rows on 16 bytes. */
 bool qv_k_attention_can(const qv_k_attention_args *args);
 qv_status qv_k_attention(const qv_k_attention_args *args, void *stream);

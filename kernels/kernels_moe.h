@@ -23,6 +23,7 @@ typedef struct {
     int32_t n_tokens, n_experts, top_k, n_groups, topk_groups;
     float scale;
     uint8_t sigmoid, normalize; /* sigmoid 0: softmax */
+    uint8_t one_form;           /* 1: the same kernel however many tokens there are */
 } qv_k_router_args;
 
 /* Errors: LIMIT (4096 experts, 256 groups), DEVICE. */
@@ -45,7 +46,8 @@ typedef struct {
     const int32_t *seg_start, *seg_slot;
     int32_t *expert_start, *pair, *place, *n_runs;
     qv_k_run *runs;
-    int32_t *work; /* [2 * (max(n_experts, n_tokens * top_k) + 1)] */
+    int32_t *work;    /* [2 * (max(n_experts, n_tokens * top_k) + 1)] */
+    uint8_t one_form; /* 1: a pair is summed in the same order however many there are */
 } qv_k_list;
 
 /* Make the list from ids [n_tokens, top_k]. Errors: LIMIT (2048 experts), DEVICE. */

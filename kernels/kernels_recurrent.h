@@ -22,6 +22,7 @@ typedef struct {
     const int32_t *pos;        /* [n_tokens] */
     const int32_t *seq_start;  /* [n_seqs + 1] */
     const int32_t *state_slot; /* [n_seqs] */
+    uint8_t one_form;          /* 1: token by token, however many a sequence has: gdn and ssd */
 } qv_k_steps;
 
 /* BF16 [tokens, heads, d]: element (t, h, i) at data[t * token + h * head + i]. */

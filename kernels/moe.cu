@@ -634,7 +634,8 @@ qv_status qv_k_router(const qv_k_router_args *args, void *stream)
         return qv_fail(QV_ERR_LIMIT, "router: %d experts in %d groups, but 4096 in %d are possible",
                        args->n_experts, args->n_groups, MAX_GROUPS);
     size_t bytes = (size_t)warps * 2 * args->n_experts * sizeof(float);
-    if (args->n_tokens <= 512 && args->n_groups == 1 && args->n_experts <= 1024) {
+    bool ranks = args->n_groups == 1 && args->n_experts <= 1024;
+    if (ranks && (args->n_tokens <= 512 || args->one_form)) {
         router_rank_kernel<<<args->n_tokens, 256, 2 * (size_t)(args->n_experts + 3) * sizeof(float),
                              (cudaStream_t)stream>>>(*args);
         return qv_k_check_launch("router");

@@ -569,7 +569,8 @@ void launch_many(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n
 } // namespace
 
 /* The tiled form above 32 pairs an expert: from there on a second pass over the weights would cost
- * more than the padding of tiles. */
+ * more than the padding of tiles. With one form, that for few pairs, pass after pass: it sums a
+ * pair in the same order whatever is beside it. */
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream)
 {
     const qv_k_moe_linear_args &c = *args;
@@ -583,6 +584,7 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
     bool tiles =
         aligned && y_columns(c) % 8 == 0 && c.y_stride % 8 == 0 && (uintptr_t)c.y % 16 == 0;
     bool near = (c.x_pairs ? n_pairs : list->n_tokens) * (c.x_stride / 8) <= UINT32_MAX;
+    tiles = tiles && !list->one_form;
     if (tiles && near && n_pairs > 2 * QV_K_MOE_TILE * n_active && qv_k_is_hopper()) {
         QV_TRY(launch_wide(*list, c, n_pairs, n_active, on));
     } else if (tiles && n_pairs > FEW_TOKENS * n_active) {

@@ -244,7 +244,7 @@ qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, c
         return QV_OK;
     /* Runs of hundreds of pairs: a prompt. */
     bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0;
-    bool many = n_pairs >= 32 * most_runs;
+    bool many = n_pairs >= 32 * most_runs && !list->one_form;
     int tile = many && aligned ? MANY_X : SHRINK_ROWS;
     unsigned blocks = (unsigned)(most_runs + (x_pairs ? 0 : list->n_tokens / tile + list->n_segs));
     int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;

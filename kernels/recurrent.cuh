@@ -793,7 +793,7 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
 inline bool has_chunks(const qv_k_steps &s)
 {
     int32_t most = s.max_seq_tokens > 0 ? s.max_seq_tokens : s.n_tokens;
-    return s.n_tokens > s.n_seqs && s.n_tokens > STEP_TOKENS && most > STEP_TOKENS;
+    return !s.one_form && s.n_tokens > s.n_seqs && s.n_tokens > STEP_TOKENS && most > STEP_TOKENS;
 }
 
 /* Whether shapes and strides allow copies of 16 bytes. */

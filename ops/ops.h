@@ -33,8 +33,10 @@ typedef struct {
     const char *name;       /* "cpu" (or "cuda" when built in) */
     int n_threads;          /* CPU: threads including the caller's; 0 = all cores */
     int device;             /* CUDA: ordinal */
-    bool deterministic;     /* CUDA: what is computed for a token depends on nothing else in the
-                             * batch, at the price of slower kernels */
+    bool deterministic;     /* CUDA: the bits of a token follow from its sequence and its adapter:
+                             * not from what else is in the batch, nor from how its sequence was
+                             * cut into steps. One form of every kernel, the price of which is
+                             * paid by long prompts above all; trials are left out */
     const char *gemm;       /* CPU: "exact" (ours, default when NULL) or "openblas" (float32 GEMM by
                              * OpenBLAS: whether a row is computed alone or with others may change its
                              * last bits, so the exactness rule does not hold) */

@@ -32,7 +32,7 @@ typedef struct {
     int64_t recorded;      /* CUDA: decode steps of up to so many sequences are recorded at start */
     const char *overlap;   /* "on", "off" or "auto" (NULL too): enqueue a step before the last one's
                             * results are read */
-    bool deterministic;    /* CUDA: the same bits whatever else is in the batch */
+    bool deterministic;    /* CUDA: a token's bits follow from its sequence and adapter alone */
     const char *devices;   /* "0,1": of the ranks; empty = the first tp */
     int64_t max_running;   /* sequences that hold pages and a state slot at once */
     int64_t max_waiting;   /* sequences queued in the engine; beyond it submit says BUSY */

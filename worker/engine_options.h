@@ -39,8 +39,9 @@
                   "without tp.",                                                                   \
                   .section = "Device"),                                                            \
         QV_OPTION(st, m.deterministic, FLAG, "deterministic", NULL, NULL,                          \
-                  "CUDA: decode gives the same bits whatever else is in the batch, with kernels "  \
-                  "that are slower for many answers at once.",                                     \
+                  "CUDA: a token's bits follow from its sequence and its adapter alone, whatever " \
+                  "else is in the batch and however a prompt is cut, as on CPUs. Slower, above "   \
+                  "all for prompts; --trials are left out.",                                       \
                   .section = "Device"),                                                            \
         QV_OPTION(st, m.trials, STRING, "trials", "NAMES", NULL,                                   \
                   "CUDA: kernels to be used that are right by their tests but that no device has " \

@@ -164,6 +164,8 @@ static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
     cuda->deterministic = options->deterministic;
     cuda->sums = read_sums(options->all_reduce);
     (void)qv_trials_read(options->trials, &cuda->trials); /* qv_backend_open has seen to them */
+    if (cuda->deterministic)
+        cuda->trials = 0; /* some are for few tokens, or for many */
     pthread_mutex_init(&cuda->lock, NULL);
     pthread_cond_init(&cuda->lane_free, NULL);
     qv_status status = open_parts(cuda);

@@ -99,8 +99,9 @@ static qv_status connect_events(qv_cuda_backend *cuda, struct qv_cuda_comm *c)
     return qv_comm_barrier(cuda->base.comm);
 }
 
-/* Which ways this group has. On one device the direct way is taken only when it is asked for by
- * name: kernels that wait for each other there must find room beside all others. */
+/* Which ways this group has; the direct one alone where tokens must get the same bits in any step,
+ * as it adds up in the order of ranks always. On one device the direct way is taken only when it is
+ * asked for by name: kernels that wait for each other there must find room beside all others. */
 static qv_status connect(qv_cuda_backend *cuda, struct qv_cuda_comm *c)
 {
     int devices[QV_MAX_RANKS];
@@ -121,8 +122,15 @@ static qv_status connect(qv_cuda_backend *cuda, struct qv_cuda_comm *c)
     if (shared)
         return direct ? QV_OK : connect_events(cuda, c);
     const qv_nccl *nccl;
-    if (direct && (cuda->sums == QV_CUDA_SUMS_DIRECT || qv_nccl_load(&nccl) != QV_OK))
+    bool alone = cuda->sums == QV_CUDA_SUMS_DIRECT || cuda->deterministic;
+    if (direct && (alone || qv_nccl_load(&nccl) != QV_OK))
         return QV_OK;
+    if (cuda->deterministic && n_ranks > 2)
+        return qv_fail(QV_ERR_UNSUPPORTED,
+                       "cuda: %d ranks cannot be deterministic through NCCL, which adds them up in "
+                       "an order that depends on how many tokens a step has; it takes devices that "
+                       "reach each other's memory, and an all-reduce that is not nccl",
+                       n_ranks);
     return connect_nccl(cuda, c);
 }
 

@@ -32,13 +32,14 @@ qv_status qv_cuda_attention(qv_backend *be, const qv_batch *batch, const qv_kv_l
         .max_context =
             batch->max_context ? batch->max_context : batch->page_stride * kv->page_tokens,
         .counters = cuda->counters,
+        .one_form = cuda->deterministic,
     };
     bool fits = (size_t)args.n_seqs * (size_t)args.n_kv_heads <= QV_CUDA_COUNTERS;
-    if (!fits || !qv_k_attention_can(&args))
+    if (!qv_k_attention_can(&args) || (!fits && !args.one_form))
         return qv_k_any_attention(&args, cuda->stream);
-    args.n_splits = cuda->deterministic
-                        ? QV_K_ATTENTION_FIXED_SPLITS
-                        : qv_k_attention_splits(args.n_seqs, args.n_kv_heads, cuda->n_sms);
+    if (args.one_form)
+        return qv_k_attention(&args, cuda->stream);
+    args.n_splits = qv_k_attention_splits(args.n_seqs, args.n_kv_heads, cuda->n_sms);
     size_t bytes = qv_k_attention_scratch(args.n_seqs, args.n_heads, args.head_dim, args.n_splits);
     QV_TRY(qv_cuda_scratch_require(cuda, bytes, &args.scratch));
     return qv_k_attention(&args, cuda->stream);

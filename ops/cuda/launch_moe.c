@@ -27,11 +27,12 @@ qv_status qv_cuda_router(qv_backend *be, const qv_router *router, qv_tensor logi
                              .topk_groups = router->topk_groups,
                              .scale = router->scale,
                              .sigmoid = router->kind == QV_ROUTER_SIGMOID,
-                             .normalize = router->normalize};
+                             .normalize = router->normalize,
+                             .one_form = qv_cuda(be)->deterministic};
     return qv_k_router(&args, qv_cuda(be)->stream);
 }
 
-static qv_k_list list_of(const qv_moe_list *list)
+static qv_k_list list_of(qv_backend *be, const qv_moe_list *list)
 {
     return (qv_k_list){.n_experts = list->n_experts,
                        .first_expert = list->first_expert,
@@ -45,19 +46,20 @@ static qv_k_list list_of(const qv_moe_list *list)
                        .place = list->place,
                        .n_runs = list->n_runs,
                        .runs = (qv_k_run *)list->runs,
-                       .work = (int32_t *)list->work};
+                       .work = (int32_t *)list->work,
+                       .one_form = qv_cuda(be)->deterministic};
 }
 
 qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
 {
-    qv_k_list l = list_of(list);
+    qv_k_list l = list_of(be, list);
     return qv_k_moe_route(ids.data, &l, qv_cuda(be)->stream);
 }
 
 static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                             qv_tensor x, qv_moe_rows rows, qv_k_moe_act act, qv_tensor y)
 {
-    qv_k_list l = list_of(list);
+    qv_k_list l = list_of(be, list);
     if (w->dtype != QV_BF16)
         return qv_fail(QV_ERR_UNSUPPORTED, "moe_linear: on CUDA experts are BF16, not %s",
                        qv_dtype_name(w->dtype));
@@ -82,7 +84,8 @@ qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_li
 
 /* At once, but for SwiGLU of many pairs, where the gates hold up the next tile for longer than a
  * pass of its own takes (35B, 8192 tokens: 842 us a layer at once, 733 by two), and where the
- * halves of a row would be summed in another order than the whole. */
+ * halves of a row would be summed in another order than the whole. When deterministic, the number
+ * of pairs decides nothing. */
 qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                  qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
                                  qv_tensor y)
@@ -90,7 +93,8 @@ qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_mo
     int64_t f = y.shape[1], n_pairs = (int64_t)list->n_tokens * list->top_k;
     if (act == QV_MOE_RELU2)
         return run_linear(be, w, list, x, rows, QV_K_MOE_RELU2, y);
-    if (f % 8 == 0 && n_pairs <= 2 * QV_K_MOE_TILE * (int64_t)list->n_experts)
+    bool few = n_pairs <= 2 * QV_K_MOE_TILE * (int64_t)list->n_experts;
+    if (f % 8 == 0 && (few || qv_cuda(be)->deterministic))
         return run_linear(be, w, list, x, rows, QV_K_MOE_SWIGLU, y);
     QV_TRY(qv_cuda_moe_linear(be, w, list, x, rows, wide));
     return qv_cuda_swiglu(be, qv_tensor_cols(wide, 0, f), qv_tensor_cols(wide, f, f), y);
@@ -109,7 +113,7 @@ static qv_status site_of(const char *op, const qv_moe_lora_site *site, qv_k_moe_
 qv_status qv_cuda_moe_lora(qv_backend *be, const qv_moe_lora_site *site, const qv_moe_list *list,
                            qv_tensor x, qv_moe_rows rows, qv_tensor scratch, qv_tensor y)
 {
-    qv_k_list l = list_of(list);
+    qv_k_list l = list_of(be, list);
     qv_k_moe_lora_site s;
     QV_TRY(site_of("moe_lora", site, &s));
     return qv_k_moe_lora(&l, &s, x.data, x.stride[0], rows == QV_MOE_PAIRS, scratch.data, y.data,
@@ -120,7 +124,7 @@ static qv_status combine(qv_backend *be, const qv_moe_list *list, qv_tensor weig
                          const qv_moe_lora_site *site, qv_tensor scratch,
                          const qv_k_shared_rows *shared, qv_tensor y)
 {
-    qv_k_list l = list_of(list);
+    qv_k_list l = list_of(be, list);
     qv_k_moe_lora_site s;
     if (site)
         QV_TRY(site_of("moe_combine", site, &s));

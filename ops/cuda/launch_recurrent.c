@@ -2,14 +2,15 @@
 #include "kernels/kernels_recurrent.h"
 #include "ops/cuda/cuda.h"
 
-static qv_k_steps steps_of(const qv_batch *batch)
+static qv_k_steps steps_of(qv_backend *be, const qv_batch *batch)
 {
     return (qv_k_steps){.n_tokens = batch->n_tokens,
                         .n_seqs = batch->n_seqs,
                         .max_seq_tokens = batch->max_seq_tokens,
                         .pos = batch->pos,
                         .seq_start = batch->seq_start,
-                        .state_slot = batch->state_slot};
+                        .state_slot = batch->state_slot,
+                        .one_form = qv_cuda(be)->deterministic};
 }
 
 /* [T, heads, d] */
@@ -27,7 +28,7 @@ static qv_k_heads numbers_of(qv_tensor t)
 qv_status qv_cuda_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
                          qv_tensor bias, qv_tensor state, qv_tensor y)
 {
-    qv_k_steps steps = steps_of(batch);
+    qv_k_steps steps = steps_of(be, batch);
     qv_k_conv1d_args args = {.x = x.data,
                              .y = y.data,
                              .state = state.data,
@@ -49,7 +50,7 @@ static qv_status require_scratch(qv_cuda_backend *cuda, int32_t n_heads, void **
 qv_status qv_cuda_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    qv_k_steps steps = steps_of(batch);
+    qv_k_steps steps = steps_of(be, batch);
     qv_k_recurrent_args a = {
         .q = heads_of(args->q),
         .k = heads_of(args->k),
@@ -73,7 +74,7 @@ qv_status qv_cuda_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *
 qv_status qv_cuda_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    qv_k_steps steps = steps_of(batch);
+    qv_k_steps steps = steps_of(be, batch);
     qv_k_recurrent_args a = {
         .q = heads_of(args->c),
         .k = heads_of(args->b),

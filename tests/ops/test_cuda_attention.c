@@ -298,3 +298,36 @@ Test(cuda_attention, deterministic_bits_do_not_depend_on_the_batch)
         }
     close_duo(&d);
 }
+
+/* A sequence in one step, in steps of some tokens, and its last token alone, which decode would do:
+ * each token gets the same bits. */
+Test(cuda_attention, deterministic_bits_do_not_depend_on_how_a_sequence_is_cut)
+{
+    enum { N = 301 };
+    static const int32_t cuts[] = {1, 2, 7, 64, 130};
+    qv_backend_options options = {.name = "cuda", .deterministic = true};
+    duo d = open_duo(4);
+    qv_backend_close(d.dev);
+    PASS(qv_backend_open(&options, &d.dev));
+    static const qv_attention_shape shapes[] = {
+        {4, 2, 64, 16, 16}, {16, 4, 256, 64, 16}, {32, 2, 128, 0, 32}, {6, 2, 128, 0, 5}};
+    for (size_t i = 0; i < QV_ROWS(shapes); i++) {
+        const qv_attention_shape *s = &shapes[i];
+        int64_t row = s->n_heads * s->head_dim;
+        const member whole = {7, 0, N};
+        uint16_t *all = run_members(&d, s, &whole, 1, 0, 0);
+        for (size_t j = 0; j < QV_ROWS(cuts); j++)
+            for (int32_t before = cuts[j] > 7 ? 0 : N - 3 * cuts[j]; before < N;
+                 before += cuts[j]) {
+                int32_t now = N - before < cuts[j] ? N - before : cuts[j];
+                const member part = {7, before, now};
+                uint16_t *got = run_members(&d, s, &part, 1, 0, 0);
+                cr_assert(memcmp(got, all + before * row, (size_t)(now * row) * 2) == 0,
+                          "%d tokens after %d, heads of %lld: other bits than in one step", now,
+                          before, (long long)s->head_dim);
+                free(got);
+            }
+        free(all);
+    }
+    close_duo(&d);
+}

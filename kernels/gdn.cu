@@ -133,13 +133,12 @@ qv_status qv_k_gdn(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
     cudaStream_t on = (cudaStream_t)stream;
     bool chunks = fits_chunks(c) && has_chunks(s);
     int most = chunks ? STEP_TOKENS : INT32_MAX;
-    if (!chunks || s.n_seqs > 1 || s.n_tokens <= STEP_TOKENS) {
-        if (fits_chunks(c) && c.d_k == STEP_D && c.d_v == STEP_D)
-            gdn_step_kernel<<<dim3(STEP_D / 32, (unsigned)c.n_v_heads, (unsigned)s.n_seqs), 128, 0,
-                              on>>>(s, c, most);
-        else
-            QV_TRY(launch_any<true>("gdn", s, c, most, on));
-    }
+    /* Also beside chunks: counts are bounds, and a single sequence may be shorter than they say. */
+    if (fits_chunks(c) && c.d_k == STEP_D && c.d_v == STEP_D)
+        gdn_step_kernel<<<dim3(STEP_D / 32, (unsigned)c.n_v_heads, (unsigned)s.n_seqs), 128, 0,
+                          on>>>(s, c, most);
+    else
+        QV_TRY(launch_any<true>("gdn", s, c, most, on));
     if (chunks)
         QV_TRY(launch_chunks<true>("gdn", s, c, most, scratch, scratch_bytes, on));
     return qv_k_check_launch("gdn");

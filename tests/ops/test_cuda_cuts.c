@@ -1,5 +1,5 @@
 /* Layers with a state on CUDA: with `deterministic`, a token's bits do not depend on how sequences
- * are cut into steps, nor on whether others go along.
+ * are cut into steps, nor on whether others go along. And always, counts of a batch are bounds.
  */
 #include "tests/ops/pair.h"
 #include "tests/ops/steps.h"
@@ -172,4 +172,48 @@ Test(cuda_cuts, ssd_has_the_same_bits_however_it_is_cut, .timeout = 240)
     for (size_t i = 0; i < QV_ROWS(qv_ssd_shapes); i++)
         check_cuts(SSD, qv_ssd_shapes[i].n_groups, qv_ssd_shapes[i].n_heads,
                    qv_ssd_shapes[i].n_state, qv_ssd_shapes[i].d);
+}
+
+/* --- Counts are bounds -------------------------------------------------------------------- */
+
+/* One sequence of 3 tokens in a step for 9, as a padded one may be: it was left out where the
+ * counts allowed chunks and the sequence was too short for them. */
+static void check_padding(layer kind, int64_t hk, int64_t hv, int64_t dk, int64_t dv)
+{
+    enum { REAL = 3, PADDED = 9 };
+    static const int32_t pos[PADDED] = {0, 1, 2}, start[] = {0, REAL}, slot[] = {2};
+    pair *p = open_pair();
+    rig r = new_rig(p, kind, hk, hv, dk, dv);
+    float *got[2], *states[2];
+    for (int padded = 0; padded < 2; padded++) {
+        int32_t n = padded ? PADDED : REAL;
+        qv_batch host = {.n_tokens = n,
+                         .n_seqs = 1,
+                         .pos = pos,
+                         .seq_start = start,
+                         .state_slot = slot,
+                         .max_seq_tokens = padded ? 0 : REAL},
+                 batch;
+        upload_batch(p, &host, &batch);
+        both in = act_2d(p, r.x, n, r.d), out = nan_act(p, n, r.d_out), state = new_state(p, &r);
+        run_op(p, &r, &batch, in.t[GPU], state.t[GPU], out.t[GPU]);
+        got[padded] = fetch(p, GPU, out.t[GPU]);
+        states[padded] = fetch(p, GPU, qv_tensor_rows(state.t[GPU], slot[0], 1));
+    }
+    check_same("padded", got[1], got[0], REAL * r.d_out);
+    check_same("padded, state", states[1], states[0], r.n_state);
+    for (int i = 0; i < 2; i++) {
+        free(got[i]);
+        free(states[i]);
+    }
+    free(r.x);
+    close_pair(p);
+}
+
+Test(cuda_cuts, a_sequence_shorter_than_its_step_is_not_left_out)
+{
+    check_padding(GDN, 4, 8, 128, 128);
+    check_padding(GDN, 2, 4, 48, 64);
+    check_padding(SSD, 2, 16, 128, 64);
+    check_padding(CONV, 448, 4, 1, 1);
 }

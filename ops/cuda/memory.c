@@ -191,12 +191,12 @@ qv_status qv_cuda_scratch_require(qv_cuda_backend *cuda, size_t bytes, void **ou
 {
     if (bytes > cuda->scratch_bytes) {
         size_t room = grown(cuda->scratch_bytes, bytes);
-        QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
-        if (cuda->recording_now)
+        if (cuda->recording_now) /* before waiting, which a stream that is recorded refuses */
             return qv_fail(QV_ERR_INTERNAL,
                            "cuda: an op needs %zu bytes of scratch while it is "
                            "recorded, and %zu when it warmed up",
                            bytes, cuda->scratch_bytes);
+        QV_CUDA_TRY(cudaStreamSynchronize(cuda->stream));
         if (cuda->n_recordings == 0 && cuda->comm == NULL)
             QV_CUDA_TRY(cudaFree(cuda->scratch));
         else if (cuda->n_retired < QV_CUDA_RETIRED) /* recorded kernels go on using it; and freeing

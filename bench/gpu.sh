@@ -9,6 +9,7 @@
 #   models     bench_model: decode and prefill of 4B, 9B, Nano and 35B, made-up weights
 #   adapters   the same of 4B with 8 and 64 adapters of rank 16, and 8 of rank 64
 #   trials     models and adapters with each kernel on trial (ops/trials.h), beside the ones in use
+#   deterministic   models with --deterministic and without
 #   times      where a step of 4B, Nano and 35B goes, op by op
 #   ranks      bench_comm, and models split over 2 and 4 devices
 #   parity     bench/peer/hf_parity.py at full width against transformers (needs torch, transformers, peft)
@@ -25,8 +26,8 @@ while [ $# -gt 0 ]; do
     --bin | --golden | --sglang | --limit)
         [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
         declare "${1#--}=$2"; shift 2 ;;
-    -h | --help) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    tests | sanitize | ops | models | adapters | trials | times | ranks | parity | peer) parts+=("$1"); shift ;;
+    -h | --help) sed -n '2,22s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    tests | sanitize | ops | models | adapters | trials | deterministic | times | ranks | parity | peer) parts+=("$1"); shift ;;
     *) echo "gpu.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -52,7 +53,8 @@ run() { # COMMAND...: says what it runs, how long it took, and goes on when it f
 config() { echo "$repo/bench/configs/$1"; }
 model() { run "$bin/bench_model" "$(config "$1")" "${@:2}"; }
 four_b=qwen3.5-4b nine_b=qwen3.5-9b nano=nemotron3-nano-30b-a3b moe=qwen3.5-35b-a3b super=nemotron3-super-120b-a12b
-suites=(cuda_dense cuda_linear cuda_linear_lora cuda_lora cuda_moe cuda_recurrent cuda_sample cuda_attention cuda_memory)
+suites=(cuda_dense cuda_linear cuda_linear_lora cuda_lora cuda_moe cuda_recurrent cuda_sample cuda_attention cuda_memory
+    cuda_deterministic cuda_cuts)
 trials=$(sed -n 's/^ *X([A-Z]*, "\([a-z]*\)".*/\1/p' "$repo/ops/trials.h")
 
 adapters() { # OPTION...
@@ -83,6 +85,13 @@ for part in "${parts[@]}"; do
             [ -n "$trial" ] && options=(--trials "$trial")
             for name in $four_b $nano $moe; do model $name --sizes 1,16,64 ${options[@]+"${options[@]}"}; done
             case $trial in "" | gemm | decode | all) adapters ${options[@]+"${options[@]}"} ;; esac
+        done ;;
+    deterministic)
+        for name in $four_b $nano $moe; do
+            for context in 2048 32768; do
+                model $name --sizes 1,16 --context $context
+                model $name --sizes 1,16 --context $context --deterministic
+            done
         done ;;
     times) for name in $four_b $nano $moe; do model $name --sizes 1,16,64 --ops; done ;;
     ranks)

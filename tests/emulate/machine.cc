@@ -2,7 +2,6 @@
 #include "tests/emulate/machine_host.h"
 
 #include <algorithm>
-#include <boost/context/detail/fcontext.hpp>
 #include <mutex>
 #include <stdarg.h>
 #include <stdio.h>
@@ -24,7 +23,36 @@
 namespace emu
 {
 
-namespace context = boost::context::detail;
+/* Goes on where `to` stopped, and keeps in *from where this goes on. What a call saves is saved, the modes
+ * of floating point are not: nobody changes them. */
+extern "C" void qv_emulate_switch(void **from, void *to);
+
+#if !defined(__x86_64__)
+#error "the emulated device switches stacks in the assembly of x86-64"
+#endif
+asm(R"(
+.text
+.p2align 4
+.globl qv_emulate_switch
+.type qv_emulate_switch, @function
+qv_emulate_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size qv_emulate_switch, . - qv_emulate_switch
+)");
 
 /* --- What there is ------------------------------------------------------------------------ */
 
@@ -39,7 +67,7 @@ constexpr double PATIENCE_S = 60; /* without anything but polling */
 
 /* A thread with its stack. What it waits for, if it does, is for reports. */
 struct fiber : thread {
-    context::fcontext_t context;
+    void *context; /* its stack pointer */
     char *stack; /* lowest byte in use; a page without access is below */
     void *fake_stack;
     const char *waits_for;
@@ -129,13 +157,16 @@ struct machine {
     std::vector<meet *> unused_meets;
     std::vector<action> actions;
     std::vector<cluster *> running, ended; /* ended: to be freed by the host thread */
-    fiber *host; /* as a fiber: the host thread that is inside */
+    fiber *host;   /* as a fiber: the host thread that is inside */
+    fiber *before; /* that ran before the last switch */
     uint64_t progress;
+    uint64_t steady; /* a mask: the more bits, the more rarely it is any fiber's turn */
     uint64_t random;
 
     machine()
     {
         const char *seed = getenv("QV_EMULATE_SEED");
+        steady = 1;
         random = (seed ? strtoull(seed, NULL, 10) : 1) * 0x9e3779b97f4a7c15u + 1;
     }
 } m;
@@ -227,18 +258,16 @@ static fiber *as_fiber(thread *t)
     return static_cast<fiber *>(t);
 }
 
-/* After a switch, on the stack of `me`: where the one that gave way goes on is kept. */
-static void arrive(context::transfer_t from, fiber *me)
+/* After a switch, on the stack of `me`. */
+static void arrive(fiber *me)
 {
-    fiber *before = (fiber *)from.data;
-    before->context = from.fctx;
 #if defined(__SANITIZE_ADDRESS__)
     const void *bottom;
     size_t size;
     __sanitizer_finish_switch_fiber(me->fake_stack, &bottom, &size);
-    if (before == m.host) {
-        before->stack = (char *)const_cast<void *>(bottom);
-        before->where = size;
+    if (m.before == m.host) { /* shows its stack */
+        m.before->stack = (char *)const_cast<void *>(bottom);
+        m.before->where = size;
     }
 #else
     (void)me;
@@ -249,22 +278,35 @@ static void switch_to(fiber *next, bool for_good = false)
 {
     fiber *me = current ? as_fiber(current) : m.host;
     current = next == m.host ? NULL : next;
+    m.before = me;
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(for_good ? NULL : &me->fake_stack, next->stack,
                                    next == m.host ? next->where : STACK_BYTES);
 #else
     (void)for_good;
 #endif
-    arrive(context::jump_fcontext(next->context, me), me);
+    qv_emulate_switch(&me->context, next->context);
+    arrive(me);
 }
 
-/* Who goes on now: often the last that became ready, so that one may run far ahead of the others;
+/* A stack whose fiber begins with run(), `stagger` bytes below its end. */
+static void prepare_stack(fiber *f, size_t stagger, void (*run)())
+{
+    void **top = (void **)(f->stack + STACK_BYTES - stagger);
+    *--top = NULL;          /* what run() would return to */
+    *--top = (void *)run;   /* at an odd multiple of 8, as after a call */
+    for (int i = 0; i < 6; i++)
+        *--top = NULL;
+    f->context = top;
+}
+
+/* Who goes on now: often the last that became ready, so that one warp may run far ahead of the others;
  * otherwise any. The host thread where nobody can. */
 static fiber *next_fiber()
 {
     if (m.ready.empty())
         return m.host;
-    if (chance(2))
+    if ((draw() & m.steady) == 0)
         std::swap(m.ready[draw() % m.ready.size()], m.ready.back());
     fiber *f = m.ready.back();
     m.ready.pop_back();
@@ -677,14 +719,21 @@ int cluster_size()
     abort();
 }
 
-static void run_thread(context::transfer_t from)
+static void run_thread()
 {
     fiber *me = as_fiber(current);
-    arrive(from, me);
+    arrive(me);
     me->block->run->call->body();
     if (me->device)
         thread_ended(me);
     end_thread(me);
+}
+
+/* Stacks of neighbours begin at different offsets in a page, because they would meet in the same few
+ * lines of the cache. */
+static size_t stagger(int i)
+{
+    return (size_t)(i % 32) * 5 % 64 * 64;
 }
 
 static void start_block(block &b)
@@ -704,7 +753,7 @@ static void start_block(block &b)
         static_cast<thread &>(*f) = {
             {u % n.x, u / n.x % n.y, u / n.x / n.y}, b.index, n, call.grid, i, i % 32, i / 32, &b,
             NULL};
-        f->context = context::make_fcontext(f->stack + STACK_BYTES, STACK_BYTES, run_thread);
+        prepare_stack(f, stagger(i), run_thread);
         f->fake_stack = NULL;
         f->waits_for = "have not begun";
         f->where = 0;
@@ -804,6 +853,7 @@ std::shared_ptr<launch> start(std::shared_ptr<const kernel_call> call)
         run->order[i] = (uint32_t)i;
         std::swap(run->order[i], run->order[draw() % (i + 1)]);
     }
+    m.steady = ((uint64_t)1 << draw() % 6) - 1;
     run->n_wanted = chance(2) ? 1 : 1 + draw() % 3;
     run->static_end = 1024 + (call->dynamic_bytes + 1023) / 1024 * 1024;
     m.launches.push_back(run);

@@ -47,7 +47,7 @@ static subject open_subject(const char *dir, int n_slots)
     subject s = {.be = open_backend()};
     qv_model_limits limits = fx_limits();
     s.slow = strstr(qv_backend_describe(s.be), "emulated") != NULL;
-    s.most_adapters = s.slow && n_slots > 2 ? 2 : n_slots;
+    s.most_adapters = s.slow ? (n_slots > 3 ? 1 : 2) : n_slots;
     s.n_others = s.slow ? 3 : N_OTHERS;
     limits.n_adapter_slots = n_slots;
     limits.n_pages = (N_OTHERS + 1) * PAGES_EACH;
@@ -59,7 +59,7 @@ static subject open_subject(const char *dir, int n_slots)
     qv_rng rng = qv_rng_seed(51);
     for (int i = 0; i < N_TEXTS; i++) {
         s.length[i] = i == 0 ? MAX_LENGTH : 20 + 11 * i % 60;
-        s.length[i] = s.slow && s.length[i] > 23 ? 23 : s.length[i];
+        s.length[i] = s.slow && s.length[i] > 18 ? 18 : s.length[i];
         for (int j = 0; j < s.length[i]; j++)
             s.text[i][j] = (int32_t)qv_rng_range(&rng, 0, s.vocab);
     }

@@ -7,6 +7,7 @@
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_recurrent.h"
+#include "kernels/norm_row.cuh"
 #include "kernels/tensor_core.cuh"
 
 namespace
@@ -16,11 +17,6 @@ constexpr int MAX_TAPS = 16;
 constexpr int WIDE = 8;         /* channels of a thread: 16 bytes */
 constexpr int WIDE_TAPS = 4;    /* taps that the wide form is made for */
 constexpr int TILE_TOKENS = 32; /* tokens of a tile: 3 / 32 of the inputs are read twice */
-
-__device__ __forceinline__ float silu(float x)
-{
-    return __fdividef(x, 1.0f + __expf(-x)); /* far closer than BF16 */
-}
 
 __device__ __forceinline__ void unpack(uint4 raw, float (&x)[WIDE])
 {

@@ -1,27 +1,10 @@
 /* Gated DeltaNet. Decode reads and writes the state once, 2 * 4 * d_k * d_v bytes per head and
  * token, and is bound by that; prefill goes by chunks (recurrent.cuh).
- *
- * The step needs one pass over the state: with S' the faded state, e = beta (v - S'^T k) and
- * o = S'^T q + (k . q) e, so both products are sums over the same registers, and S' + k e^T is
- * stored from them.
  */
 #include "kernels/recurrent.cuh"
 
 namespace
 {
-
-constexpr int STEP_D = 128; /* d_k and d_v of the fast step */
-
-/* q or k of a head, four numbers a lane, scaled to norm `factor`. */
-__device__ __forceinline__ void load_unit(const bf16 *from, float factor, float *to, int lane)
-{
-    uint2 raw = *(const uint2 *)(from + lane * 4);
-    float x[4] = {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y)};
-    float scale =
-        factor / sqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) + 1e-6f);
-    *(float4 *)(to + lane * 4) =
-        make_float4(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale);
-}
 
 /* Grid (4, heads, sequences), 128 threads: 32 columns of a head. Thread (rows r = 16 i + thread /
  * 8, columns 4 (thread % 8)..) keeps 8 x 4 cells in registers, all loaded before the first is used.
@@ -60,27 +43,8 @@ __global__ void __launch_bounds__(128)
             gates[1] = gt.beta;
         }
         __syncthreads();
-        float4 seen = make_float4(0, 0, 0, 0), read = seen;
-        float kq = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float ki = k[i * 16 + row], qi = q[i * 16 + row];
-            seen.x = fmaf(ki, cell[i].x, seen.x);
-            seen.y = fmaf(ki, cell[i].y, seen.y);
-            seen.z = fmaf(ki, cell[i].z, seen.z);
-            seen.w = fmaf(ki, cell[i].w, seen.w);
-            read.x = fmaf(qi, cell[i].x, read.x);
-            read.y = fmaf(qi, cell[i].y, read.y);
-            read.z = fmaf(qi, cell[i].z, read.z);
-            read.w = fmaf(qi, cell[i].w, read.w);
-            kq = fmaf(ki, qi, kq);
-        }
-        float sum[9] = {seen.x, seen.y, seen.z, seen.w, read.x, read.y, read.z, read.w, kq};
-#pragma unroll
-        for (int i = 0; i < 9; i++) {
-            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 8);
-            sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 16);
-        }
+        float sum[9];
+        delta_products(cell, q, k, row, sum);
         if (lane < 8)
 #pragma unroll
             for (int i = 0; i < 9; i++)
@@ -90,27 +54,11 @@ __global__ void __launch_bounds__(128)
         for (int i = 0; i < 9; i++)
             sum[i] = sums[0][thread & 7][i] + sums[1][thread & 7][i] + sums[2][thread & 7][i] +
                      sums[3][thread & 7][i];
-        float decay = gates[0], beta = gates[1];
-        float v[4] = {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y)}, e[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            e[i] = beta * (v[i] - decay * sum[i]);
-        if (row == 0) {
-            uint2 out;
-            out.x =
-                pack_bf16(fmaf(sum[8], e[0], decay * sum[4]), fmaf(sum[8], e[1], decay * sum[5]));
-            out.y =
-                pack_bf16(fmaf(sum[8], e[2], decay * sum[6]), fmaf(sum[8], e[3], decay * sum[7]));
-            *(uint2 *)(row_of<bf16>(c.o, t, head) + column) = out;
-        }
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float ki = k[i * 16 + row];
-            cell[i].x = fmaf(ki, e[0], decay * cell[i].x);
-            cell[i].y = fmaf(ki, e[1], decay * cell[i].y);
-            cell[i].z = fmaf(ki, e[2], decay * cell[i].z);
-            cell[i].w = fmaf(ki, e[3], decay * cell[i].w);
-        }
+        float decay = gates[0], e[4];
+        delta_error(sum, raw, decay, gates[1], e);
+        if (row == 0)
+            *(uint2 *)(row_of<bf16>(c.o, t, head) + column) = delta_output(sum, decay, e);
+        delta_update(cell, k, row, e, decay);
         __syncthreads(); /* k, q, gates and sums have been read */
     }
 #pragma unroll

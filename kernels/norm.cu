@@ -6,6 +6,7 @@
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_dense.h"
+#include "kernels/norm_row.cuh"
 
 namespace
 {
@@ -23,35 +24,10 @@ __device__ __forceinline__ bf16 *row_of(const qv_k_rows &r, int64_t token, int64
     return (bf16 *)r.data + token * r.token + head * r.head;
 }
 
-__device__ __forceinline__ float silu(float x)
-{
-    return __fdividef(x, 1.0f + __expf(-x)); /* far closer than BF16 */
-}
-
-/* What enters the sum of squares. */
-template <qv_k_norm_kind KIND> __device__ __forceinline__ float enter(float x, float z)
-{
-    return KIND == QV_K_GATE_THEN_NORM ? x * silu(z) : x;
-}
-
-template <qv_k_norm_kind KIND> __device__ __forceinline__ float leave(float v, float w, float z)
-{
-    return KIND == QV_K_NORM_THEN_GATE ? v * w * silu(z) : v * w;
-}
-
 template <qv_k_norm_kind KIND>
 __device__ __forceinline__ const float *gain_of(const norm_args &c, int64_t head)
 {
     return KIND == QV_K_GATE_THEN_NORM ? c.w + head * c.d : c.w;
-}
-
-/* The sum over WIDTH lanes next to each other, given to all of them. */
-template <int WIDTH> __device__ __forceinline__ float lanes_sum(float x)
-{
-#pragma unroll
-    for (int i = WIDTH / 2; i > 0; i >>= 1)
-        x += __shfl_xor_sync(0xffffffffu, x, i);
-    return x;
 }
 
 /* ROWS rows to a block of 256 threads, each row by 256 / ROWS threads. */
@@ -89,7 +65,7 @@ __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
         }
     }
     squares = WIDTH <= 32 ? lanes_sum<WIDTH>(squares) : block_sum(squares, shared);
-    float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
+    float scale = norm_scale(squares, c.d, c.eps);
 #pragma unroll
     for (int j = 0; j < NV; j++) {
         int i = (lane + j * WIDTH) * 8;
@@ -121,7 +97,7 @@ template <qv_k_norm_kind KIND> __global__ void __launch_bounds__(256) norm_any_k
         squares = fmaf(v, v, squares);
     }
     squares = block_sum(squares, shared);
-    float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
+    float scale = norm_scale(squares, c.d, c.eps);
     for (int64_t i = threadIdx.x; i < c.d; i += 256) { /* each thread reads what it wrote itself */
         float zi = to_float(z[i]);
         float v = enter<KIND>(to_float(x[i]), zi);
@@ -173,7 +149,7 @@ __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args
             squares = fmaf(v[j][k], v[j][k], squares);
     }
     squares = block_sum(squares, shared);
-    float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
+    float scale = norm_scale(squares, c.d, c.eps);
     bf16 *y = (bf16 *)c.y + t * c.y_stride, *rest = (bf16 *)c.rest + t * c.rest_stride;
 #pragma unroll
     for (int j = 0; j < NV; j++) {
@@ -209,7 +185,7 @@ __global__ void __launch_bounds__(256) add_norm_any_kernel(qv_k_add_norm_args c)
         squares = fmaf(v, v, squares);
     }
     squares = block_sum(squares, shared);
-    float scale = 1.0f / sqrtf(squares / (float)c.d + c.eps);
+    float scale = norm_scale(squares, c.d, c.eps);
     for (int64_t i = threadIdx.x; i < c.d; i += 256) {
         float out = residual[i] * scale * (c.plus_one ? 1.0f + c.w[i] : c.w[i]);
         bf16 rounded = __float2bfloat16(out);
@@ -233,13 +209,14 @@ bool aligned(const qv_k_rows &r)
 template <qv_k_norm_kind KIND> void launch(const norm_args &c, bool vector, cudaStream_t stream)
 {
     unsigned rows = (unsigned)c.n_rows;
-    if (!vector || c.d > 8192)
+    int lanes = vector ? norm_lanes(c.d) : 0;
+    if (lanes == 0)
         norm_any_kernel<KIND><<<rows, 256, 0, stream>>>(c);
-    else if (c.d <= 128)
+    else if (lanes == 16)
         norm_vector_kernel<KIND, 1, 16><<<(rows + 15) / 16, 256, 0, stream>>>(c);
-    else if (c.d <= 256)
+    else if (lanes == 32 && c.d <= 256)
         norm_vector_kernel<KIND, 1, 8><<<(rows + 7) / 8, 256, 0, stream>>>(c);
-    else if (c.d <= 512)
+    else if (lanes == 32)
         norm_vector_kernel<KIND, 2, 8><<<(rows + 7) / 8, 256, 0, stream>>>(c);
     else if (c.d <= 2048)
         norm_vector_kernel<KIND, 1, 1><<<rows, 256, 0, stream>>>(c);

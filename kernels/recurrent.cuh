@@ -23,6 +23,7 @@
 
 #include "kernels/device.cuh"
 #include "kernels/kernels_recurrent.h"
+#include "kernels/recurrent_step.cuh"
 #include "kernels/tensor_core.cuh"
 
 #include <stddef.h>
@@ -33,45 +34,9 @@ namespace
 constexpr int CHUNK = 64;
 constexpr int MAX_KEY = 128; /* d_k of the chunked form; a smaller one is filled up with zeros */
 constexpr int TILE_V = 32;   /* columns of S of one block */
-constexpr int MAX_D_K = 256; /* of the form for any shape */
 /* Sequences up to this many tokens go token by token, longer ones chunk by chunk. A chunk costs
  * about as much as four passes over the state. */
 constexpr int STEP_TOKENS = 4;
-
-/* --- Gates -------------------------------------------------------------------------------- */
-
-struct gate {
-    float g, beta; /* log of the decay; beta of the delta rule, dt of SSD */
-};
-
-template <bool DELTA> __device__ gate gate_of(const qv_k_recurrent_args &c, int64_t t, int head)
-{
-    float raw = to_float(((const bf16 *)c.a.data)[t * c.a.token + head]);
-    float dt = softplus(raw + c.dt_bias[head]);
-    gate out;
-    if (DELTA) {
-        out.beta = sigmoid(to_float(((const bf16 *)c.b.data)[t * c.b.token + head]));
-    } else {
-        dt = dt < c.dt_min ? c.dt_min : dt > c.dt_max ? c.dt_max : dt;
-        out.beta = dt;
-    }
-    out.g = -expf(c.a_log[head]) * dt;
-    return out;
-}
-
-/* Where a head's state starts. */
-__device__ __forceinline__ float *state_of(const qv_k_steps &s, const qv_k_recurrent_args &c,
-                                           int seq, int head)
-{
-    int64_t slot = s.state_slot[seq];
-    return c.state + (slot * c.n_v_heads + head) * c.d_k * c.d_v;
-}
-
-template <typename T = const bf16>
-__device__ __forceinline__ T *row_of(const qv_k_heads &v, int64_t t, int head)
-{
-    return (T *)v.data + t * v.token + head * v.head;
-}
 
 /* --- Any shape, token by token ------------------------------------------------------------ */
 
@@ -94,38 +59,23 @@ __global__ void any_step_kernel(qv_k_steps s, qv_k_recurrent_args c, int most_to
 
     for (int t = start; t < end; t++) {
         __syncthreads(); /* the token before has been read */
-        if (warp < 2) {
-            const bf16 *from = row_of(warp ? c.q : c.k, t, key_head);
-            float *to = warp ? q : k, sum = 0, scale = 1;
-            for (int i = lane; i < c.d_k; i += 32)
-                sum += to_float(from[i]) * to_float(from[i]);
-            if (DELTA)
-                scale = (warp ? rsqrtf((float)c.d_k) : 1.0f) / sqrtf(warp_sum(sum) + 1e-6f);
-            for (int i = lane; i < c.d_k; i += 32)
-                to[i] = to_float(from[i]) * scale;
-        }
+        if (warp < 2)
+            load_any_key<DELTA>(row_of(warp ? c.q : c.k, t, key_head), c.d_k,
+                                warp ? rsqrtf((float)c.d_k) : 1.0f, warp ? q : k);
         gate gt = gate_of<DELTA>(c, t, head);
         float decay = expf(gt.g), v = mine ? to_float(row_of(c.v, t, head)[column]) : 0.0f;
         __syncthreads();
-        float seen = 0, out = 0;
+        float seen = 0;
         if (DELTA) {
-            for (int i = warp; i < c.d_k; i += 4)
-                seen = fmaf(k[i], any_state[i * 32 + lane], seen);
-            sums[0][warp][lane] = seen;
+            sums[0][warp][lane] = any_seen(any_state + lane, k, c.d_k, warp);
             __syncthreads();
-            seen =
-                decay * (sums[0][0][lane] + sums[0][1][lane] + sums[0][2][lane] + sums[0][3][lane]);
+            seen = decay * any_total(sums[0], lane);
         }
         float e = gt.beta * (v - seen);
-        for (int i = warp; i < c.d_k; i += 4) {
-            float cell = fmaf(k[i], e, decay * any_state[i * 32 + lane]);
-            any_state[i * 32 + lane] = cell;
-            out = fmaf(q[i], cell, out);
-        }
-        sums[1][warp][lane] = out;
+        sums[1][warp][lane] = any_update(any_state + lane, q, k, c.d_k, warp, decay, e);
         __syncthreads();
         if (warp == 0 && mine) {
-            out = sums[1][0][lane] + sums[1][1][lane] + sums[1][2][lane] + sums[1][3][lane];
+            float out = any_total(sums[1], lane);
             if (!DELTA)
                 out += c.d_skip[head] * v;
             row_of<bf16>(c.o, t, head)[column] = __float2bfloat16(out);

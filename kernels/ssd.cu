@@ -6,9 +6,6 @@
 namespace
 {
 
-constexpr int STEP_STATE = 128; /* n_state of the fast step: a row of S is one float4 a lane */
-constexpr int STEP_ROWS = 8;    /* rows of S a warp keeps in registers */
-
 /* Grid (tiles of 32 rows, heads, sequences), 128 threads: warp w has rows w, w + 4, .. of its tile,
  * all loaded before the first is used. */
 __global__ void __launch_bounds__(128)
@@ -41,27 +38,9 @@ __global__ void __launch_bounds__(128)
         for (int i = 0; i < STEP_ROWS; i++)
             x[i] = row + 4 * i < c.d_v ? to_float(x_row[row + 4 * i]) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < STEP_ROWS; i++) {
-            float in = gt.beta * x[i];
-            cell[i].x = fmaf(in, b[0], decay * cell[i].x);
-            cell[i].y = fmaf(in, b[1], decay * cell[i].y);
-            cell[i].z = fmaf(in, b[2], decay * cell[i].z);
-            cell[i].w = fmaf(in, b[3], decay * cell[i].w);
-            sum[i] = fmaf(cell[i].x, r[0],
-                          fmaf(cell[i].y, r[1], fmaf(cell[i].z, r[2], cell[i].w * r[3])));
-        }
-        /* Lanes fold into eighths, one row each: lane l ends with row l / 4's sum. */
-#pragma unroll
-        for (int width = 4; width > 0; width >>= 1)
-#pragma unroll
-            for (int i = 0; i < width; i++) {
-                bool upper = lane & (width * 4);
-                float give = upper ? sum[i] : sum[i + width];
-                float keep = upper ? sum[i + width] : sum[i];
-                sum[i] = keep + __shfl_xor_sync(0xffffffffu, give, width * 4);
-            }
-        sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 2);
-        sum[0] += __shfl_xor_sync(0xffffffffu, sum[0], 1);
+        for (int i = 0; i < STEP_ROWS; i++)
+            sum[i] = update_row(cell[i], gt.beta * x[i], decay, b, r);
+        fold_rows(sum);
         int mine = row + 4 * (lane >> 2);
         if ((lane & 3) == 0 && mine < c.d_v)
             row_of<bf16>(c.o, t, head)[mine] =

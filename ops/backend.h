@@ -116,6 +116,9 @@ typedef struct {
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                 qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
                                 qv_tensor y);
+    /* NULL, both: three ops, as where it does not take a step of at most one token a sequence. */
+    bool (*takes_mixer)(qv_backend *be, const qv_mixer_args *args);
+    qv_status (*mixer)(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args);
     /* Clock of ops (op_times.c). Mark i, of at most QV_MAX_MARKS, is behind what was enqueued
      * before; `between` is the time from mark i to mark i + 1, after a sync. `hold` keeps what is
      * enqueued afterwards waiting, so that the host gets ahead. NULL, all three: ops end before

@@ -25,13 +25,15 @@ enum { N_MODELS = 4 };
 #define MARGIN 0.3f
 
 static const qv_backend_options cuda = {.name = "cuda"};
+static const qv_backend_options recurrent = {.name = "cuda", .trials = "recurrent"};
 
-#define EACH_MODEL(g)                                                                              \
+#define EACH_MODEL(g) EACH_MODEL_ON(g, &cuda)
+#define EACH_MODEL_ON(g, options)                                                                  \
     for (int m = 0, found = 0; m <= N_MODELS; m++)                                                 \
         if (m == N_MODELS) {                                                                       \
             if (found == 0)                                                                        \
                 cr_skip_test("no CUDA device, or no golden models: %s", qv_error());               \
-        } else if (fx_golden_open(&(g), models[m].name, &cuda) && ++found)
+        } else if (fx_golden_open(&(g), models[m].name, options) && ++found)
 
 /* Of an adapter's cases: the mean over all tokens, the mean without the worst TRIMMED of them, and
  * how the cases that the reference also has in BF16 compare with that. */
@@ -170,10 +172,10 @@ static void check_greedy(fx_golden *g, const fx_case *c)
     free(tokens);
 }
 
-Test(cuda_golden, greedy_answers_agree_where_the_reference_is_sure)
+static void check_all_greedy(const qv_backend_options *options)
 {
     fx_golden g;
-    EACH_MODEL(g)
+    EACH_MODEL_ON(g, options)
     {
         for (int i = 0; i < g.n; i++)
             if (g.cases[i].greedy != NULL && fx_golden_has(&g, g.cases[i].adapter))
@@ -182,11 +184,21 @@ Test(cuda_golden, greedy_answers_agree_where_the_reference_is_sure)
     }
 }
 
+Test(cuda_golden, greedy_answers_agree_where_the_reference_is_sure)
+{
+    check_all_greedy(&cuda);
+}
+
+Test(cuda_golden, greedy_answers_agree_with_mixers_in_one_kernel)
+{
+    check_all_greedy(&recurrent);
+}
+
 /* One decode step of several sequences, base and adapters mixed: recorded, padded and sorted. */
-Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
+static void check_mixed(const qv_backend_options *options)
 {
     fx_golden g;
-    EACH_MODEL(g)
+    EACH_MODEL_ON(g, options)
     {
         enum { N = 7 };
         float *alone[N];
@@ -234,4 +246,14 @@ Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
             free(alone[i]);
         fx_golden_close(&g);
     }
+}
+
+Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
+{
+    check_mixed(&cuda);
+}
+
+Test(cuda_golden, mixed_decode_steps_agree_with_mixers_in_one_kernel)
+{
+    check_mixed(&recurrent);
 }

@@ -196,3 +196,232 @@ Test(cuda_recurrent, ssd_agrees_with_the_cpu, .timeout = 240)
         for (size_t j = 0; j < QV_ROWS(chunks); j++)
             check_ssd(&qv_ssd_shapes[i], chunks[j], j % 2 == 1);
 }
+
+/* --- The three of a mixer in one kernel ------------------------------------------------------- */
+
+/* SSD: keys are B and C, values x. */
+typedef struct {
+    bool is_ssd;
+    int64_t n_k_heads, n_v_heads, d_k, d_v, n_taps;
+    int32_t n_seqs;
+} mixer_shape;
+
+static const mixer_shape mixers[] = {
+    {false, 2, 4, 48, 64, 4, 4},   /* tiny-qwen3.5 */
+    {false, 2, 4, 32, 48, 4, 70},  /* tiny-qwen3.5-moe */
+    {false, 2, 2, 128, 128, 4, 3}, /* Qwen3.5-0.8B: a value head a key head */
+    {false, 2, 4, 128, 128, 4, 3}, /* 4B, 35B: two */
+    {false, 1, 3, 128, 128, 4, 2}, /* 27B */
+    {false, 1, 4, 128, 128, 4, 2}, /* 122B */
+    {false, 1, 3, 5, 7, 4, 4},     {false, 2, 2, 33, 80, 2, 4},   {false, 1, 1, 128, 40, 7, 4},
+    {false, 1, 2, 24, 8, 1, 4},    {false, 1, 1, 256, 600, 4, 1}, /* as much as there is room for */
+    {true, 2, 8, 32, 32, 4, 70},                                  /* tiny-nemotron3 */
+    {true, 2, 16, 128, 64, 4, 3},                                 /* Nemotron-3 Nano */
+    {true, 1, 16, 128, 64, 4, 2},                                 /* Super */
+    {true, 1, 12, 128, 80, 4, 2}, /* Nano-4B: tiles of rows of two heads */
+    {true, 4, 4, 128, 80, 4, 4},   {true, 1, 5, 128, 8, 4, 4}, /* of four */
+    {true, 1, 3, 7, 5, 4, 4},      {true, 2, 2, 33, 67, 3, 4},
+};
+
+enum { FUSED, APART, N_WAYS }; /* qv_op_mixer, and its three ops */
+
+/* What a mixer changes. */
+typedef struct {
+    both conv, state, mixed, out;
+} mixer_memory;
+
+typedef struct {
+    pair *p;
+    const mixer_shape *shape;
+    int64_t n_channels, n_values, n_in, n_slots;
+    both w, bias, a_log, dt_bias, skip, norm;
+    mixer_memory memory[N_WAYS];
+} mixer_test;
+
+static qv_tensor vector_of(const both *b, int side)
+{
+    return qv_tensor_1d(b->t[side].data, QV_F32, b->t[side].shape[0] * b->t[side].shape[1]);
+}
+
+/* The op's arguments on one side, of the first n rows of `in`. */
+typedef struct {
+    qv_gdn_args gdn;
+    qv_ssd_args ssd;
+    qv_mixer_args mixer;
+} mixer_call;
+
+static void make_call(const mixer_test *t, int side, int way, const both *in, int64_t n,
+                      mixer_call *out)
+{
+    const mixer_shape *s = t->shape;
+    const mixer_memory *m = &t->memory[way];
+    int64_t hk = s->n_k_heads, hv = s->n_v_heads, dk = s->d_k, dv = s->d_v, nv = hv * dv;
+    int64_t keys = s->is_ssd ? nv : 0, values = s->is_ssd ? 0 : 2 * hk * dk;
+    qv_tensor x = in->t[side], mixed = m->mixed.t[side], y = m->out.t[side];
+    x.shape[0] = mixed.shape[0] = y.shape[0] = n;
+    qv_tensor first = qv_tensor_split(qv_tensor_cols(mixed, keys, hk * dk), hk, dk);
+    qv_tensor second = qv_tensor_split(qv_tensor_cols(mixed, keys + hk * dk, hk * dk), hk, dk);
+    qv_tensor v = qv_tensor_split(qv_tensor_cols(mixed, values, nv), hv, dv);
+    qv_tensor z = qv_tensor_cols(x, t->n_channels, nv);
+    qv_tensor a = qv_tensor_cols(x, t->n_channels + nv, hv);
+    qv_tensor b = qv_tensor_cols(x, t->n_channels + nv + hv, hv);
+    int64_t rows = s->is_ssd ? hk : hv;
+    void *state = m->state.t[side].data;
+    out->gdn = (qv_gdn_args){.q = first,
+                             .k = second,
+                             .v = v,
+                             .a = a,
+                             .b = b,
+                             .a_log = vector_of(&t->a_log, side),
+                             .dt_bias = vector_of(&t->dt_bias, side),
+                             .state = qv_tensor_4d(state, QV_F32, t->n_slots, hv, dk, dv),
+                             .o = qv_tensor_split(y, hv, dv)};
+    out->ssd = (qv_ssd_args){.x = v,
+                             .b = first,
+                             .c = second,
+                             .dt = a,
+                             .a_log = vector_of(&t->a_log, side),
+                             .dt_bias = vector_of(&t->dt_bias, side),
+                             .d_skip = vector_of(&t->skip, side),
+                             .dt_min = 0.1f,
+                             .dt_max = 2.0f,
+                             .state = qv_tensor_4d(state, QV_F32, t->n_slots, hv, dv, dk),
+                             .y = qv_tensor_split(y, hv, dv)};
+    out->mixer = (qv_mixer_args){
+        .x = qv_tensor_cols(x, 0, t->n_channels),
+        .conv = t->w.t[side],
+        .bias = s->is_ssd ? vector_of(&t->bias, side) : (qv_tensor){0},
+        .conv_state = qv_tensor_3d(m->conv.t[side].data, m->conv.t[side].dtype, t->n_slots,
+                                   t->n_channels, s->n_taps - 1),
+        .mixed = mixed,
+        .gdn = s->is_ssd ? NULL : &out->gdn,
+        .ssd = s->is_ssd ? &out->ssd : NULL,
+        .y = qv_tensor_split(y, rows, nv / rows),
+        .z = qv_tensor_split(z, rows, nv / rows),
+        .norm = vector_of(&t->norm, side),
+        .eps = 1e-6f,
+    };
+    if (!s->is_ssd)
+        out->mixer.norm.shape[0] = dv;
+}
+
+static void run_apart(qv_backend *be, const qv_batch *batch, const qv_mixer_args *m)
+{
+    PASS(qv_op_conv1d(be, batch, m->x, m->conv, m->bias, m->conv_state, m->mixed));
+    if (m->gdn != NULL)
+        PASS(qv_op_gdn(be, batch, m->gdn));
+    else
+        PASS(qv_op_ssd(be, batch, m->ssd));
+    PASS(qv_op_gated_rms_norm(be, m->y, m->z, m->norm, m->eps, m->ssd != NULL, m->y));
+}
+
+static void expect_same(const mixer_test *t, const char *what, both x, both y, int64_t rows)
+{
+    x.t[GPU].shape[0] = y.t[GPU].shape[0] = rows;
+    float *a = fetch(t->p, GPU, x.t[GPU]), *b = fetch(t->p, GPU, y.t[GPU]);
+    int64_t n = x.t[GPU].shape[1];
+    for (int64_t i = 0; i < rows * n; i++)
+        cr_assert(
+            memcmp(&a[i], &b[i], sizeof *a) == 0 || (isnan(a[i]) && isnan(b[i])),
+            "%s of %s, %lld/%lld heads %lldx%lld: row %lld, number %lld is %.9g, by three ops "
+            "%.9g",
+            what, t->shape->is_ssd ? "ssd" : "gdn", (long long)t->shape->n_k_heads,
+            (long long)t->shape->n_v_heads, (long long)t->shape->d_k, (long long)t->shape->d_v,
+            (long long)(i / n), (long long)(i % n), (double)a[i], (double)b[i]);
+    free(a);
+    free(b);
+}
+
+/* A step of a token a sequence, a padded sequence and its token behind them on the device. All but
+ * every third sequence go on from their state. */
+static void mixer_step(mixer_test *t, qv_rng *rng, int32_t number)
+{
+    enum { MOST = 128 };
+    int32_t n = t->shape->n_seqs, pos[MOST], start[MOST + 1], slot[MOST];
+    pair *p = t->p;
+    for (int32_t i = 0; i <= n; i++) {
+        pos[i] = number > 1 && i % 3 == 1 ? 0 : number;
+        start[i] = i;
+        slot[i] = i < n ? (i * 5 + 3) % (int32_t)t->n_slots : -1;
+    }
+    start[n + 1] = n;
+    const qv_batch host = {.max_seq_tokens = 1, .pos = pos, .seq_start = start, .state_slot = slot};
+    both_memory on_pos = upload_both(p, pos, sizeof pos),
+                on_start = upload_both(p, start, sizeof start);
+    both_memory on_slot = upload_both(p, slot, sizeof slot);
+    float *x = random_floats(rng, (n + 1) * t->n_in, 1);
+    for (int64_t i = n * t->n_in; i < (n + 1) * t->n_in; i++)
+        x[i] = NAN;
+    both in = act_2d(p, x, n + 1, t->n_in);
+    free(x);
+    for (int way = 0; way < N_WAYS; way++) {
+        t->memory[way].mixed = nan_act(p, n + 1, t->n_channels);
+        t->memory[way].out = nan_act(p, n + 1, t->n_values);
+    }
+    for (int side = 0; side < 2; side++) {
+        qv_batch batch = host;
+        batch.n_seqs = batch.n_tokens = side == CPU ? n : n + 1;
+        batch.pos = on_pos.at[side];
+        batch.seq_start = on_start.at[side];
+        batch.state_slot = on_slot.at[side];
+        for (int way = 0; way < N_WAYS; way++) {
+            mixer_call call;
+            make_call(t, side, way, &in, batch.n_tokens, &call);
+            if (way == FUSED)
+                PASS(qv_op_mixer(p->be[side], &batch, &call.mixer));
+            else
+                run_apart(p->be[side], &batch, &call.mixer);
+        }
+    }
+}
+
+static void check_mixer(const mixer_shape *s)
+{
+    mixer_test t = {.p = open_pair_with(false, "recurrent"), .shape = s};
+    pair *p = t.p;
+    qv_rng rng = qv_rng_seed(4);
+    t.n_values = s->n_v_heads * s->d_v;
+    t.n_channels = 2 * s->n_k_heads * s->d_k + t.n_values;
+    t.n_in = t.n_channels + t.n_values + 2 * s->n_v_heads;
+    t.n_in = (t.n_in + 7) / 8 * 8;
+    t.n_slots = s->n_seqs + 6;
+    while (t.n_slots % 5 == 0)
+        t.n_slots++;
+    t.w = random_f32(p, &rng, t.n_channels, s->n_taps, 1);
+    t.bias = random_f32(p, &rng, 1, t.n_channels, 1);
+    t.a_log = random_f32(p, &rng, 1, s->n_v_heads, 1);
+    t.dt_bias = random_f32(p, &rng, 1, s->n_v_heads, 1);
+    t.skip = random_f32(p, &rng, 1, s->n_v_heads, 1);
+    t.norm = random_f32(p, &rng, 1, t.n_values, 1);
+    for (int way = 0; way < N_WAYS; way++) {
+        t.memory[way].conv = nan_act(p, t.n_slots, t.n_channels * (s->n_taps - 1));
+        t.memory[way].state = nan_f32(p, t.n_slots, t.n_values * s->d_k);
+    }
+    for (int32_t number = 0; number < 4; number++) {
+        int mark = p->n_blocks;
+        mixer_step(&t, &rng, number);
+        mixer_memory *fused = &t.memory[FUSED], *apart = &t.memory[APART];
+        expect_same(&t, "output", fused->out, apart->out, s->n_seqs);
+        fused->out.t[CPU].shape[0] = fused->out.t[GPU].shape[0] = s->n_seqs;
+        compare(p, "mixer", fused->out, CHUNKED);
+        /* It is one kernel where the convolution's output has not been written. */
+        float *mixed = fetch(p, GPU, fused->mixed.t[GPU]);
+        if (strcmp(qv_backend_name(p->be[GPU]), "cuda") == 0)
+            cr_assert(isnan(mixed[0]), "three ops, not one kernel");
+        free(mixed);
+        release_to(p, mark);
+    }
+    if (s->n_taps > 1) {
+        expect_same(&t, "window", t.memory[FUSED].conv, t.memory[APART].conv, t.n_slots);
+        compare(p, "mixer: window", t.memory[FUSED].conv, 0, 0);
+    }
+    expect_same(&t, "state", t.memory[FUSED].state, t.memory[APART].state, t.n_slots);
+    compare(p, "mixer: state", t.memory[FUSED].state, 0.01, 0.01);
+    close_pair(p);
+}
+
+Test(cuda_recurrent, a_mixer_in_one_kernel_gives_the_bits_of_its_three_ops, .timeout = 240)
+{
+    for (size_t i = 0; i < QV_ROWS(mixers); i++)
+        check_mixer(&mixers[i]);
+}

@@ -42,13 +42,13 @@ operand decode(uint64_t descriptor)
 }
 
 /* Eight numbers at `at` before the swizzle, to every `step`-th place of `to`. */
-void read_piece(size_t at, float *to, int step)
+void read_piece(const char *shared, size_t size, size_t at, float *to, int step)
 {
     at ^= at >> 3 & 0x70;
-    if (at + 16 > shared_size())
-        fail("wgmma reads at %zu of %zu bytes of shared memory", at, shared_size());
+    if (at + 16 > size)
+        fail("wgmma reads at %zu of %zu bytes of shared memory", at, size);
     uint16_t bits[8];
-    memcpy(bits, shared_memory() + at, sizeof bits);
+    memcpy(bits, shared + at, sizeof bits);
     for (int i = 0; i < 8; i++)
         to[i * step] = from_bf16(bits[i]);
 }
@@ -58,16 +58,20 @@ void read_piece(size_t at, float *to, int step)
 void read_operand(uint64_t descriptor, bool by_columns, int n, float *m, int row_step, int k_step)
 {
     const operand o = decode(descriptor);
+    const char *shared = shared_memory();
+    const size_t size = shared_size();
     if (by_columns)
         for (int k = 0; k < DEPTH; k++)
             for (int row = 0; row < n; row += 8)
-                read_piece(o.start + (size_t)(row / 64) * o.leading + (size_t)(k / 8) * o.stride +
+                read_piece(shared, size,
+                           o.start + (size_t)(row / 64) * o.leading + (size_t)(k / 8) * o.stride +
                                (size_t)(k % 8) * 128 + (size_t)(row % 64) * 2,
                            m + row * row_step + k * k_step, row_step);
     else
         for (int row = 0; row < n; row++)
             for (int k = 0; k < DEPTH; k += 8)
-                read_piece(o.start + (size_t)(row / 8) * o.stride + (size_t)(row % 8) * 128 +
+                read_piece(shared, size,
+                           o.start + (size_t)(row / 8) * o.stride + (size_t)(row % 8) * 128 +
                                (size_t)k * 2,
                            m + row * row_step + k * k_step, k_step);
 }
@@ -80,14 +84,21 @@ struct alignas(64) matrices {
     float a[ROWS][DEPTH], b[DEPTH][MAX_COLS], d[ROWS][MAX_COLS];
 };
 
-/* Calls visit(value of the thread's d, row, column) for all threads. */
-template <typename F> void each_sum(void **threads, size_t i, int n, const F &visit)
+/* The sums of all threads to the matrix, from where `own_of` says they are, or from the matrix to
+ * the accumulators. Of 8 columns a thread has two neighbours, in two rows. */
+template <bool TO_MATRIX, typename F> void move_sums(void **threads, matrices &m, int n, F own_of)
 {
     for (int thread = 0; thread < THREADS; thread++) {
-        pending &p = ((thread_state *)threads[thread])->products[i];
-        int row = thread / 32 * 16 + thread % 32 / 4, col = thread % 4 * 2;
-        for (int j = 0; j < n / 2; j++)
-            visit(p, j, row + j / 2 % 2 * 8, col + j / 4 * 8 + j % 2);
+        float *own = own_of(*(thread_state *)threads[thread]);
+        float *d = &m.d[thread / 32 * 16 + thread % 32 / 4][thread % 4 * 2];
+        for (int i = 0; i < n / 2; i += 4, d += 8)
+            for (int k = 0; k < 4; k++) {
+                float &cell = d[k / 2 * 8 * MAX_COLS + k % 2];
+                if (TO_MATRIX)
+                    cell = own[i + k];
+                else
+                    own[i + k] = cell;
+            }
     }
 }
 
@@ -157,15 +168,14 @@ void make_products(void **threads, size_t n_products)
     for (size_t i = 0; i < n_products; i++) {
         const pending &p = list[i];
         bool goes_on = i > 0 && list[i - 1].d == p.d;
+        auto accumulators = [i](thread_state &t) { return t.products[i].d; };
         if (!p.adds)
             memset(m.d, 0, sizeof m.d);
         else if (!p.sums.empty())
-            each_sum(threads, i, p.n, [&](pending &own, int j, int row, int col) {
-                m.d[row][col] = own.sums[(size_t)j];
-            });
+            move_sums<true>(threads, m, p.n,
+                            [i](thread_state &t) { return t.products[i].sums.data(); });
         else if (!goes_on)
-            each_sum(threads, i, p.n,
-                     [&](pending &own, int j, int row, int col) { m.d[row][col] = own.d[j]; });
+            move_sums<true>(threads, m, p.n, accumulators);
         if (p.a_in_registers)
             read_a_registers(threads, i, m);
         else
@@ -173,8 +183,7 @@ void make_products(void **threads, size_t n_products)
         read_operand(p.b, p.b_by_columns, p.n, m.b[0], 1, MAX_COLS);
         multiply_matrices(m, p.n);
         if (i + 1 == n_products || list[i + 1].d != p.d)
-            each_sum(threads, i, p.n,
-                     [&](pending &own, int j, int row, int col) { own.d[j] = m.d[row][col]; });
+            move_sums<false>(threads, m, p.n, accumulators);
     }
     for (int thread = 0; thread < THREADS; thread++) {
         std::vector<pending> &own = ((thread_state *)threads[thread])->products;

@@ -197,4 +197,37 @@ void copy_box(void *to, const void *map, const int (&at)[3], uint64_t *barrier, 
         }
 }
 
+void store_box(const void *map, const int (&at)[3], const void *from)
+{
+    const tensor_map m = read_tensor_map(map);
+    const size_t offset = __cvta_generic_to_shared(from);
+    if (offset + m.box_bytes() > shared_size())
+        fail("a box of %zu bytes at %zu of shared memory, of which there are %zu", m.box_bytes(),
+             offset, shared_size());
+    const box_position to = {at[0], at[1], at[2]};
+    auto run = [m, to, from, offset] { take_box(m, to, (const char *)from, offset); };
+    if (chance(2))
+        run();
+    else
+        own_state().stores.push_back(run);
+}
+
+void stores_commit()
+{
+    own_state().stores.push_back(nullptr);
+    own_state().n_store_groups++;
+}
+
+void stores_wait(int n)
+{
+    thread_state &s = own_state();
+    while (s.n_store_groups > n) {
+        if (s.stores.front())
+            s.stores.front()();
+        else
+            s.n_store_groups--;
+        s.stores.pop_front();
+    }
+}
+
 } // namespace emu

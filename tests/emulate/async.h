@@ -30,6 +30,12 @@ void mbarrier_wait(uint64_t *barrier, int parity);
  * `blocks`. `to` and `barrier` are this block's. */
 void copy_box(void *to, const void *map, const int (&at)[3], uint64_t *barrier, uint16_t blocks);
 
+/* And from shared memory of this block: read some time until the wait for it. Groups of the thread;
+ * all but the last n groups have read what they store. */
+void store_box(const void *map, const int (&at)[3], const void *from);
+void stores_commit();
+void stores_wait(int n);
+
 } // namespace emu
 
 #endif

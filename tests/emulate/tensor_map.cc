@@ -12,7 +12,7 @@ namespace
 
 constexpr uint64_t MARK = 0x7e9504a9d0b6e1c3;
 constexpr uint32_t ROW_BYTES = 128; /* of the swizzle */
-constexpr uint32_t PIECE = 8;       /* numbers that stay together */
+constexpr uint32_t PIECE = 16;      /* bytes that stay together */
 
 /* Pieces of 16 bytes change places within 128 bytes, by which 128 of 1024 these are. */
 size_t swizzled(size_t at)
@@ -20,18 +20,22 @@ size_t swizzled(size_t at)
     return at ^ (at >> 3 & 0x70);
 }
 
-/* Numbers [x, x + PIECE) of a row. */
-void land_piece(const tensor_map &m, const char *row, bool inside, int64_t x, char *to)
+/* f(bytes from the start of a row, where it begins or NULL outside of the array, place in shared
+ * memory before the swizzle) for the pieces of a box. */
+template <class F> void each_piece(const tensor_map &m, box_position p, size_t offset, const F &f)
 {
-    int64_t size = (int64_t)m.sizes[0];
-    if (inside && x >= 0 && x + PIECE <= size) {
-        memcpy(to, row + 2 * x, 2 * PIECE);
-        return;
-    }
-    memset(to, 0, 2 * PIECE);
-    for (int64_t i = 0; inside && i < PIECE; i++)
-        if (x + i >= 0 && x + i < size)
-            memcpy(to + 2 * i, row + 2 * (x + i), 2);
+    if (offset % ROW_BYTES != 0)
+        fail("a box at %zu of shared memory, not a multiple of %u", offset, ROW_BYTES);
+    size_t at = offset;
+    for (int64_t z = p.z; z < (int64_t)p.z + m.box[2]; z++)
+        for (int64_t y = p.y; y < (int64_t)p.y + m.box[1]; y++) {
+            bool inside = z >= 0 && z < (int64_t)m.sizes[2] && y >= 0 && y < (int64_t)m.sizes[1];
+            const char *row = nullptr;
+            if (inside)
+                row = m.data + (uint64_t)z * m.strides[1] + (uint64_t)y * m.strides[0];
+            for (uint32_t x = 0; x < m.box[0] * m.number; x += PIECE, at += PIECE)
+                f((int64_t)p.x * m.number + x, row, at);
+        }
 }
 
 } // namespace
@@ -50,18 +54,29 @@ tensor_map read_tensor_map(const void *map)
 
 void land_box(const tensor_map &m, box_position from, char *to, size_t offset)
 {
-    if (offset % ROW_BYTES != 0)
-        fail("a box at %zu of shared memory, not a multiple of %u", offset, ROW_BYTES);
-    size_t at = offset;
-    for (int64_t z = from.z; z < (int64_t)from.z + m.box[2]; z++)
-        for (int64_t y = from.y; y < (int64_t)from.y + m.box[1]; y++) {
-            bool inside = z >= 0 && z < (int64_t)m.sizes[2] && y >= 0 && y < (int64_t)m.sizes[1];
-            const char *row = m.data;
-            if (inside)
-                row += (uint64_t)z * m.strides[1] + (uint64_t)y * m.strides[0];
-            for (uint32_t x = 0; x < m.box[0]; x += PIECE, at += 2 * PIECE)
-                land_piece(m, row, inside, (int64_t)from.x + x, to - offset + swizzled(at));
+    int64_t size = (int64_t)m.sizes[0] * m.number, step = m.number;
+    each_piece(m, from, offset, [&](int64_t x, const char *row, size_t at) {
+        char *piece = to - offset + swizzled(at);
+        if (row != nullptr && x >= 0 && x + PIECE <= size) {
+            memcpy(piece, row + x, PIECE);
+            return;
         }
+        memset(piece, 0, PIECE);
+        for (int64_t i = 0; row != nullptr && i < PIECE; i += step)
+            if (x + i >= 0 && x + i < size)
+                memcpy(piece + i, row + x + i, (size_t)step);
+    });
+}
+
+void take_box(const tensor_map &m, box_position to, const char *from, size_t offset)
+{
+    int64_t size = (int64_t)m.sizes[0] * m.number, step = m.number;
+    each_piece(m, to, offset, [&](int64_t x, const char *row, size_t at) {
+        const char *piece = from - offset + swizzled(at);
+        for (int64_t i = 0; row != nullptr && i < PIECE; i += step)
+            if (x + i >= 0 && x + i < size)
+                memcpy(const_cast<char *>(row) + x + i, piece + i, (size_t)step);
+    });
 }
 
 } // namespace emu
@@ -72,14 +87,16 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill)
 {
-    if (type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || rank != 3 ||
+    bool bf16 = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    if ((!bf16 && type != CU_TENSOR_MAP_DATA_TYPE_FLOAT32) || rank != 3 ||
         interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle != CU_TENSOR_MAP_SWIZZLE_128B ||
         fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
         return CUDA_ERROR_NOT_SUPPORTED;
-    if ((uintptr_t)data % 16 != 0 || (uintptr_t)map % 64 != 0 || box[0] * 2 > emu::ROW_BYTES ||
-        box[0] % emu::PIECE != 0)
-        return CUDA_ERROR_INVALID_VALUE;
     emu::tensor_map m = {};
+    m.number = bf16 ? 2 : 4;
+    if ((uintptr_t)data % 16 != 0 || (uintptr_t)map % 64 != 0 ||
+        box[0] * m.number > emu::ROW_BYTES || box[0] * m.number % emu::PIECE != 0)
+        return CUDA_ERROR_INVALID_VALUE;
     m.mark = emu::MARK;
     m.data = (const char *)data;
     for (int i = 0; i < 3; i++) {

@@ -1,5 +1,5 @@
 /* Tensor maps for the CPU: cuTensorMapEncodeTiled() as kernels/tensor_map.cuh uses it, three
- * dimensions of BF16 with a swizzle of 128 bytes, and the copy of a box.
+ * dimensions of BF16 or float32 with a swizzle of 128 bytes, and the copies of a box.
  */
 #ifndef QV_EMULATE_TENSOR_MAP_H
 #define QV_EMULATE_TENSOR_MAP_H
@@ -18,8 +18,9 @@ struct tensor_map {
     uint64_t sizes[3];   /* numbers; the first dimension is the one without gaps */
     uint64_t strides[2]; /* bytes, of the other two */
     uint32_t box[3];     /* numbers */
+    uint32_t number;     /* bytes of one */
 
-    size_t box_bytes() const { return (size_t)box[0] * box[1] * box[2] * 2; }
+    size_t box_bytes() const { return (size_t)box[0] * box[1] * box[2] * number; }
 };
 
 struct box_position {
@@ -31,6 +32,8 @@ tensor_map read_tensor_map(const void *map);
 
 /* `offset` is that of `to` in its shared memory, which the swizzle goes by. */
 void land_box(const tensor_map &m, box_position from, char *to, size_t offset);
+/* The other way: what is outside of the array is left out. */
+void take_box(const tensor_map &m, box_position to, const char *from, size_t offset);
 
 } // namespace emu
 

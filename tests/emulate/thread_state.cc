@@ -20,6 +20,8 @@ void thread_ended(thread *t)
     thread_state *state = (thread_state *)t->device;
     if (!state->products.empty())
         fail("the thread has ended with %zu products of wgmma under way", state->products.size());
+    if (!state->stores.empty())
+        fail("the thread has ended with stores of the copy engine that it has not waited for");
     t->device = nullptr;
     state->self.reset();
 }

@@ -7,6 +7,7 @@
 #include "tests/emulate/wgmma.h"
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <stdint.h>
 #include <vector>
@@ -30,6 +31,10 @@ struct thread_state {
     std::deque<queued_copy> copies;
     uint64_t n_landed = 0;
     int n_groups = 0; /* ends of groups in `copies` */
+
+    /* Boxes on their way out of shared memory; an empty one ends a group. */
+    std::deque<std::function<void()>> stores;
+    int n_store_groups = 0; /* ends of groups in `stores` */
 
     /* wgmma: the products that have not been made, and how many of them each group has. */
     struct pending : product {

@@ -13,6 +13,7 @@
 #include "common/status.h"
 #include "kernels/kernels_attention.h"
 #include "kernels/kernels_dense.h"
+#include "kernels/kernels_gemm.h"
 #include "kernels/kernels_linear.h"
 #include "kernels/kernels_sample.h"
 #include "kernels/kernels_upload.h"

@@ -78,6 +78,11 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
                                 cuda->stream));
         return qv_k_stream_linear(&c, &lora, cuda->n_sms, cuda->stream);
     }
+    if (qv_cuda_gemms(cuda, &c, &lora)) {
+        QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
+                                cuda->stream));
+        return qv_k_gemm(&c, &lora, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
+    }
     QV_TRY(y.dtype == QV_F32 ? qv_cuda_linear_f32(be, w, x, none, y) : qv_cuda_linear(be, w, x, y));
     return qv_k_lora(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data, c.y, c.y_stride,
                      c.y_f32, cuda->stream);

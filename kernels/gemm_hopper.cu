@@ -1,0 +1,230 @@
+/* y = x W^T for many tokens on Hopper, with adapters inside: 2 n_tokens n_out n_in FLOP, bound by
+ * the tensor cores.
+ *
+ * Blocks that stay, one to a multiprocessor, each with a ring of stages of shared memory that one
+ * thread fills through the copy engine, on into the next tile while results are stored, and two
+ * warpgroups that multiply. Per clock of the tensor cores' rate a tile of 128 x 256 reads 80 bytes
+ * of shared memory and takes 48 in, of the 128 there are; in clusters of two, of which each block
+ * fetches half of W for both, 32 of the 48 come from the L2 cache. Results leave through shared
+ * memory by the copy engine, 128 bytes a row, and the copy engine leaves out what is not there: so
+ * shapes need not be multiples of the tile's.
+ *
+ * The pairs of adapters follow in the same ring, as more of k (gemm_hopper.cuh): y is written once,
+ * where expand would read and write it again.
+ */
+#include "kernels/gemm_hopper.cuh"
+
+namespace
+{
+
+/* Grid (cluster x clusters). Threads: two warpgroups that multiply, a warp of which one thread
+ * fetches, three warps that fetch for adapters. */
+template <class F, bool LORA>
+__global__ void __launch_bounds__(GEMM_THREADS, 1)
+    gemm_kernel(const __grid_constant__ gemm_args c, const __grid_constant__ qv_k_stream_lora lora,
+                const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap rest,
+                const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap y)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) char gemm_memory[];
+    gemm_shared<F> &m = *(gemm_shared<F> *)(((uintptr_t)gemm_memory + 1023) / 1024 * 1024);
+    int thread = threadIdx.x, rank = blockIdx.x % F::CLUSTER;
+    int cluster = blockIdx.x / F::CLUSTER, n_clusters = gridDim.x / F::CLUSTER;
+    if (thread == 0) {
+        for (int i = 0; i < F::STAGES; i++) {
+            barrier_init(&m.full[i], 1);
+            barrier_init(&m.empty[i], (F::TURNS ? 1 : GEMM_GROUPS) * F::CLUSTER);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&m.plan_full[i], 1);
+            barrier_init(&m.plan_empty[i], 4 * GEMM_GROUPS + 1); /* warps, and who fetches */
+        }
+        barriers_publish();
+    }
+    __syncthreads();
+    if (F::CLUSTER > 1)
+        cluster_sync();
+
+    if (warpgroup() == GEMM_GROUPS) {
+        fewer_registers<LORA ? 104 : 40>();
+        if (thread == GEMM_GROUPS * 128)
+            gemm_fetch<F, LORA>(c, m, &x, &rest, &w, cluster, n_clusters, rank);
+        else if (LORA && thread >= GEMM_THREADS - GEMM_FETCHERS)
+            gemm_fetch_adapters<F>(c, m, lora, cluster, n_clusters, rank);
+    } else {
+        more_registers<LORA ? 200 : 232>();
+        gemm_work<F, LORA>(c, m, &y, cluster, n_clusters, rank);
+    }
+    if (F::CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync(); /* the other block's arrivals come here until its last step */
+    }
+#else
+    (void)c, (void)lora, (void)x, (void)rest, (void)w, (void)y;
+    __trap(); /* not launched on other devices */
+#endif
+}
+
+/* --- Forms -------------------------------------------------------------------------------- */
+
+/* Name, units of 64 rows a warpgroup, columns, stages, blocks of a cluster, whether warpgroups take
+ * turns, steps that the first is ahead; the share of the best rate that one expects. */
+#define GEMM_FORMS(X)                                                                              \
+    X("128 x 256, pairs, lead of 2", 1, 256, 4, 2, false, 2, 1.00)                                 \
+    X("128 x 256, pairs", 1, 256, 4, 2, false, 0, 0)                                               \
+    X("128 x 256, lead of 2", 1, 256, 4, 1, false, 2, 0)                                           \
+    X("256 x 128, pairs, lead of 2", 2, 128, 4, 2, false, 2, 0)                                    \
+    X("128 x 192, lead of 2", 1, 192, 4, 1, false, 2, 0.94)                                        \
+    X("128 x 128, pairs, lead of 3", 1, 128, 6, 2, false, 3, 0.85)                                 \
+    X("128 x 128, turns, pairs", 2, 128, 6, 2, true, 0, 0)                                         \
+    X("128 x 128, turns", 2, 128, 6, 1, true, 0, 0)
+
+struct form_facts {
+    const char *name;
+    int rows, columns, cluster;
+    double share; /* 0: chosen by name only */
+};
+
+constexpr form_facts FORMS[] = {
+#define GEMM_FACTS(name, units, columns, stages, cluster, turns, lead, share)                      \
+    {name, gemm_form<units, columns, stages, cluster, turns, lead>::ROWS, columns, cluster, share},
+    GEMM_FORMS(GEMM_FACTS)
+#undef GEMM_FACTS
+};
+static_assert(sizeof FORMS / sizeof *FORMS == QV_K_GEMM_FORMS, "as many as the header says");
+
+/* The form with the least time: rounds of tiles over the device, by what a tile takes. */
+int choose_form(const qv_k_linear_args &c, int n_sms)
+{
+    int best = 0;
+    double least = 0;
+    for (int i = 0; i < QV_K_GEMM_FORMS; i++) {
+        const form_facts &f = FORMS[i];
+        if (f.share == 0)
+            continue;
+        int64_t rows = (int64_t)f.rows * f.cluster, clusters = n_sms / f.cluster;
+        int64_t tiles = (c.n_tokens + rows - 1) / rows * ((c.n_out + f.columns - 1) / f.columns);
+        double time = (double)((tiles + clusters - 1) / clusters * f.rows * f.columns) / f.share;
+        if (least == 0 || time < least) {
+            least = time;
+            best = i;
+        }
+    }
+    return best;
+}
+
+/* rows [n][n_in] in boxes of box_rows x 64. */
+qv_status make_rows_map(const void *rows, int64_t n, int64_t n_in, int64_t stride, int box_rows,
+                        CUtensorMap *map)
+{
+    const cuuint64_t sizes[3] = {(cuuint64_t)n_in, (cuuint64_t)n, 1};
+    const cuuint64_t strides[2] = {(cuuint64_t)stride * 2, (cuuint64_t)(stride * n) * 2};
+    const cuuint32_t box[3] = {GEMM_STEP, (cuuint32_t)box_rows, 1};
+    return qv_k_tensor_map("linear", rows, sizes, strides, box, map);
+}
+
+/* y in boxes of 64 rows of 128 bytes. */
+qv_status make_y_map(const qv_k_linear_args &c, CUtensorMap *map)
+{
+    cuuint64_t size = c.y_f32 ? 4 : 2;
+    const cuuint64_t sizes[3] = {(cuuint64_t)c.n_out, (cuuint64_t)c.n_tokens, 1};
+    const cuuint64_t strides[2] = {(cuuint64_t)c.y_stride * size,
+                                   (cuuint64_t)(c.y_stride * c.n_tokens) * size};
+    const cuuint32_t box[3] = {(cuuint32_t)(128 / size), GEMM_UNIT, 1};
+    return qv_k_tensor_map_of(
+        "linear", c.y_f32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, c.y,
+        sizes, strides, box, map);
+}
+
+template <class F, bool LORA>
+qv_status launch_form(const qv_k_linear_args &c, const qv_k_stream_lora *lora, int n_sms,
+                      cudaStream_t stream)
+{
+    CUtensorMap x, rest, w, y;
+    QV_TRY(make_rows_map(c.x, c.n_tokens, c.n_in, c.x_stride, F::ROWS, &x));
+    QV_TRY(make_rows_map(c.w, c.n_out, c.n_in, c.n_in, F::COLUMNS / F::CLUSTER, &w));
+    QV_TRY(make_y_map(c, &y));
+    rest = x;
+    if (c.rest)
+        QV_TRY(make_rows_map(c.rest, c.n_tokens, c.n_in, c.rest_stride, F::ROWS, &rest));
+    gemm_args args = {};
+    const qv_k_stream_lora none = {};
+    constexpr int ROWS = F::ROWS * F::CLUSTER;
+    args.n_tokens = (int32_t)c.n_tokens;
+    args.n_out = (int32_t)c.n_out;
+    args.steps = (int32_t)((c.n_in + GEMM_STEP - 1) / GEMM_STEP);
+    args.passes = c.rest ? 2 : 1;
+    args.row_tiles = (int32_t)((c.n_tokens + ROWS - 1) / ROWS);
+    args.col_tiles = (int32_t)((c.n_out + F::COLUMNS - 1) / F::COLUMNS);
+    args.band = 2048 / ROWS; /* what runs at a time is about as many tokens as columns */
+    args.y_f32 = c.y_f32;
+    int64_t tiles = (int64_t)args.row_tiles * args.col_tiles, clusters = n_sms / F::CLUSTER;
+    clusters = tiles < clusters ? tiles : clusters > 0 ? clusters : 1;
+
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim.x = F::CLUSTER;
+    attributes[0].val.clusterDim.y = 1;
+    attributes[0].val.clusterDim.z = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(clusters * F::CLUSTER));
+    config.blockDim = dim3(GEMM_THREADS);
+    config.dynamicSmemBytes = GEMM_BYTES<F>;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = LORA ? 2 : 1;
+    static_assert(GEMM_BYTES<F> <= 227 << 10, "what a block may have");
+    cudaError_t error = cudaFuncSetAttribute(
+        gemm_kernel<F, LORA>, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_BYTES<F>);
+    if (error == cudaSuccess)
+        error = cudaLaunchKernelEx(&config, gemm_kernel<F, LORA>, args, LORA ? *lora : none, x,
+                                   rest, w, y);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: linear: %s", cudaGetErrorString(error));
+    return qv_k_check_launch("linear");
+}
+
+template <class F>
+qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora *lora, int n_sms,
+                 cudaStream_t stream)
+{
+    return lora ? launch_form<F, true>(c, lora, n_sms, stream)
+                : launch_form<F, false>(c, lora, n_sms, stream);
+}
+
+} // namespace
+
+const char *qv_k_gemm_form_name(int form)
+{
+    return form >= 0 && form < QV_K_GEMM_FORMS ? FORMS[form].name : "any";
+}
+
+bool qv_k_gemm_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
+{
+    int64_t y_unit = c->y_f32 ? 4 : 8;
+    bool can = qv_k_is_hopper() && !c->w_f32 && c->n_in % 8 == 0 && c->x_stride % 8 == 0 &&
+               c->y_stride % y_unit == 0 && (uintptr_t)c->w % 16 == 0 &&
+               (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0 && c->n_tokens <= INT32_MAX &&
+               c->n_out <= INT32_MAX;
+    if (c->rest)
+        can = can && c->rest_stride % 8 == 0 && (uintptr_t)c->rest % 16 == 0;
+    if (!can || !lora)
+        return can;
+    return c->n_out % 8 == 0 && (uintptr_t)lora->site.b % 16 == 0 && lora->site.max_rank % 4 == 0 &&
+           (uintptr_t)lora->x1 % 16 == 0;
+}
+
+qv_status qv_k_gemm(const qv_k_linear_args *c, const qv_k_stream_lora *lora, int form, int n_sms,
+                    void *stream)
+{
+    int i = form >= 0 && form < QV_K_GEMM_FORMS ? form : choose_form(*c, n_sms), n = 0;
+#define GEMM_LAUNCH(name, units, columns, stages, cluster, turns, lead, share)                     \
+    if (i == n++)                                                                                  \
+        return launch<gemm_form<units, columns, stages, cluster, turns, lead>>(                    \
+            *c, lora, n_sms, (cudaStream_t)stream);
+    GEMM_FORMS(GEMM_LAUNCH)
+#undef GEMM_LAUNCH
+    return QV_OK;
+}

@@ -1,0 +1,497 @@
+/* The parts of gemm_hopper.cu's matrix product: the shape of a form, what is in shared memory, the
+ * order of tiles, and the parts that warps have. Only for sm_90a.
+ *
+ * A tile is ROWS tokens by COLUMNS rows of W. Shared memory is a ring of stages, one for every 64
+ * of k: x [ROWS][64] and W [COLUMNS][64]. Both blocks of a cluster have the same columns and tokens
+ * of their own; each fetches half of W for both.
+ *
+ * Adapters are more of k. A step of theirs is one adapter in one slice of the columns and up to 32
+ * of its ranks: B [32][COLUMNS], stored as the pool has it, where W would be, and scale * x1 of the
+ * tile's tokens where x would be, as two BF16 numbers (16 bits): [ROWS][32] high, [ROWS][32] low.
+ * The steps of a tile are those of all segments that have tokens in either block of the cluster, so
+ * that both blocks go through the ring in step. What a step gives for the tokens of others is never
+ * added, so that an adapter of infinities harms none but its own tokens, and a token's bits are its
+ * own whoever shares its tile.
+ */
+#ifndef QV_KERNELS_GEMM_HOPPER_CUH
+#define QV_KERNELS_GEMM_HOPPER_CUH
+
+#include "kernels/device.cuh"
+#include "kernels/kernels_gemm.h"
+#include "kernels/ptx_gemm.cuh"
+#include "kernels/tensor_map.cuh"
+#include "kernels/wgmma.cuh"
+
+namespace
+{
+
+constexpr int GEMM_STEP = 64;  /* of k, of a stage */
+constexpr int GEMM_RANKS = 32; /* of a step of adapters */
+constexpr int GEMM_UNIT = 64;  /* rows of one wgmma */
+constexpr int GEMM_GROUPS = 2; /* warpgroups that multiply; one more fetches */
+constexpr int GEMM_THREADS = 128 * (GEMM_GROUPS + 1);
+constexpr int GEMM_FETCHERS = 96; /* threads that fetch for adapters: all of that but a warp */
+constexpr int GEMM_OUT_BYTES = GEMM_UNIT * 128; /* results on their way: 64 rows of 128 bytes */
+
+/* Barriers by name: 0 is __syncthreads, 1 and 2 are those of the warpgroups. */
+constexpr int GEMM_LEAD_BARRIER = 3;
+constexpr int GEMM_FETCH_BARRIER = 4;
+
+/* UNITS: times 64 rows that a warpgroup has, by all COLUMNS. With TURNS each warpgroup has tiles of
+ * its own, every second one, so that one stores while the other multiplies; else both share each
+ * tile, and with LEAD the first is so many steps ahead of the second, for the same purpose. */
+template <int UNITS_, int COLUMNS_, int STAGES_, int CLUSTER_, bool TURNS_, int LEAD_>
+struct gemm_form {
+    static constexpr int UNITS = UNITS_, COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_,
+                         LEAD = LEAD_;
+    static constexpr bool TURNS = TURNS_;
+    static constexpr int ROWS = UNITS * GEMM_UNIT * (TURNS ? 1 : GEMM_GROUPS);
+    static constexpr int X = ROWS * GEMM_STEP, W = COLUMNS * GEMM_STEP; /* numbers */
+    static constexpr int STAGE_BYTES = (X + W) * (int)sizeof(bf16);
+    static_assert(ROWS <= 256 && COLUMNS <= 256, "a box of the copy engine");
+    static_assert(COLUMNS % (64 * CLUSTER) == 0, "parts of W begin at multiples of 1024 bytes");
+    static_assert(LEAD < STAGES && !(TURNS && LEAD > 0), "a lead is within the ring");
+};
+
+/* Whom a step of adapters is for: tokens [first, end) of this block's tile and around it. */
+struct gemm_step_info {
+    int32_t first, end;
+};
+
+template <class F> struct gemm_shared {
+    struct {
+        bf16 x[F::X], w[F::W];
+    } stage[F::STAGES];
+    char out[GEMM_GROUPS][2][GEMM_OUT_BYTES];
+    uint64_t full[F::STAGES], empty[F::STAGES];
+    uint64_t plan_full[2], plan_empty[2];
+    int32_t plan[2]; /* steps of adapters, of this tile and the next */
+    gemm_step_info info[F::STAGES];
+};
+
+template <class F> constexpr int GEMM_BYTES = (int)sizeof(gemm_shared<F>) + 1024;
+
+/* By value into the kernel. */
+struct gemm_args {
+    int32_t n_tokens, n_out;
+    int32_t steps, passes; /* of k; 2: x, then the rest */
+    int32_t row_tiles, col_tiles;
+    int32_t band; /* row tiles that go through the columns together */
+    bool y_f32;
+};
+
+/* Where a warp is in the ring. */
+template <class F> struct gemm_ring {
+    int at = 0;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ void advance()
+    {
+        if (++at == F::STAGES) {
+            at = 0;
+            phase ^= 1;
+        }
+    }
+
+    __device__ __forceinline__ void skip(int n)
+    {
+        at += n;
+        phase ^= at / F::STAGES & 1;
+        at %= F::STAGES;
+    }
+};
+
+/* --- Tiles -------------------------------------------------------------------------------- */
+
+struct gemm_tile {
+    int row0, col0; /* this block's first token, and first row of W */
+};
+
+/* Bands of row tiles, and within one column after column, so that what runs at a time shares rows
+ * of x and of W that the L2 cache holds. `number` counts tiles of clusters. */
+template <class F>
+__device__ __forceinline__ gemm_tile find_tile(const gemm_args &c, int number, int rank)
+{
+    int of_band = c.band * c.col_tiles, first = number / of_band * c.band;
+    int rows = min(c.band, c.row_tiles - first), within = number % of_band;
+    return {((first + within % rows) * F::CLUSTER + rank) * F::ROWS, within / rows * F::COLUMNS};
+}
+
+/* --- Fetch -------------------------------------------------------------------------------- */
+
+/* One thread: all of x and W. */
+template <class F, bool LORA>
+[[maybe_unused]] __device__ void
+gemm_fetch(const gemm_args &c, gemm_shared<F> &m, const CUtensorMap *x, const CUtensorMap *rest,
+           const CUtensorMap *w, int cluster, int n_clusters, int rank)
+{
+    constexpr int PART = F::COLUMNS / F::CLUSTER; /* rows of W that this block fetches */
+    constexpr uint16_t ALL = (1 << F::CLUSTER) - 1;
+    gemm_ring<F> r;
+    int turn = 0;
+    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
+        gemm_tile tile = find_tile<F>(c, number, rank);
+        for (int pass = 0; pass < c.passes; pass++)
+            for (int step = 0; step < c.steps; step++, r.advance()) {
+                barrier_wait(&m.empty[r.at], r.phase ^ 1);
+                barrier_expect(&m.full[r.at], F::STAGE_BYTES);
+                copy_box_here(m.stage[r.at].x, pass == 0 ? x : rest, step * GEMM_STEP, tile.row0, 0,
+                              &m.full[r.at]);
+                bf16 *to = m.stage[r.at].w + rank * PART * GEMM_STEP;
+                int row = tile.col0 + rank * PART;
+                if (F::CLUSTER == 1)
+                    copy_box_here(to, w, step * GEMM_STEP, row, 0, &m.full[r.at]);
+                else
+                    copy_box(to, w, step * GEMM_STEP, row, 0, &m.full[r.at], ALL);
+            }
+        if (LORA) {
+            barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
+            r.skip(m.plan[turn & 1]);
+            barrier_arrive(&m.plan_empty[turn & 1]);
+        }
+    }
+}
+
+/* An adapter in a slice of the columns. */
+struct gemm_entry {
+    int32_t first, end; /* tokens */
+    int32_t slot, col_first, col_end;
+    qv_k_lora_slice slice;
+};
+
+/* f(entry) for the pairs that have tokens in [row0, row0 + n_rows) and columns in [col0, col0 +
+ * n_cols), in the order of segments and slices. By a whole warp, all lanes alike. */
+template <class Do>
+__device__ __forceinline__ void for_each_entry(const qv_k_stream_lora &lora, int row0, int n_rows,
+                                               int col0, int n_cols, Do f)
+{
+    const qv_k_segments &s = lora.segments;
+    const qv_k_slices &ranges = lora.site.ranges;
+    int lane = threadIdx.x & 31;
+    for (int i = 0; i < s.n_segs; i += 32) {
+        int start = s.n_tokens, end = 0, slot = -1;
+        if (i + lane < s.n_segs) {
+            start = s.seg_start[i + lane];
+            end = s.seg_start[i + lane + 1];
+            slot = s.seg_slot[i + lane];
+        }
+        bool here = slot >= 0 && start < end && start < row0 + n_rows && end > row0;
+        for (unsigned left = __ballot_sync(~0u, here); left != 0; left &= left - 1) {
+            gemm_entry e;
+            int from = __ffs((int)left) - 1;
+            e.first = __shfl_sync(~0u, start, from);
+            e.end = __shfl_sync(~0u, end, from);
+            e.slot = __shfl_sync(~0u, slot, from);
+            for (int j = 0; j < ranges.n; j++) {
+                e.col_first = ranges.start[j];
+                e.col_end = ranges.start[j + 1];
+                if (e.col_first >= col0 + n_cols || e.col_end <= col0)
+                    continue;
+                e.slice = lora.site.slices[(int64_t)e.slot * ranges.n + j];
+                if (e.slice.rank > 0)
+                    f(e);
+            }
+        }
+        if (__shfl_sync(~0u, start, 31) >= row0 + n_rows) /* segments are in the order of tokens */
+            break;
+    }
+}
+
+/* Ranks [rank0, rank0 + GEMM_RANKS) of B, in tiles of 64 columns side by side; zeros above the rank
+ * and outside of the slice. */
+template <class F>
+__device__ __forceinline__ void fetch_b(const qv_k_lora_site &site, const gemm_entry &e, int rank0,
+                                        int col0, bf16 *to, int thread)
+{
+    const bf16 *b =
+        (const bf16 *)site.b + ((int64_t)e.slot * site.max_rank + rank0) * site.n_out + col0;
+#pragma unroll 1
+    for (int i = thread; i < GEMM_RANKS * (F::COLUMNS / 8); i += GEMM_FETCHERS) {
+        int r = i / (F::COLUMNS / 8), col = i % (F::COLUMNS / 8) * 8, at = col0 + col;
+        bf16 *piece = to + col / 64 * (GEMM_RANKS * 64) + tile_at<64>(r, col % 64);
+        const bf16 *from = b + r * site.n_out + col;
+        bool outside = rank0 + r >= e.slice.rank || at >= e.col_end || at + 8 <= e.col_first;
+        if (outside || (at >= e.col_first && at + 8 <= e.col_end)) {
+            copy16(piece, outside ? (const bf16 *)site.b : from, !outside);
+        } else {
+#pragma unroll 1
+            for (int j = 0; j < 8; j++)
+                piece[j] =
+                    at + j >= e.col_first && at + j < e.col_end ? from[j] : __float2bfloat16(0.0f);
+        }
+    }
+    copies_commit();
+}
+
+/* scale * x1 of the tokens of the tile that the entry has, high and low. */
+template <class F>
+__device__ __forceinline__ void fetch_x1(const qv_k_stream_lora &lora, const gemm_entry &e,
+                                         int rank0, int row0, bf16 *to, int thread)
+{
+    const qv_k_lora_site &site = lora.site;
+    constexpr int FOURS = GEMM_RANKS / 4;
+    int first = max(e.first, row0), n = min(e.end, row0 + F::ROWS) - first;
+    const float *x1 = lora.x1 + (int64_t)e.slice.plane * site.max_rank + rank0;
+#pragma unroll 4
+    for (int i = thread; i < n * FOURS; i += GEMM_FETCHERS) {
+        int token = first + i / FOURS, r = i % FOURS * 4;
+        float4 v = make_float4(0, 0, 0, 0);
+        if (rank0 + r < e.slice.rank)
+            v = *(const float4 *)(x1 + (int64_t)token * site.ranges.n * site.max_rank + r);
+        float scale = e.slice.scale;
+        int left = e.slice.rank - rank0 - r;
+        uint32_t high[2], low[2];
+        split_bf16(left > 0 ? scale * v.x : 0, left > 1 ? scale * v.y : 0, high[0], low[0]);
+        split_bf16(left > 2 ? scale * v.z : 0, left > 3 ? scale * v.w : 0, high[1], low[1]);
+        *(uint2 *)(to + tile_at<64>(token - row0, r)) = make_uint2(high[0], high[1]);
+        *(uint2 *)(to + tile_at<64>(token - row0, GEMM_RANKS + r)) = make_uint2(low[0], low[1]);
+    }
+}
+
+/* GEMM_FETCHERS threads: how many steps of adapters each tile has, and these. */
+template <class F>
+[[maybe_unused]] __device__ void gemm_fetch_adapters(const gemm_args &c, gemm_shared<F> &m,
+                                                     const qv_k_stream_lora &lora, int cluster,
+                                                     int n_clusters, int rank)
+{
+    int thread = threadIdx.x - (GEMM_THREADS - GEMM_FETCHERS), turn = 0;
+    gemm_ring<F> r;
+    wait_for_previous(); /* x1 is there */
+    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
+        gemm_tile tile = find_tile<F>(c, number, rank);
+        int all_row0 = tile.row0 - rank * F::ROWS, n_steps = 0;
+        for_each_entry(
+            lora, all_row0, F::CLUSTER * F::ROWS, tile.col0, F::COLUMNS,
+            [&](const gemm_entry &e) { n_steps += (e.slice.rank + GEMM_RANKS - 1) / GEMM_RANKS; });
+        if (thread == 0) {
+            barrier_wait(&m.plan_empty[turn & 1], (turn >> 1 & 1) ^ 1);
+            m.plan[turn & 1] = n_steps;
+            barrier_arrive(&m.plan_full[turn & 1]);
+        }
+        r.skip(c.passes * c.steps);
+        for_each_entry(
+            lora, all_row0, F::CLUSTER * F::ROWS, tile.col0, F::COLUMNS, [&](const gemm_entry &e) {
+                bool here = e.first < tile.row0 + F::ROWS && e.end > tile.row0;
+                for (int rank0 = 0; rank0 < e.slice.rank; rank0 += GEMM_RANKS, r.advance()) {
+                    barrier_wait(&m.empty[r.at], r.phase ^ 1);
+                    if (here) {
+                        fetch_b<F>(lora.site, e, rank0, tile.col0, m.stage[r.at].w, thread);
+                        fetch_x1<F>(lora, e, rank0, tile.row0, m.stage[r.at].x, thread);
+                        copies_wait<0>();
+                        wgmma_publish();
+                    }
+                    named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
+                    if (thread == 0) {
+                        m.info[r.at] = {e.first - tile.row0, e.end - tile.row0};
+                        barrier_arrive(&m.full[r.at]);
+                    }
+                }
+            });
+    }
+}
+
+/* --- Multiply ----------------------------------------------------------------------------- */
+
+/* A number that all lanes have, so that the compiler knows it too: products in branches that it
+ * thinks lanes may part in would wait for each other. */
+__device__ __forceinline__ int same(int x)
+{
+    return __shfl_sync(0xffffffffu, x, 0);
+}
+
+/* A stage has been read by this warpgroup: all blocks of the cluster may write it. */
+template <class F> __device__ __forceinline__ void gemm_release(gemm_shared<F> &m, int at)
+{
+    int thread = threadIdx.x & 127;
+    if (F::CLUSTER == 1) {
+        if (thread == 0)
+            barrier_arrive(&m.empty[at]);
+    } else if (thread % 32 == 0 && thread / 32 < F::CLUSTER) {
+        barrier_arrive_at(&m.empty[at], thread / 32);
+    }
+}
+
+/* The sums over k of a warpgroup's rows, which begin at `row` of the tile. All products have
+ * finished, and all stages but the last are released: that one's place is the result. */
+template <class F>
+__device__ __forceinline__ int gemm_multiply(gemm_shared<F> &m, gemm_ring<F> &r, int row, int steps,
+                                             bool leads, float (&acc)[F::UNITS][F::COLUMNS / 2])
+{
+    int last = 0;
+    for (int step = 0; step < steps; step++) {
+        barrier_wait(&m.full[r.at], r.phase);
+        uint64_t a = wgmma_tile(m.stage[r.at].x + row * GEMM_STEP);
+        uint64_t b = wgmma_tile(m.stage[r.at].w);
+#pragma unroll
+        for (int u = 0; u < F::UNITS; u++)
+            wgmma_keep(acc[u]);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < GEMM_STEP / 16; k++)
+#pragma unroll
+            for (int u = 0; u < F::UNITS; u++)
+                wgmma_wide<F::COLUMNS>(acc[u], a + u * (GEMM_UNIT * GEMM_STEP * 2 / 16) + 2 * k,
+                                       b + 2 * k);
+        wgmma_commit();
+        if (F::LEAD > 0 && leads && step == F::LEAD - 1)
+            named_barrier_arrive<2 * 128>(GEMM_LEAD_BARRIER);
+        wgmma_wait<1>();
+        if (step > 0)
+            gemm_release(m, last);
+        last = r.at;
+        r.advance();
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int u = 0; u < F::UNITS; u++)
+        wgmma_keep(acc[u]);
+    return last;
+}
+
+/* A step's products for 64 rows, of which [first, end) have its adapter: by 64 columns, apart from
+ * the sums over k, so that what others get is left out. */
+template <int COLUMNS>
+__device__ __forceinline__ void add_adapter(float (&acc)[COLUMNS / 2], const bf16 *x1,
+                                            const bf16 *b, int first, int end)
+{
+    int row = (threadIdx.x >> 5 & 3) * 16 + ((threadIdx.x & 31) >> 2);
+    bool has[2] = {row >= first && row < end, row + 8 >= first && row + 8 < end};
+    uint64_t high = wgmma_tile(x1), low = high + GEMM_RANKS * 2 / 16;
+    uint64_t tile = wgmma_tile(b);
+#pragma unroll
+    for (int slab = 0; slab < COLUMNS / 64; slab++, tile += GEMM_RANKS * 128 / 16) {
+        float delta[32];
+        wgmma_keep(delta);
+        wgmma_begin();
+        wgmma_b_trans<0>(delta, high, tile);
+        wgmma_b_trans<1>(delta, low, tile);
+        wgmma_b_trans<1>(delta, high + 2, tile + 128);
+        wgmma_b_trans<1>(delta, low + 2, tile + 128);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_keep(delta);
+#pragma unroll
+        for (int i = 0; i < 32; i++)
+            if (has[i >> 1 & 1])
+                acc[32 * slab + i] += delta[i];
+    }
+    wgmma_keep(acc);
+}
+
+/* The adapters' steps. */
+template <class F>
+__device__ __forceinline__ void gemm_add_adapters(gemm_shared<F> &m, gemm_ring<F> &r, int row,
+                                                  int n_steps, int group,
+                                                  float (&acc)[F::UNITS][F::COLUMNS / 2])
+{
+    for (int step = 0; step < n_steps; step++) {
+        barrier_wait(&m.full[r.at], r.phase);
+        const gemm_step_info info = {same(m.info[r.at].first), same(m.info[r.at].end)};
+#pragma unroll
+        for (int u = 0; u < F::UNITS; u++) {
+            int row0 = row + u * GEMM_UNIT, first = info.first - row0, end = info.end - row0;
+            if (first < GEMM_UNIT && end > 0)
+                add_adapter<F::COLUMNS>(acc[u], m.stage[r.at].x + row0 * GEMM_STEP, m.stage[r.at].w,
+                                        first, end);
+        }
+        named_barrier<128>(1 + group); /* all warps have read it, the step's description too */
+        gemm_release(m, r.at);
+        r.advance();
+    }
+}
+
+/* --- Store -------------------------------------------------------------------------------- */
+
+/* 64 rows by all columns of a tile, in pieces of 128 bytes a row: two of them may be on their way.
+ */
+template <int COLUMNS, bool F32>
+__device__ __forceinline__ void
+store_rows(const gemm_args &c, const CUtensorMap *y, char (&out)[2][GEMM_OUT_BYTES], int row,
+           int col, int group, int &n_stored, const float (&acc)[COLUMNS / 2])
+{
+    constexpr int WIDTH = F32 ? 32 : 64; /* columns of 128 bytes */
+    int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
+    if (row >= c.n_tokens)
+        return;
+#pragma unroll
+    for (int chunk = 0; chunk < COLUMNS / WIDTH; chunk++) {
+        if (col + chunk * WIDTH >= c.n_out)
+            return;
+        char *to = out[n_stored & 1];
+        if (thread == 0)
+            stores_wait_read<1>();
+        named_barrier<128>(1 + group);
+        const float *f = acc + chunk * (WIDTH / 2);
+        if (F32) {
+            int t = lane & 3;
+#pragma unroll
+            for (int i = 0; i < WIDTH / 4; i++) { /* 8 columns, rows of one half */
+                int r = warp * 16 + (lane >> 2) + 8 * (i & 1), piece = i / 2 * 2 + (t >> 1);
+                *(float2 *)(to + r * 128 + ((piece ^ (r & 7)) << 4) + (t & 1) * 8) =
+                    make_float2(f[4 * (i / 2) + 2 * (i & 1)], f[4 * (i / 2) + 2 * (i & 1) + 1]);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < WIDTH / 8; j += 2)
+                stmatrix4(
+                    (bf16 *)to + tile_at<64>(warp * 16 + (lane & 15), j * 8 + (lane >> 4) * 8),
+                    pack_bf16(f[4 * j], f[4 * j + 1]), pack_bf16(f[4 * j + 2], f[4 * j + 3]),
+                    pack_bf16(f[4 * j + 4], f[4 * j + 5]), pack_bf16(f[4 * j + 6], f[4 * j + 7]));
+        }
+        wgmma_publish();
+        named_barrier<128>(1 + group);
+        if (thread == 0) {
+            store_box(y, col + chunk * WIDTH, row, 0, to);
+            stores_commit();
+        }
+        n_stored++;
+    }
+}
+
+/* A warpgroup that multiplies. */
+template <class F, bool LORA>
+[[maybe_unused]] __device__ void gemm_work(const gemm_args &c, gemm_shared<F> &m,
+                                           const CUtensorMap *y, int cluster, int n_clusters,
+                                           int rank)
+{
+    int group = warpgroup(), row = F::TURNS ? 0 : group * F::UNITS * GEMM_UNIT;
+    int steps = c.passes * c.steps, turn = 0, n_stored = 0;
+    bool leads = steps >= F::STAGES; /* or the first would be ahead by more than a tile */
+    gemm_ring<F> r;
+    auto adapters_of_tile = [&]() {
+        barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
+        int n = same(m.plan[turn & 1]);
+        if ((threadIdx.x & 31) == 0)
+            barrier_arrive(&m.plan_empty[turn & 1]);
+        return n;
+    };
+    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
+        if (F::TURNS && (turn & 1) != group) {
+            r.skip(steps + (LORA ? adapters_of_tile() : 0));
+            continue;
+        }
+        gemm_tile tile = find_tile<F>(c, number, rank);
+        float acc[F::UNITS][F::COLUMNS / 2] = {};
+        if (F::LEAD > 0 && leads && group == 1)
+            named_barrier<2 * 128>(GEMM_LEAD_BARRIER);
+        int last = gemm_multiply<F>(m, r, row, steps, leads && group == 0, acc);
+        gemm_release(m, last);
+        if (LORA)
+            gemm_add_adapters<F>(m, r, row, adapters_of_tile(), group, acc);
+#pragma unroll
+        for (int u = 0; u < F::UNITS; u++) {
+            int row0 = tile.row0 + row + u * GEMM_UNIT;
+            if (c.y_f32)
+                store_rows<F::COLUMNS, true>(c, y, m.out[group], row0, tile.col0, group, n_stored,
+                                             acc[u]);
+            else
+                store_rows<F::COLUMNS, false>(c, y, m.out[group], row0, tile.col0, group, n_stored,
+                                              acc[u]);
+        }
+    }
+    stores_wait();
+}
+
+} // namespace
+
+#endif

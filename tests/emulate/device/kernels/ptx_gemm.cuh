@@ -1,0 +1,58 @@
+/* kernels/ptx_gemm.cuh for the CPU: found in its place, with the same functions. */
+#ifndef QV_KERNELS_PTX_GEMM_CUH
+#define QV_KERNELS_PTX_GEMM_CUH
+
+#include "kernels/ptx_hopper.cuh"
+
+template <int N> inline void wgmma_wide(float (&d)[N / 2], uint64_t a, uint64_t b)
+{
+    static_assert(N % 16 == 0 && N >= 128 && N <= 256, "columns");
+    emu::product p = {d, N};
+    p.a = a;
+    p.b = b;
+    emu::multiply(p);
+}
+
+template <int KEEP> inline void wgmma_b_trans(float (&d)[32], uint64_t a, uint64_t b)
+{
+    emu::product p = {d, 64};
+    p.a = a;
+    p.b = b;
+    p.b_by_columns = true;
+    p.adds = KEEP;
+    emu::multiply(p);
+}
+
+inline void stmatrix4(void *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
+{
+    const uint32_t fragments[4] = {a, b, c, d};
+    emu::store_tiles(to, fragments, false);
+}
+
+inline void store_box(const void *map, int x, int y, int z, const void *from)
+{
+    const int at[3] = {x, y, z};
+    emu::store_box(map, at, from);
+}
+
+inline void stores_commit()
+{
+    emu::stores_commit();
+}
+
+template <int N> inline void stores_wait_read()
+{
+    emu::stores_wait(N);
+}
+
+inline void stores_wait()
+{
+    emu::stores_wait(0);
+}
+
+template <int THREADS> inline void named_barrier_arrive(int id)
+{
+    emu::barrier_arrive(id, THREADS);
+}
+
+#endif

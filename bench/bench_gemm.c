@@ -1,0 +1,303 @@
+/* bench_gemm: the matrix products of prefill, cuBLASLt's beside every form of our own, at the
+ * matrices of released models; and with adapters, as product, shrink and expand in a row, beside
+ * shrink and a product that adds them.
+ *
+ *   bench_gemm [--tokens N,N,...] [--adapters N] [--rank R] [MODEL...]
+ *
+ * Models: 4B, 35B, Nano, square; all without arguments. A row has TFLOP/s of the product alone (the
+ * adapters' own FLOP are not counted), each the median over replays of a graph of several calls,
+ * which go round over copies of W; `any` is the form that is chosen without a name.
+ */
+#include "ops/cuda/cuda.h"
+
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ROUNDS = 8, REPLAYS = 7, MAX_COPIES = 16, MAX_COUNTS = 8 };
+#define ROTATE_BYTES 128e6 /* more than the L2 cache */
+
+static const struct {
+    const char *model, *name;
+    int64_t n_out, n_in;
+    bool f32;
+} matrices[] = {
+    {"4B", "in_proj", 12352, 2560, false},
+    {"4B", "qkv", 10240, 2560, false},
+    {"4B", "out", 2560, 4096, true},
+    {"4B", "gate_up", 18432, 2560, false},
+    {"4B", "down", 2560, 9216, true},
+    {"35B", "in_proj", 12352, 2048, false},
+    {"35B", "qkv", 9216, 2048, false},
+    {"35B", "out", 2048, 4096, true},
+    {"35B", "shared gate_up", 1024, 2048, false},
+    {"35B", "shared down", 2048, 512, true},
+    {"35B", "router", 256, 2048, true},
+    {"Nano", "in_proj", 10304, 2688, false},
+    {"Nano", "qkv", 4608, 2688, false},
+    {"Nano", "out", 2688, 4096, true},
+    {"Nano", "shared up", 3712, 2688, false},
+    {"Nano", "shared down", 2688, 3712, true},
+    {"Nano", "router", 128, 2688, true},
+    {"square", "8192", 8192, 8192, false},
+};
+
+static qv_backend *be;
+
+static void pass(qv_status status)
+{
+    if (status == QV_OK)
+        return;
+    fprintf(stderr, "bench_gemm: %s\n", qv_error());
+    exit(1);
+}
+
+static void check(cudaError_t error)
+{
+    pass(error == cudaSuccess ? QV_OK : qv_cuda_fail(error, "bench"));
+}
+
+static void *made_up(qv_dtype dtype, int64_t n, float scale)
+{
+    static uint64_t seed;
+    void *p;
+    pass(qv_backend_alloc(be, (size_t)n * qv_dtype_size(dtype), &p));
+    pass(qv_backend_fill(be, p, dtype, n, 0, scale, ++seed));
+    return p;
+}
+
+/* One matrix, its x and y, and a pool of adapters of one slice. */
+typedef struct {
+    qv_weight *w[MAX_COPIES];
+    int n_w;
+    int64_t n, n_out, n_in;
+    qv_tensor x, y, scratch;
+    qv_lora_site site;
+    int64_t slice_start[2];
+    int32_t n_segs, *seg_start, *seg_slot; /* on the device */
+} product;
+
+typedef enum { BLAS, OURS, BLAS_LORA, OURS_LORA } what_to_do;
+
+static qv_k_linear_args args_of(const product *p, const qv_weight *w)
+{
+    return (qv_k_linear_args){.w = qv_weight_rows(w).data,
+                              .x = p->x.data,
+                              .y = p->y.data,
+                              .n_tokens = p->n,
+                              .n_out = p->n_out,
+                              .n_in = p->n_in,
+                              .x_stride = p->x.stride[0],
+                              .y_stride = p->y.stride[0],
+                              .y_f32 = p->y.dtype == QV_F32};
+}
+
+static qv_k_stream_lora lora_of(const product *p)
+{
+    return (qv_k_stream_lora){.segments = {.n_tokens = (int32_t)p->n,
+                                           .n_segs = p->n_segs,
+                                           .seg_start = p->seg_start,
+                                           .seg_slot = p->seg_slot},
+                              .site = {.a = p->site.a.data,
+                                       .b = p->site.b.data,
+                                       .slices = (const qv_k_lora_slice *)p->site.slices,
+                                       .n_in = p->n_in,
+                                       .n_out = p->n_out,
+                                       .max_rank = p->site.max_rank,
+                                       .ranges = {.n = 1, .start = {0, (int32_t)p->n_out}}},
+                              .x1 = p->scratch.data};
+}
+
+/* The backend is open without trials, so that its ops are cuBLASLt and the kernels apart. */
+static void call(const product *p, what_to_do what, int form, int round)
+{
+    const qv_weight *w = p->w[round % p->n_w];
+    const qv_cuda_backend *cuda = qv_cuda(be);
+    bool f32 = p->y.dtype == QV_F32;
+    if (what == BLAS) {
+        pass(f32 ? qv_op_linear_f32(be, w, p->x, (qv_tensor){0}, p->y)
+                 : qv_op_linear(be, w, p->x, p->y));
+        return;
+    }
+    if (what == BLAS_LORA) {
+        pass(qv_op_linear_lora(be, w, &p->site, p->n_segs, p->seg_start, p->seg_slot, p->x,
+                               p->scratch, p->y, f32));
+        return;
+    }
+    const qv_k_linear_args args = args_of(p, w);
+    const qv_k_stream_lora lora = lora_of(p);
+    if (what == OURS_LORA)
+        pass(qv_k_lora_shrink(&lora.segments, &lora.site, args.x, args.x_stride, p->scratch.data,
+                              cuda->stream));
+    pass(qv_k_gemm(&args, what == OURS_LORA ? &lora : NULL, form, cuda->n_sms, cuda->stream));
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Median seconds of one call. */
+static double measure(const product *p, what_to_do what, int form)
+{
+    cudaStream_t stream = qv_cuda(be)->stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t start, stop;
+    double times[REPLAYS];
+    call(p, what, form, 0);
+    check(cudaStreamSynchronize(stream));
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < ROUNDS; i++)
+        call(p, what, form, i);
+    check(cudaStreamEndCapture(stream, &graph));
+    check(cudaGraphInstantiate(&exec, graph, 0));
+    check(cudaEventCreate(&start));
+    check(cudaEventCreate(&stop));
+    for (int i = -1; i < REPLAYS; i++) {
+        check(cudaEventRecord(start, stream));
+        check(cudaGraphLaunch(exec, stream));
+        check(cudaEventRecord(stop, stream));
+        check(cudaStreamSynchronize(stream));
+        float ms;
+        check(cudaEventElapsedTime(&ms, start, stop));
+        if (i >= 0)
+            times[i] = ms * 1e-3 / ROUNDS;
+    }
+    check(cudaGraphExecDestroy(exec));
+    check(cudaGraphDestroy(graph));
+    check(cudaEventDestroy(start));
+    check(cudaEventDestroy(stop));
+    qsort(times, REPLAYS, sizeof *times, by_value);
+    return times[REPLAYS / 2];
+}
+
+static void *sent(const void *host, size_t bytes)
+{
+    void *p;
+    pass(qv_backend_alloc(be, bytes, &p));
+    pass(qv_backend_upload(be, p, host, bytes));
+    return p;
+}
+
+/* Adapters with as many tokens each. */
+static void add_adapters(product *p, int n_adapters, int rank)
+{
+    int32_t *start = calloc((size_t)n_adapters + 1, sizeof *start),
+            *slot = calloc((size_t)n_adapters, sizeof *slot);
+    qv_lora_slice *slices = calloc((size_t)n_adapters, sizeof *slices);
+    for (int i = 0; i < n_adapters; i++) {
+        start[i + 1] = (int32_t)(p->n * (i + 1) / n_adapters);
+        slot[i] = i;
+        slices[i] = (qv_lora_slice){.rank = rank, .scale = 1};
+    }
+    int32_t spacing = (rank + 15) / 16 * 16;
+    int64_t a = (int64_t)n_adapters * spacing * p->n_in,
+            b = (int64_t)n_adapters * spacing * p->n_out;
+    p->slice_start[1] = p->n_out;
+    p->n_segs = n_adapters;
+    p->seg_start = sent(start, (size_t)(n_adapters + 1) * sizeof *start);
+    p->seg_slot = sent(slot, (size_t)n_adapters * sizeof *slot);
+    p->site = (qv_lora_site){
+        .n_in = p->n_in,
+        .n_out = p->n_out,
+        .n_slices = 1,
+        .n_slots = n_adapters,
+        .max_rank = spacing,
+        .slice_start = p->slice_start,
+        .a = qv_tensor_4d(made_up(QV_BF16, a, 0.02f), QV_BF16, n_adapters, 1, spacing, p->n_in),
+        .b = qv_tensor_3d(made_up(QV_BF16, b, 0.02f), QV_BF16, n_adapters, spacing, p->n_out),
+        .slices = sent(slices, (size_t)n_adapters * sizeof *slices)};
+    p->scratch = qv_tensor_3d(made_up(QV_F32, p->n * spacing, 0), QV_F32, p->n, 1, spacing);
+    free(start);
+    free(slot);
+    free(slices);
+}
+
+static void run(size_t i, int64_t n, int n_adapters, int rank)
+{
+    product p = {.n = n, .n_out = matrices[i].n_out, .n_in = matrices[i].n_in};
+    qv_dtype y = matrices[i].f32 ? QV_F32 : QV_BF16;
+    double w_bytes = 2.0 * (double)(p.n_out * p.n_in), flop = (double)n * w_bytes;
+    p.n_w = (int)(ROTATE_BYTES / w_bytes) + 1;
+    p.n_w = p.n_w > MAX_COPIES ? MAX_COPIES : p.n_w;
+    for (int k = 0; k < p.n_w; k++) {
+        pass(qv_weight_new(be, p.n_out, p.n_in, QV_BF16, &p.w[k]));
+        pass(qv_weight_fill(be, p.w[k], 0.02f, (uint64_t)k + 1));
+    }
+    p.x = qv_tensor_2d(made_up(QV_BF16, n * p.n_in, 1), QV_BF16, n, p.n_in);
+    p.y = qv_tensor_2d(made_up(y, n * p.n_out, 1), y, n, p.n_out);
+    add_adapters(&p, n_adapters, rank);
+    for (int lora = 0; lora < 2; lora++) {
+        char name[48];
+        snprintf(name, sizeof name, "%s %s%s", matrices[i].model, matrices[i].name,
+                 lora ? " +A" : "");
+        printf("%-24s %5lld %6.0f |", name, (long long)n,
+               flop / measure(&p, lora ? BLAS_LORA : BLAS, 0) * 1e-12);
+        for (int form = 0; form < QV_K_GEMM_FORMS; form++)
+            printf(" %5.0f", flop / measure(&p, lora ? OURS_LORA : OURS, form) * 1e-12);
+        double t = measure(&p, lora ? OURS_LORA : OURS, QV_K_GEMM_ANY);
+        printf(" | %5.0f %8.1f us\n", flop / t * 1e-12, t * 1e6);
+        fflush(stdout);
+    }
+    for (int k = 0; k < p.n_w; k++)
+        qv_weight_free(be, p.w[k]);
+    void *const memory[] = {p.x.data,      p.y.data,      p.scratch.data, p.site.a.data,
+                            p.site.b.data, p.site.slices, p.seg_start,    p.seg_slot};
+    for (size_t k = 0; k < sizeof memory / sizeof *memory; k++)
+        qv_backend_free(be, memory[k]);
+}
+
+static int read_counts(const char *text, int64_t counts[MAX_COUNTS])
+{
+    int n = 0;
+    for (char *end; n < MAX_COUNTS && *text != 0; text = *end == ',' ? end + 1 : end) {
+        counts[n++] = strtoll(text, &end, 10);
+        if (end == text || counts[n - 1] <= 0)
+            return 0;
+    }
+    return n;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct option options[] = {{"tokens", required_argument, NULL, 't'},
+                                            {"adapters", required_argument, NULL, 'a'},
+                                            {"rank", required_argument, NULL, 'r'},
+                                            {0}};
+    int64_t counts[MAX_COUNTS] = {512, 2048, 8192};
+    int n_counts = 3, n_adapters = 8, rank = 16;
+    for (int c; (c = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        if (c == 't')
+            n_counts = read_counts(optarg, counts);
+        else if (c == 'a')
+            n_adapters = atoi(optarg);
+        else if (c == 'r')
+            rank = atoi(optarg);
+        if (c == '?' || n_counts == 0 || n_adapters < 1 || rank < 1 || rank > 256) {
+            fprintf(stderr, "usage: bench_gemm [--tokens N,...] [--adapters N] [--rank 1..256]"
+                            " [MODEL...]\n");
+            return 2;
+        }
+    }
+    pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
+    printf("%s; TFLOP/s; +A: with %d adapters of rank %d\n", qv_backend_describe(be), n_adapters,
+           rank);
+    for (int form = 0; form < QV_K_GEMM_FORMS; form++)
+        printf("form %d: %s\n", form, qv_k_gemm_form_name(form));
+    printf("%-24s %5s %6s |", "matrix", "T", "blas");
+    for (int form = 0; form < QV_K_GEMM_FORMS; form++)
+        printf(" %5d", form);
+    printf(" | %5s\n", "any");
+    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
+        bool wanted = optind == argc;
+        for (int k = optind; k < argc; k++)
+            wanted = wanted || strcmp(argv[k], matrices[i].model) == 0;
+        for (int k = 0; wanted && k < n_counts; k++)
+            run(i, counts[k], n_adapters, rank);
+    }
+    qv_backend_close(be);
+    return 0;
+}

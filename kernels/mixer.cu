@@ -45,7 +45,7 @@ struct mixer_plan {
     int tiles, head_tiles;                         /* of a group, of a head */
     int n_heads, n_values;                         /* of a group */
     int norm_rows, norm_d, norm_lanes, norm_warps; /* of a group; norm_row.cuh */
-    int64_t q_channel, k_channel, v_channel;       /* where they begin in the convolution */
+    int q_channel, k_channel, v_channel;           /* where they begin in the convolution */
     int keys, unit, values, entered, gains, gates, squares, sums, states, bytes; /* shared memory */
 };
 
@@ -87,8 +87,10 @@ __device__ __forceinline__ tile_place place_of(const qv_k_mixer_args &c, const m
         return {0, 0, 0};
     if (FORM == SSD_128)
         return {tile * TILE, min(TILE, p.n_values - tile * TILE), tile * TILE / c.step.d_v};
-    int head = tile / p.head_tiles, column = tile % p.head_tiles * TILE;
-    return {head * c.step.d_v + column, min(TILE, c.step.d_v - column), head};
+    int d_v = FORM == DELTA_128 ? STEP_D : c.step.d_v;
+    int head_tiles = FORM == DELTA_128 ? STEP_D / TILE : p.head_tiles;
+    int head = tile / head_tiles, column = tile % head_tiles * TILE;
+    return {head * d_v + column, min(TILE, d_v - column), head};
 }
 
 struct mixer_token {
@@ -121,7 +123,7 @@ template <typename T> __device__ __forceinline__ void to_all(const mixer_plan &p
 /* What the convolution gives for a channel, rounded as where it is stored; its window moves on. */
 template <bool FOUR>
 __device__ __forceinline__ bf16 convolve(const qv_k_conv1d_args &c, const mixer_token &now,
-                                         int64_t channel)
+                                         int channel)
 {
     const bf16 zero = __float2bfloat16(0.0f);
     int n_past = FOUR ? 3 : c.n_taps - 1;
@@ -165,7 +167,7 @@ __device__ __forceinline__ void load_values(const qv_k_mixer_args &c, const mixe
     int lane = threadIdx.x % TEAM;
     if (lane >= TILE)
         return;
-    int64_t channel = p.v_channel + (int64_t)now.group * p.n_values + at.first + lane;
+    int channel = p.v_channel + now.group * p.n_values + at.first + lane;
     values[lane] =
         lane < at.width ? convolve<!is_any(FORM)>(c.conv, now, channel) : __float2bfloat16(0.0f);
 }
@@ -178,9 +180,9 @@ __device__ __forceinline__ void share_keys(const qv_k_mixer_args &c, const mixer
 {
     /* From the second warp on: the first is busy with values. */
     int thread = threadIdx.x < 32 ? threadIdx.x + blockDim.x - 32 : threadIdx.x - 32;
-    int d_k = c.step.d_k, part = (2 * d_k + p.n_blocks - 1) / p.n_blocks;
+    int d_k = is_any(FORM) ? c.step.d_k : STEP_D, part = (2 * d_k + p.n_blocks - 1) / p.n_blocks;
     int i = blockIdx.x * part + thread, end = min((int)(blockIdx.x + 1) * part, 2 * d_k);
-    int64_t q = p.q_channel + (int64_t)now.group * d_k, k = p.k_channel + (int64_t)now.group * d_k;
+    int q = p.q_channel + now.group * d_k, k = p.k_channel + now.group * d_k;
     bf16 key = __float2bfloat16(0.0f);
     if (i < end)
         key = convolve<!is_any(FORM)>(c.conv, now, i < d_k ? q + i : k + i - d_k);
@@ -193,14 +195,21 @@ __device__ __forceinline__ void share_keys(const qv_k_mixer_args &c, const mixer
     }
 }
 
-/* The team's first warp: what the norm needs of the tile beside the entered numbers. */
+/* The team's third warp: what the norm needs of the tile beside the entered numbers. The first has
+ * values, the second keys, the last gates, so that no load is issued behind a wait for another. */
+__device__ __forceinline__ int norm_lane()
+{
+    int in_team = threadIdx.x % TEAM;
+    return in_team >= 64 && in_team < 96 ? in_team - 64 : -1;
+}
+
 template <bool DELTA>
 __device__ __forceinline__ void load_gain(const qv_k_mixer_args &c, const mixer_plan &p,
                                           const mixer_shared &m, const mixer_token &now,
                                           const tile_place &at)
 {
-    int lane = threadIdx.x % TEAM, i = at.first + lane;
-    if (lane >= at.width)
+    int lane = norm_lane(), i = at.first + lane;
+    if (lane < 0 || lane >= at.width)
         return;
     float *to = m.gains + threadIdx.x / TEAM * 2 * TILE + lane;
     to[0] = to_float(*norm_at(c.z, p, now, i));
@@ -408,8 +417,8 @@ __device__ __forceinline__ void store_norm(const qv_k_mixer_args &c, const mixer
                                            const tile_place &at)
 {
     constexpr qv_k_norm_kind KIND = DELTA ? QV_K_NORM_THEN_GATE : QV_K_GATE_THEN_NORM;
-    int lane = threadIdx.x % TEAM, i = at.first + lane;
-    if (lane >= 32 || at.width == 0)
+    int lane = norm_lane(), i = at.first + lane;
+    if (lane < 0 || at.width == 0)
         return;
     const float *in = m.gains + threadIdx.x / TEAM * 2 * TILE + lane;
     float squares = norm_total(m.squares + at.first / p.norm_d * p.norm_warps, p.norm_warps);
@@ -454,9 +463,9 @@ __global__ void __launch_bounds__(TEAM *MAX_TEAMS)
     /* Compute and store the state */
     for (int round = 0; round < p.rounds; round++) {
         bool last_round = round + 1 == p.rounds;
+        at = place_of<FORM>(c, p, round); /* again, not kept in registers */
         if (round > 0) {
             __syncthreads(); /* values and sums of the round before have been read */
-            at = place_of<FORM>(c, p, round);
             if (!ANY)
                 load_cells<FORM>(cells_of<FORM>(c, p, now, at), at, cell);
             load_gain<DELTA>(c, p, m, now, at);
@@ -560,11 +569,12 @@ bool plan_channels(const qv_k_mixer_args &c, mixer_plan &p)
     channel_range q = channels_of(c.conv, r.q, r.n_k_heads, r.d_k);
     channel_range k = channels_of(c.conv, r.k, r.n_k_heads, r.d_k);
     channel_range v = channels_of(c.conv, r.v, r.n_v_heads, r.d_v);
-    p.q_channel = q.first;
-    p.k_channel = k.first;
-    p.v_channel = v.first;
+    p.q_channel = (int)q.first;
+    p.k_channel = (int)k.first;
+    p.v_channel = (int)v.first;
     return q.first >= 0 && k.first >= 0 && v.first >= 0 && apart(q, k) && apart(q, v) &&
-           apart(k, v) && q.n + k.n + v.n == c.conv.n_channels;
+           apart(k, v) && q.n + k.n + v.n == c.conv.n_channels &&
+           c.conv.n_channels * c.conv.n_taps <= INT32_MAX;
 }
 
 /* False where there is no such kernel. */

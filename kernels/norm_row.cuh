@@ -48,7 +48,8 @@ inline int norm_warps(int lanes)
     return lanes == 16 || lanes == 32 ? 1 : 8;
 }
 
-/* What warp `part` of norm_warps(lanes) adds to the sum of squares of a row of entered numbers. */
+/* What warp `part` of norm_warps(lanes) adds to the sum of squares of a row of entered numbers, on
+ * 16 bytes where lanes is not 0. */
 __device__ __forceinline__ float norm_squares(const float *v, int d, int lanes, int part)
 {
     int thread = part * 32 + (threadIdx.x & 31);
@@ -57,10 +58,13 @@ __device__ __forceinline__ float norm_squares(const float *v, int d, int lanes, 
         for (int i = thread; i < d; i += 256)
             sum = fmaf(v[i], v[i], sum);
     } else if (thread < lanes) {
-        for (int i = thread * 8; i < d; i += lanes * 8)
+        for (int i = thread * 8; i < d; i += lanes * 8) {
+            float4 a = *(const float4 *)(v + i), b = *(const float4 *)(v + i + 4);
+            float x[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
             for (int k = 0; k < 8; k++)
-                sum = fmaf(v[i + k], v[i + k], sum);
+                sum = fmaf(x[k], x[k], sum);
+        }
     }
     return lanes == 16 ? lanes_sum<16>(sum) : warp_sum(sum);
 }

@@ -34,6 +34,9 @@ typedef struct {
 bool qv_k_skinny_linear_can(const qv_k_linear_args *args);
 qv_status qv_k_skinny_linear(const qv_k_linear_args *args, void *stream);
 
+/* Warps that share k, whose sums are added in their order. */
+int qv_k_skinny_linear_warps(const qv_k_linear_args *args);
+
 /* Tokens of a block of qv_k_stream_linear, and slices that its rows may touch. */
 #define QV_K_STREAM_TOKENS 64
 #define QV_K_STREAM_SLICES 4
@@ -52,6 +55,32 @@ typedef struct {
 bool qv_k_stream_linear_can(const qv_k_linear_args *args, const qv_k_stream_lora *lora);
 qv_status qv_k_stream_linear(const qv_k_linear_args *args, const qv_k_stream_lora *lora, int n_sms,
                              void *stream);
+
+/* Blocks that share rows of W and split k. */
+int qv_k_stream_linear_shares(const qv_k_linear_args *args, int n_sms);
+
+/* What is done to a row of a product. */
+typedef enum {
+    QV_K_LINEAR_PLAIN,  /* y [T, n_out] */
+    QV_K_LINEAR_SWIGLU, /* y [T, n_out / 2], the first half of the matrix's rows is the gate */
+    QV_K_LINEAR_RELU2,  /* y [T, n_out] */
+} qv_k_linear_act;
+
+typedef struct {
+    qv_k_linear_args args;
+    qv_k_linear_act act; /* of products that were rounded to BF16, as if it were an op of its own */
+} qv_k_linear_part;
+
+#define QV_K_JOINED_PARTS  4
+#define QV_K_JOINED_TOKENS 8
+
+/* Products for at most QV_K_JOINED_TOKENS tokens in one launch, each to the bit what
+ * qv_k_any_linear gives for few rows, qv_k_stream_linear where `stream` (9.0 and later) and it can,
+ * qv_k_skinny_linear otherwise. Where none of them can, the parts cannot be joined. Errors: DEVICE,
+ * UNSUPPORTED. */
+bool qv_k_joined_linear_can(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms);
+qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms,
+                             void *on);
 
 /* Any shape, alignment and dtype, slowly. */
 qv_status qv_k_any_linear(const qv_k_linear_args *args, void *stream);

@@ -119,7 +119,7 @@ cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStream_t stream)
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    bool few = c.n_out <= 1024;
+    bool few = qv_k_skinny_linear_warps(&c) == 16;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)((c.n_out + 15) / 16));
     config.blockDim = dim3(few ? 512 : 256);
@@ -213,6 +213,11 @@ bool qv_k_skinny_linear_can(const qv_k_linear_args *c)
     return !c->w_f32 && c->n_tokens <= QV_K_SKINNY_TOKENS && c->n_in % 32 == 0 &&
            (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && c->x_stride % 8 == 0 &&
            (uintptr_t)c->rest % 16 == 0 && c->rest_stride % 8 == 0;
+}
+
+int qv_k_skinny_linear_warps(const qv_k_linear_args *c)
+{
+    return c->n_out <= 1024 ? 16 : 8;
 }
 
 qv_status qv_k_skinny_linear(const qv_k_linear_args *c, void *stream)

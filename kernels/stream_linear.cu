@@ -544,6 +544,11 @@ bool qv_k_stream_linear_can(const qv_k_linear_args *c, const qv_k_stream_lora *l
            (uintptr_t)lora->x1 % 16 == 0 && most_slices(s->ranges) <= QV_K_STREAM_SLICES;
 }
 
+int qv_k_stream_linear_shares(const qv_k_linear_args *c, int n_sms)
+{
+    return shares_of(*c, n_sms);
+}
+
 qv_status qv_k_stream_linear(const qv_k_linear_args *c, const qv_k_stream_lora *lora, int n_sms,
                              void *stream)
 {

@@ -37,6 +37,7 @@ static void measure(const qv_layout *layout, const qv_model_limits *limits, qv_d
     bytes[QV_BUF_CONV] = t * layout->vec[QV_VEC_CONV].n_rows * act;
     bytes[QV_BUF_INNER] = t * inner * act;
     bytes[QV_BUF_SHARED] = c->shared_ffn > 0 ? t * hidden * f32 : 0;
+    bytes[QV_BUF_GATE] = c->shared_ffn > 0 ? t * act : 0;
     bytes[QV_BUF_LATENT] = 2 * t * c->moe_latent * act;
     bytes[QV_BUF_ROUTER] = t * c->n_experts * f32;
     bytes[QV_BUF_EXPERT] = pairs * (int64_t)sizeof(int32_t);
@@ -155,16 +156,27 @@ static bool is_exact(qv_proj proj)
     }
 }
 
+/* Adapters on a projection; NULL without any. */
+static const qv_lora_site *site_of(const qv_pass *pass, int64_t layer, qv_proj proj)
+{
+    return pass->lora != NULL ? qv_lora_pool_site(pass->lora, layer, proj) : NULL;
+}
+
+/* What a projection reads beside x. */
+static qv_tensor rest_for(const qv_pass *pass, qv_proj proj)
+{
+    return proj == QV_PROJ_ROUTER ? rest_of(pass) : (qv_tensor){.data = NULL};
+}
+
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
     const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
     const qv_proj_shape *shape = &pass->layout->proj[proj];
     bool exact = is_exact(proj);
-    qv_tensor rest = proj == QV_PROJ_ROUTER ? rest_of(pass) : (qv_tensor){.data = NULL};
+    qv_tensor rest = rest_for(pass, proj);
     if (shape->x_cols != shape->n_in)
         x = qv_tensor_cols(x, shape->x_col, shape->n_in);
-    const qv_lora_site *site =
-        pass->lora != NULL ? qv_lora_pool_site(pass->lora, layer, proj) : NULL;
+    const qv_lora_site *site = site_of(pass, layer, proj);
     if (site == NULL)
         return exact ? qv_op_linear_f32(pass->be, weight, x, rest, y)
                      : qv_op_linear(pass->be, weight, x, y);
@@ -181,6 +193,47 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
                                  exact);
     QV_TRY(qv_op_linear_f32(pass->be, weight, x, rest, y));
     return qv_op_lora_f32(pass->be, site, n_segs, seg_start, seg_slot, x, scratch, y);
+}
+
+static qv_status linear_act(qv_pass *pass, int64_t layer, const qv_proj_part *part, qv_tensor x)
+{
+    int64_t f = part->y.shape[1];
+    switch (part->act) {
+    case QV_LINEAR_SWIGLU:
+        QV_TRY(qv_linear(pass, layer, part->proj, x, part->wide));
+        return qv_op_swiglu(pass->be, qv_tensor_cols(part->wide, 0, f),
+                            qv_tensor_cols(part->wide, f, f), part->y);
+    case QV_LINEAR_RELU2:
+        QV_TRY(qv_linear(pass, layer, part->proj, x, part->wide));
+        return qv_op_relu2(pass->be, part->wide, part->y);
+    case QV_LINEAR_PLAIN:
+        break;
+    }
+    return qv_linear(pass, layer, part->proj, x, part->y);
+}
+
+qv_status qv_linears(qv_pass *pass, int64_t layer, qv_tensor x, int32_t n_parts,
+                     const qv_proj_part *parts)
+{
+    qv_linear_part joined[QV_MAX_LINEAR_PARTS];
+    bool whole = true; /* no adapters between a product and its activation, nor parts of x */
+    QV_ASSERT(n_parts <= QV_MAX_LINEAR_PARTS);
+    for (int32_t i = 0; i < n_parts; i++) {
+        const qv_proj_part *part = &parts[i];
+        const qv_proj_shape *shape = &pass->layout->proj[part->proj];
+        whole &= shape->x_cols == shape->n_in && site_of(pass, layer, part->proj) == NULL;
+        joined[i] = (qv_linear_part){.w = qv_weights_layer(pass->weights, layer)->proj[part->proj],
+                                     .f32 = is_exact(part->proj),
+                                     .act = part->act,
+                                     .rest = rest_for(pass, part->proj),
+                                     .wide = part->wide,
+                                     .y = part->y};
+    }
+    if (whole)
+        return qv_op_linears(pass->be, x, n_parts, joined);
+    for (int32_t i = 0; i < n_parts; i++)
+        QV_TRY(linear_act(pass, layer, &parts[i], x));
+    return QV_OK;
 }
 
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y)

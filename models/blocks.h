@@ -22,6 +22,7 @@ typedef enum {
     QV_BUF_CONV,     /* [T, convolution channels] */
     QV_BUF_INNER,    /* [T, widest input of an out-projection] */
     QV_BUF_SHARED,   /* [T, hidden] F32 what shared experts add */
+    QV_BUF_GATE,     /* [T, 1] of a shared expert */
     QV_BUF_LATENT,   /* [2, T, latent] what routed experts read and write, where that is narrower */
     QV_BUF_ROUTER,   /* [T, experts] F32 */
     QV_BUF_EXPERT,   /* [T, k] I32 experts of each token */
@@ -85,6 +86,18 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec);
  * the last that qv_block_norm or qv_block_add_norm gave. */
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
 
+/* One of several projections that read the same x. */
+typedef struct {
+    qv_proj proj;
+    qv_linear_act act; /* not of those whose results are not rounded */
+    qv_tensor wide;    /* with an act: [T, n_out], room for what it is done to */
+    qv_tensor y;
+} qv_proj_part;
+
+/* Each as by qv_linear, and its activation; in fewer launches where that is possible. */
+qv_status qv_linears(qv_pass *pass, int64_t layer, qv_tensor x, int32_t n_parts,
+                     const qv_proj_part *parts);
+
 /* y[t] = embedding of token t, plus the adapters of the batch. y [T, hidden] F32. */
 qv_status qv_block_embed(qv_pass *pass, qv_tensor y);
 
@@ -110,8 +123,19 @@ qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor
 
 /* The parts of a mixture of experts. */
 
-/* Choose experts for each token: x [T, hidden], into the pass's list. */
-qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x);
+/* What is made of its input first, for all that follows. What a layer does not have is empty. */
+typedef struct {
+    qv_tensor hidden; /* [T, width] activated: what the shared expert's last projection reads */
+    qv_tensor gate;   /* [T, 1] of the shared expert */
+    qv_tensor logits; /* [T, experts] F32, the router's */
+    qv_tensor latent; /* [T, latent] what routed experts read */
+} qv_moe_input;
+
+/* x [T, hidden]. All of it is good until the next mixer or MLP. */
+qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                          qv_moe_input *out);
+/* Choose experts for each token by its logits [T, experts], into the pass's list. */
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor logits);
 /* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch, in a latent
  * space. x, y [T, latent], not the same. */
 qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
@@ -120,11 +144,8 @@ qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind
  * hidden] F32; shared [T, hidden] F32 and gate [T, 1] may be empty. */
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                            qv_tensor shared, qv_tensor gate, qv_tensor y);
-/* Experts that every token goes through: x [T, hidden], y [T, hidden] F32. */
-qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                                 qv_tensor y);
-/* *gate [T, 1] = x[t] . the gate of the shared expert; good until the next mixer or MLP. */
-qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor *gate);
+/* Experts that every token goes through: hidden as qv_block_moe_in gives it, y [T, hidden] F32. */
+qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_tensor hidden, qv_tensor y);
 /* y += shared, [T, hidden] F32, where routed experts are in a latent space. */
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y);
 

@@ -12,19 +12,20 @@ static qv_status activate(qv_pass *pass, qv_mlp_kind kind, qv_tensor wide, qv_te
     return qv_op_swiglu(pass->be, qv_tensor_cols(wide, 0, n), qv_tensor_cols(wide, n, n), into);
 }
 
-static qv_status feed_forward(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_proj in,
-                              qv_proj out, qv_tensor x, qv_tensor y)
+/* The part of a feed-forward block that ends in its activation, which is left in INNER. */
+static qv_proj_part first_part(const qv_pass *pass, qv_mlp_kind kind, qv_proj in, qv_proj out)
 {
-    qv_tensor wide = view(pass, QV_BUF_WIDE, pass->layout->proj[in].n_out);
-    qv_tensor hidden = view(pass, QV_BUF_INNER, pass->layout->proj[out].n_in);
-    QV_TRY(qv_linear(pass, layer, in, x, wide));
-    QV_TRY(activate(pass, kind, wide, hidden));
-    return qv_linear(pass, layer, out, hidden, y);
+    return (qv_proj_part){.proj = in,
+                          .act = kind == QV_MLP_RELU2 ? QV_LINEAR_RELU2 : QV_LINEAR_SWIGLU,
+                          .wide = view(pass, QV_BUF_WIDE, pass->layout->proj[in].n_out),
+                          .y = view(pass, QV_BUF_INNER, pass->layout->proj[out].n_in)};
 }
 
 qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y)
 {
-    QV_TRY(feed_forward(pass, layer, kind, QV_PROJ_MLP_IN, QV_PROJ_MLP_OUT, x, y));
+    qv_proj_part first = first_part(pass, kind, QV_PROJ_MLP_IN, QV_PROJ_MLP_OUT);
+    QV_TRY(qv_linears(pass, layer, x, 1, &first));
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_MLP_OUT, first.y, y));
     probe(pass, layer, "mlp_out", y);
     return QV_OK;
 }
@@ -38,14 +39,40 @@ static qv_tensor chosen(const qv_pass *pass, qv_buffer buffer, qv_dtype dtype)
                         pass->config->moe_top_k);
 }
 
-qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor x)
+static bool has(const qv_pass *pass, int64_t layer, qv_part part)
+{
+    return pass->config->layer_parts[layer] & part;
+}
+
+qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+                          qv_moe_input *out)
+{
+    qv_proj_part parts[QV_MAX_LINEAR_PARTS];
+    int32_t n = 0;
+    *out = (qv_moe_input){.logits = qv_tensor_2d(pass->buffers->data[QV_BUF_ROUTER], QV_F32,
+                                                 pass->batch->n_tokens, pass->config->n_experts)};
+    if (has(pass, layer, QV_PART_SHARED)) {
+        parts[n] = first_part(pass, kind, QV_PROJ_SHARED_IN, QV_PROJ_SHARED_OUT);
+        out->hidden = parts[n++].y;
+    }
+    if (has(pass, layer, QV_PART_SHARED) && pass->layout->proj[QV_PROJ_SHARED_GATE].n_out > 0) {
+        out->gate = view(pass, QV_BUF_GATE, 1);
+        parts[n++] = (qv_proj_part){.proj = QV_PROJ_SHARED_GATE, .y = out->gate};
+    }
+    parts[n++] = (qv_proj_part){.proj = QV_PROJ_ROUTER, .y = out->logits};
+    if (has(pass, layer, QV_PART_LATENT)) {
+        out->latent = qv_pass_latent(pass, 0);
+        parts[n++] = (qv_proj_part){.proj = QV_PROJ_LATENT_IN, .y = out->latent};
+    }
+    QV_TRY(qv_linears(pass, layer, x, n, parts));
+    return QV_OK;
+}
+
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor logits)
 {
     const qv_batch *batch = pass->batch;
-    qv_tensor logits = qv_tensor_2d(pass->buffers->data[QV_BUF_ROUTER], QV_F32, batch->n_tokens,
-                                    pass->config->n_experts);
     qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
     qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_ROUTER, x, logits));
     probe(pass, layer, "router_logits", logits);
     QV_TRY(qv_op_router(pass->be, router, logits, ids, weights));
     probe(pass, layer, "experts", ids);
@@ -131,18 +158,11 @@ qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_te
     return QV_OK;
 }
 
-qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                                 qv_tensor y)
+qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_tensor hidden, qv_tensor y)
 {
-    QV_TRY(feed_forward(pass, layer, kind, QV_PROJ_SHARED_IN, QV_PROJ_SHARED_OUT, x, y));
+    QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_OUT, hidden, y));
     probe(pass, layer, "shared_out", y);
     return QV_OK;
-}
-
-qv_status qv_block_shared_gate(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor *gate)
-{
-    *gate = view(pass, QV_BUF_WIDE, 1);
-    return qv_linear(pass, layer, QV_PROJ_SHARED_GATE, x, *gate);
 }
 
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y)

@@ -318,14 +318,15 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
                         .topk_groups = (int32_t)config->router_topk_groups};
     bool has_shared = config->layer_parts[layer] & QV_PART_SHARED;
     qv_tensor none = {.data = NULL}, shared = has_shared ? qv_pass_shared(pass) : none;
+    qv_moe_input in;
+    QV_TRY(qv_block_moe_in(pass, layer, QV_MLP_RELU2, x, &in));
     if (has_shared)
-        QV_TRY(qv_block_shared_expert(pass, layer, QV_MLP_RELU2, x, shared));
-    QV_TRY(qv_block_route(pass, layer, &router, x));
+        QV_TRY(qv_block_shared_expert(pass, layer, in.hidden, shared));
+    QV_TRY(qv_block_route(pass, layer, &router, in.logits));
     if (!(config->layer_parts[layer] & QV_PART_LATENT))
         return qv_block_experts(pass, layer, QV_MLP_RELU2, x, shared, none, y);
-    qv_tensor u = qv_pass_latent(pass, 0), routed = qv_pass_latent(pass, 1); /* [T, latent] */
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_LATENT_IN, x, u));
-    QV_TRY(qv_block_latent_experts(pass, layer, QV_MLP_RELU2, u, routed));
+    qv_tensor routed = qv_pass_latent(pass, 1); /* [T, latent] */
+    QV_TRY(qv_block_latent_experts(pass, layer, QV_MLP_RELU2, in.latent, routed));
     QV_TRY(qv_linear(pass, layer, QV_PROJ_LATENT_OUT, routed, y));
     return has_shared ? qv_block_moe_sum(pass, layer, shared, y) : QV_OK;
 }

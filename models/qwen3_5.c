@@ -273,11 +273,12 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
                         .scale = 1,
                         .n_groups = 1,
                         .topk_groups = 1};
-    qv_tensor shared = qv_pass_shared(pass), gate; /* [T, hidden] F32, [T, 1] */
-    QV_TRY(qv_block_shared_expert(pass, layer, QV_MLP_SWIGLU, x, shared));
-    QV_TRY(qv_block_shared_gate(pass, layer, x, &gate));
-    QV_TRY(qv_block_route(pass, layer, &router, x));
-    return qv_block_experts(pass, layer, QV_MLP_SWIGLU, x, shared, gate, y);
+    qv_tensor shared = qv_pass_shared(pass); /* [T, hidden] F32 */
+    qv_moe_input in;
+    QV_TRY(qv_block_moe_in(pass, layer, QV_MLP_SWIGLU, x, &in));
+    QV_TRY(qv_block_shared_expert(pass, layer, in.hidden, shared));
+    QV_TRY(qv_block_route(pass, layer, &router, in.logits));
+    return qv_block_experts(pass, layer, QV_MLP_SWIGLU, x, shared, in.gate, y);
 }
 
 static qv_status forward(qv_pass *pass)

@@ -119,6 +119,10 @@ typedef struct {
     /* NULL, both: three ops, as where it does not take a step of at most one token a sequence. */
     bool (*takes_mixer)(qv_backend *be, const qv_mixer_args *args);
     qv_status (*mixer)(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args);
+    /* Whether what stands below, up to the clock, is to be used in a step of so many tokens instead
+     * of the ops that each stands for. NULL: never. */
+    bool (*joins)(const qv_backend *be, int64_t n_tokens);
+    qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
     /* Clock of ops (op_times.c). Mark i, of at most QV_MAX_MARKS, is behind what was enqueued
      * before; `between` is the time from mark i to mark i + 1, after a sync. `hold` keeps what is
      * enqueued afterwards waiting, so that the host gets ahead. NULL, all three: ops end before

@@ -486,6 +486,74 @@ qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
     return x.shape[0] ? CALL_SHAPED(linear_f32, w->n_out, w->n_in, be, w, x, rest, y) : QV_OK;
 }
 
+static bool joins(const qv_backend *be, int64_t n_tokens)
+{
+    return n_tokens > 0 && be->table->joins != NULL && be->table->joins(be, n_tokens);
+}
+
+static qv_status check_linear_part(qv_backend *be, qv_tensor x, const qv_linear_part *part)
+{
+    qv_dtype act = be->table->activation_dtype;
+    const qv_weight *w = part->w;
+    const qv_tensor rest = part->rest;
+    QV_ASSERT(part->act == QV_LINEAR_PLAIN || !part->f32);
+    if (part->act == QV_LINEAR_PLAIN)
+        QV_TRY(check_linear(be, w, x, part->y, part->f32 ? QV_F32 : act));
+    else
+        QV_TRY(check_linear(be, w, x, part->wide, act));
+    if (rest.data)
+        EXPECT("linear", rest, act, x.shape[0], w->n_in);
+    return QV_OK;
+}
+
+static qv_status run_linear_part(qv_backend *be, qv_tensor x, const qv_linear_part *part)
+{
+    int64_t f = part->y.shape[1];
+    if (part->f32)
+        return qv_op_linear_f32(be, part->w, x, part->rest, part->y);
+    QV_TRY(qv_op_linear(be, part->w, x, part->act != QV_LINEAR_PLAIN ? part->wide : part->y));
+    switch (part->act) {
+    case QV_LINEAR_SWIGLU:
+        return qv_op_swiglu(be, qv_tensor_cols(part->wide, 0, f), qv_tensor_cols(part->wide, f, f),
+                            part->y);
+    case QV_LINEAR_RELU2:
+        return qv_op_relu2(be, part->wide, part->y);
+    case QV_LINEAR_PLAIN:
+        break;
+    }
+    return QV_OK;
+}
+
+/* The activated half or whole of a part's rows. */
+static qv_status check_act(const qv_backend *be, const qv_linear_part *part)
+{
+    const qv_tensor y = part->y;
+    int64_t n = part->w->n_out;
+    if (part->act == QV_LINEAR_PLAIN)
+        return QV_OK;
+    if (part->act == QV_LINEAR_SWIGLU && n % 2 != 0)
+        return qv_fail(QV_ERR_SHAPE, "linears: swiglu of %lld columns", (long long)n);
+    EXPECT("linears", y, be->table->activation_dtype, part->wide.shape[0],
+           part->act == QV_LINEAR_SWIGLU ? n / 2 : n);
+    return QV_OK;
+}
+
+qv_status qv_op_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts)
+{
+    int64_t n_out = 0;
+    QV_ASSERT(n_parts >= 1 && n_parts <= QV_MAX_LINEAR_PARTS);
+    for (int32_t i = 0; i < n_parts; i++) {
+        QV_TRY(check_linear_part(be, x, &parts[i]));
+        QV_TRY(check_act(be, &parts[i]));
+        n_out += parts[i].w->n_out;
+    }
+    if (joins(be, x.shape[0]))
+        return CALL_ON(be->table, linears, n_out, x.shape[1], be, x, n_parts, parts);
+    for (int32_t i = 0; i < n_parts; i++)
+        QV_TRY(run_linear_part(be, x, &parts[i]));
+    return QV_OK;
+}
+
 qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,
                          qv_tensor y)
 {

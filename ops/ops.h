@@ -278,6 +278,28 @@ qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_si
                             int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
                             qv_tensor x, qv_tensor scratch, qv_tensor y, bool f32);
 
+/* What follows a product at once. */
+typedef enum {
+    QV_LINEAR_PLAIN,
+    QV_LINEAR_SWIGLU, /* [T, 2 f] to [T, f]: swiglu(h[.., :f], h[.., f:]) */
+    QV_LINEAR_RELU2,  /* relu2(h) */
+} qv_linear_act;
+
+typedef struct {
+    const qv_weight *w;
+    bool f32; /* qv_op_linear_f32, else qv_op_linear, which an act needs */
+    qv_linear_act act;
+    qv_tensor rest; /* with f32: as there, or empty; of one part at most */
+    qv_tensor wide; /* with an act: [T, n_out], room for h, which may be written or not */
+    qv_tensor y;    /* [T, n_out], or what the act leaves; not wide */
+} qv_linear_part;
+
+#define QV_MAX_LINEAR_PARTS 4
+
+/* Up to QV_MAX_LINEAR_PARTS products of the same x and what follows each: the same numbers as by an
+ * op for each, in fewer launches where the backend can. Errors: those of the ops. */
+qv_status qv_op_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
+
 /* y = x * rsqrt(mean(x^2) + eps) * g over the last dimension, g = w or 1 + w (`plus_one`).
  * x, y [T, d] or [T, n, d] (strided rows), w [d] F32. In place allowed. */
 qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bool plus_one,

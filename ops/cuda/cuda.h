@@ -218,6 +218,10 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
+/* Whether the ops for few tokens that stand for several launches are on trial. */
+bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens);
+qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
+                          const qv_linear_part *parts);
 qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
                               int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
                               qv_tensor x, qv_tensor scratch, qv_tensor y);

@@ -93,3 +93,141 @@ Test(cuda_linear, gives_a_token_the_same_bits_whatever_is_beside_it_while_few)
     free_twin(&d, &y);
     close_duo(&d);
 }
+
+/* --- Products of one input ---------------------------------------------------------------- */
+
+typedef struct {
+    int64_t n_out;
+    bool f32, rest;
+    qv_linear_act act;
+} joined_part;
+
+/* n_out 0 ends the list. Cut down from released models where a product is large. */
+static const struct {
+    const char *name;
+    int64_t n_in;
+    joined_part parts[QV_MAX_LINEAR_PARTS];
+} joined_cases[] = {
+    {"35B: shared expert, gate, router",
+     2048,
+     {{512, false, false, QV_LINEAR_SWIGLU},
+      {1, false, false, QV_LINEAR_PLAIN},
+      {256, true, true, QV_LINEAR_PLAIN}}},
+    {"Nano: shared expert, router",
+     896,
+     {{1240, false, false, QV_LINEAR_RELU2}, {128, true, true, QV_LINEAR_PLAIN}}},
+    {"Super: shared expert, router, latent",
+     1024,
+     {{1344, false, false, QV_LINEAR_RELU2},
+      {512, true, true, QV_LINEAR_PLAIN},
+      {256, false, false, QV_LINEAR_PLAIN}}},
+    {"dense", 640, {{2080, false, false, QV_LINEAR_SWIGLU}}},
+    {"groups of four sizes",
+     4096,
+     {{64, false, false, QV_LINEAR_PLAIN},
+      {6400, true, false, QV_LINEAR_PLAIN},
+      {9600, false, false, QV_LINEAR_PLAIN},
+      {3200, false, false, QV_LINEAR_RELU2}}},
+    {"rows end in a tile",
+     160,
+     {{82, false, false, QV_LINEAR_SWIGLU},
+      {41, true, true, QV_LINEAR_PLAIN},
+      {3, true, false, QV_LINEAR_PLAIN},
+      {37, false, false, QV_LINEAR_RELU2}}},
+    {"rows that nothing is a multiple of",
+     200,
+     {{90, false, false, QV_LINEAR_SWIGLU}, {30, false, false, QV_LINEAR_PLAIN}}},
+    {"a router that cannot be joined",
+     200,
+     {{48, false, false, QV_LINEAR_SWIGLU}, {48, true, true, QV_LINEAR_PLAIN}}},
+    {"a gate that cannot be joined",
+     129,
+     {{10, false, false, QV_LINEAR_RELU2}, {1, false, false, QV_LINEAR_PLAIN}}},
+};
+
+/* Both forms on the device to the bit, and the joined one against the CPU. */
+static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
+{
+    int64_t n_in = joined_cases[index].n_in;
+    qv_linear_part cpu[QV_MAX_LINEAR_PARTS], dev[QV_MAX_LINEAR_PARTS], one[QV_MAX_LINEAR_PARTS];
+    qv_weight *w[2][QV_MAX_LINEAR_PARTS];
+    twin xw = wide_twin(d, n, n_in, pad, 1), x = cols_of(xw, pad, n_in);
+    twin rest = NEW_TWIN(d, QV_BF16, n, n_in), y[QV_MAX_LINEAR_PARTS], alone[QV_MAX_LINEAR_PARTS],
+         wide[QV_MAX_LINEAR_PARTS];
+    int32_t n_parts = 0;
+    fill_twin(d, &rest, 1.0f / 512);
+    for (; n_parts < QV_MAX_LINEAR_PARTS; n_parts++) {
+        const joined_part *p = &joined_cases[index].parts[n_parts];
+        if (p->n_out == 0)
+            break;
+        const qv_linear_shape shape = {"", p->n_out, n_in};
+        int64_t width = p->act == QV_LINEAR_SWIGLU ? p->n_out / 2 : p->n_out;
+        float *values = random_floats(&d->rng, p->n_out * n_in, 2 / sqrtf((float)n_in));
+        round_to_bf16(values, p->n_out * n_in);
+        w[0][n_parts] = new_weight(d, d->cpu, values, &shape, QV_BF16);
+        w[1][n_parts] = new_weight(d, d->dev, values, &shape, QV_BF16);
+        free(values);
+        y[n_parts] = NEW_TWIN(d, p->f32 ? QV_F32 : QV_BF16, n, width + pad);
+        alone[n_parts] = NEW_TWIN(d, p->f32 ? QV_F32 : QV_BF16, n, width + pad);
+        wide[n_parts] = NEW_TWIN(d, QV_BF16, n, p->n_out);
+        poison_twin(d, &y[n_parts]);
+        poison_twin(d, &alone[n_parts]);
+        qv_linear_part part = {.f32 = p->f32, .act = p->act};
+        cpu[n_parts] = dev[n_parts] = one[n_parts] = part;
+        cpu[n_parts].w = w[0][n_parts];
+        dev[n_parts].w = one[n_parts].w = w[1][n_parts];
+        cpu[n_parts].y = qv_tensor_cols(y[n_parts].cpu, 0, width);
+        dev[n_parts].y = qv_tensor_cols(y[n_parts].dev, 0, width);
+        one[n_parts].y = qv_tensor_cols(alone[n_parts].dev, 0, width);
+        cpu[n_parts].wide = wide[n_parts].cpu;
+        dev[n_parts].wide = one[n_parts].wide = wide[n_parts].dev;
+        if (p->rest) {
+            cpu[n_parts].rest = rest.cpu;
+            dev[n_parts].rest = one[n_parts].rest = rest.dev;
+        }
+    }
+    PASS(qv_op_linears(d->dev, x.dev, n_parts, dev));
+    for (int32_t i = 0; i < n_parts; i++) {
+        qv_linear_part *p = &one[i];
+        int64_t f = p->y.shape[1];
+        qv_tensor to = p->act == QV_LINEAR_PLAIN ? p->y : p->wide;
+        PASS(p->f32 ? qv_op_linear_f32(d->dev, p->w, x.dev, p->rest, to)
+                    : qv_op_linear(d->dev, p->w, x.dev, to));
+        if (p->act == QV_LINEAR_SWIGLU)
+            PASS(qv_op_swiglu(d->dev, qv_tensor_cols(to, 0, f), qv_tensor_cols(to, f, f), p->y));
+        else if (p->act == QV_LINEAR_RELU2)
+            PASS(qv_op_relu2(d->dev, to, p->y));
+    }
+    PASS(qv_op_linears(d->cpu, x.cpu, n_parts, cpu));
+    for (int32_t i = 0; i < n_parts; i++) {
+        char what[128];
+        snprintf(what, sizeof what, "%s, part %d, %lld tokens, %lld apart",
+                 joined_cases[index].name, i, (long long)n, (long long)pad);
+        float *got = fetch(d, &y[i].dev), *want = fetch(d, &alone[i].dev);
+        check_same(what, got, want, n * (dev[i].y.shape[1] + pad));
+        free(got);
+        free(want);
+        twin part = {.cpu = cpu[i].y, .dev = dev[i].y};
+        if (dev[i].f32)
+            check_twin(d, what, &part, 1e-5, 0.01, 1e-5);
+        else
+            check_twin(d, what, &part, 2 * CLOSE_RELATIVE, 2 * CLOSE_ULPS, 2 * CLOSE_NOISE);
+        free_twin(d, &y[i]);
+        free_twin(d, &alone[i]);
+        free_twin(d, &wide[i]);
+        qv_weight_free(d->cpu, w[0][i]);
+        qv_weight_free(d->dev, w[1][i]);
+    }
+    free_twin(d, &rest);
+    free_twin(d, &xw);
+}
+
+Test(cuda_linear, products_of_one_input_are_the_same_bits_together_as_alone)
+{
+    static const int64_t n_tokens[] = {1, 3, 8, 9};
+    duo d = open_duo_with(3, "experts");
+    for (size_t i = 0; i < QV_ROWS(joined_cases); i++)
+        for (size_t j = 0; j < QV_ROWS(n_tokens); j++)
+            check_joined(&d, i, n_tokens[j], j % 2 == 0 ? 8 : 0);
+    close_duo(&d);
+}

@@ -305,3 +305,61 @@ Test(linear, refuses_what_does_not_fit)
     qv_weight_free(be, w);
     qv_backend_close(be);
 }
+
+/* --- Products of one input ---------------------------------------------------------------- */
+
+Test(linear, products_of_one_input_are_those_of_one_op_each)
+{
+    enum { N = 5, N_IN = 96, F = 20, N_WIDE = 2 * F, N_LOGITS = 33 };
+    qv_backend *be;
+    qv_backend_options options = {.name = "cpu", .n_threads = 2, .arithmetic = "bf16"};
+    PASS(qv_backend_open(&options, &be));
+    qv_rng rng = qv_rng_seed(12);
+    float *values = random_floats(&rng, N_WIDE * N_IN, 1), *x = random_floats(&rng, N * N_IN, 1);
+    float *rest = random_floats(&rng, N * N_IN, 1.0f / 512), *copy = copied_floats(rest, N * N_IN);
+    float wide[N * N_WIDE], act[N * F], want_act[N * F], logits[N * N_LOGITS],
+        want_logits[N * N_LOGITS], squares[N * N_LOGITS], want_squares[N * N_LOGITS];
+    qv_weight *in = load_weight(be, QV_BF16, values, N_WIDE, N_IN);
+    qv_weight *router = load_weight(be, QV_BF16, values, N_LOGITS, N_IN);
+    round_to_bf16(x, N * N_IN);
+    qv_tensor tx = qv_tensor_2d(x, QV_F32, N, N_IN), none = {.data = NULL};
+    qv_tensor h = qv_tensor_2d(wide, QV_F32, N, N_WIDE);
+    qv_tensor narrow = qv_tensor_2d(wide, QV_F32, N, N_LOGITS);
+    qv_linear_part parts[] = {
+        {.w = in, .act = QV_LINEAR_SWIGLU, .wide = h, .y = qv_tensor_2d(act, QV_F32, N, F)},
+        {.w = router,
+         .f32 = true,
+         .rest = qv_tensor_2d(rest, QV_F32, N, N_IN),
+         .y = qv_tensor_2d(logits, QV_F32, N, N_LOGITS)},
+        {.w = router,
+         .act = QV_LINEAR_RELU2,
+         .wide = narrow,
+         .y = qv_tensor_2d(squares, QV_F32, N, N_LOGITS)},
+    };
+    PASS(qv_op_linears(be, tx, 3, parts));
+    PASS(qv_op_linear(be, in, tx, h));
+    PASS(qv_op_swiglu(be, qv_tensor_cols(h, 0, F), qv_tensor_cols(h, F, F),
+                      qv_tensor_2d(want_act, QV_F32, N, F)));
+    PASS(qv_op_linear(be, router, tx, narrow));
+    PASS(qv_op_relu2(be, narrow, qv_tensor_2d(want_squares, QV_F32, N, N_LOGITS)));
+    PASS(qv_op_linear_f32(be, router, tx, qv_tensor_2d(copy, QV_F32, N, N_IN),
+                          qv_tensor_2d(want_logits, QV_F32, N, N_LOGITS)));
+    check_same("swiglu", act, want_act, N * F);
+    check_same("logits", logits, want_logits, N * N_LOGITS);
+    check_same("relu2", squares, want_squares, N * N_LOGITS);
+
+    parts[0].y = qv_tensor_2d(act, QV_F32, N, F - 1);
+    FAIL_WITH(QV_ERR_SHAPE, "linears: y is f32[5, 19], but needs f32[5, 20]",
+              qv_op_linears(be, tx, 1, parts));
+    parts[0].wide = none;
+    FAIL_WITH(QV_ERR_SHAPE, "linear", qv_op_linears(be, tx, 1, parts));
+    parts[1].rest = h;
+    FAIL_WITH(QV_ERR_SHAPE, "rest", qv_op_linears(be, tx, 1, &parts[1]));
+    qv_weight_free(be, in);
+    qv_weight_free(be, router);
+    free(values);
+    free(x);
+    free(rest);
+    free(copy);
+    qv_backend_close(be);
+}

@@ -4,6 +4,7 @@
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_moe.h"
+#include "kernels/router.cuh"
 #include "kernels/tensor_core.cuh"
 
 namespace
@@ -11,79 +12,9 @@ namespace
 
 constexpr int MAX_EXPERTS =
     2048; /* of a list: counts of its chunks fit into the memory of its runs */
-constexpr int MAX_GROUPS = 256;
-constexpr unsigned ALL = 0xffffffffu;
+constexpr int RANK_THREADS = 256;
 
 /* --- Router ------------------------------------------------------------------------------- */
-
-struct best {
-    float value;
-    int id;
-};
-
-/* The higher value, the lower id among equals. */
-__device__ __forceinline__ best better(best a, best b)
-{
-    return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
-}
-
-__device__ __forceinline__ best warp_best(best b)
-{
-#pragma unroll
-    for (int i = 16; i > 0; i >>= 1) {
-        best other = {__shfl_xor_sync(ALL, b.value, i), __shfl_xor_sync(ALL, b.id, i)};
-        b = better(b, other);
-    }
-    return b;
-}
-
-/* The lane's best of values[lane], values[lane + 32], ..; what has been taken is NaN and never
- * wins. */
-__device__ __forceinline__ best lane_best(const float *values, int n)
-{
-    best b = {-INFINITY, INT32_MAX};
-    for (int i = threadIdx.x & 31; i < n; i += 32) {
-        best other = {values[i], i};
-        b = better(b, other);
-    }
-    return b;
-}
-
-/* The sum of the two highest of a group. */
-__device__ float best_two(const float *value, int n)
-{
-    float first = value[0], second = n > 1 ? -INFINITY : 0.0f;
-    for (int i = 1; i < n; i++) {
-        if (value[i] > first) {
-            second = first;
-            first = value[i];
-        } else if (value[i] > second) {
-            second = value[i];
-        }
-    }
-    return first + second;
-}
-
-/* All but the best topk_groups groups become NaN. One warp. */
-__device__ void keep_groups(const qv_k_router_args &c, float *value, float *group)
-{
-    int lane = threadIdx.x & 31, n_each = c.n_experts / c.n_groups;
-    for (int i = lane; i < c.n_groups; i += 32) {
-        float sum = best_two(value + i * n_each, n_each);
-        group[i] = sum == sum ? sum : -INFINITY;
-    }
-    __syncwarp();
-    for (int j = 0; j < c.topk_groups; j++) {
-        best b = warp_best(lane_best(group, c.n_groups));
-        if (lane == 0)
-            group[b.id] = NAN; /* chosen */
-        __syncwarp();
-    }
-    for (int i = lane; i < c.n_experts; i += 32)
-        if (group[i / n_each] == group[i / n_each])
-            value[i] = NAN;
-    __syncwarp();
-}
 
 /* A warp a token. Shared: scores and biased scores of each. */
 __global__ void router_kernel(qv_k_router_args c)
@@ -146,72 +77,18 @@ __global__ void router_kernel(qv_k_router_args c)
         weights[j] = (c.normalize ? weights[j] / sum : weights[j]) * c.scale;
 }
 
-/* A block a token, for decode: an expert's place in the order is the number of experts before it,
- * counted by all threads at once instead of choosing one expert after the other. No groups. The
- * scores are those of router_kernel bit for bit. */
-__global__ void __launch_bounds__(256) router_rank_kernel(qv_k_router_args c)
+/* A block a token, for decode. No groups. */
+__global__ void __launch_bounds__(RANK_THREADS) router_rank_kernel(qv_k_router_args c)
 {
-    extern __shared__ __align__(16) float router_memory[]; /* values, padded with NaN; scores */
-    __shared__ float chosen[1024];
-    int thread = threadIdx.x, lane = thread & 31, n = c.n_experts, padded = (n + 3) & ~3;
-    float *value = router_memory, *score = value + padded;
-    const float *logits = c.logits + (int64_t)blockIdx.x * c.logits_stride;
-    float most = -INFINITY, sum = 0;
-    if (!c.sigmoid) { /* each warp by itself */
-        for (int i = lane; i < n; i += 32)
-            most = fmaxf(most, logits[i]);
-#pragma unroll
-        for (int i = 16; i > 0; i >>= 1)
-            most = fmaxf(most, __shfl_xor_sync(ALL, most, i));
-        for (int i = lane; i < n; i += 32)
-            sum += expf(logits[i] - most);
-        sum = warp_sum(sum);
-    }
-    for (int i = thread; i < padded; i += 256) {
-        float s = i >= n ? NAN : c.sigmoid ? sigmoid(logits[i]) : expf(logits[i] - most) / sum;
-        float v = i < n ? s + (c.bias ? c.bias[i] : 0.0f) : NAN;
-        score[i] = s;
-        value[i] = i < n && v != v ? -INFINITY : v;
-    }
-    __syncthreads();
-    for (int i = thread; i < n; i += 256) {
-        float mine = value[i];
-        int before = 0;
-        for (int j = 0; j < padded; j += 4) {
-            float4 v = *(const float4 *)(value + j);
-            before += v.x > mine || (v.x == mine && j < i);
-            before += v.y > mine || (v.y == mine && j + 1 < i);
-            before += v.z > mine || (v.z == mine && j + 2 < i);
-            before += v.w > mine || (v.w == mine && j + 3 < i);
-        }
-        if (before < c.top_k) {
-            c.ids[(int64_t)blockIdx.x * c.top_k + before] = i;
-            chosen[before] = score[i];
-        }
-    }
-    __syncthreads();
-    float total = 0;
-    for (int j = 0; j < c.top_k; j++)
-        total += chosen[j];
-    if (c.sigmoid)
-        total += 1e-20f;
-    for (int j = thread; j < c.top_k; j += 256)
-        c.weights[(int64_t)blockIdx.x * c.top_k + j] =
-            (c.normalize ? chosen[j] / total : chosen[j]) * c.scale;
+    extern __shared__ __align__(16) float rank_memory[];
+    __shared__ rank_shared m;
+    choose_by_rank<RANK_THREADS, 1>(c, blockIdx.x, rank_memory, m);
 }
 
 /* --- List: a stable counting sort --------------------------------------------------------- */
 
 constexpr int CHUNK = 1024;     /* pairs of a block in the form of many blocks */
 constexpr int ONE_BLOCK = 2048; /* pairs up to which one block does it all */
-
-/* -1: it lives elsewhere. */
-__device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,
-                                         int p)
-{
-    int id = p < n_pairs ? ids[p] - list.first_expert : -1;
-    return id >= 0 && id < list.n_experts ? id : -1;
-}
 
 /* Exclusive sum over a block of `n` threads, n a multiple of 32; total of all to everyone. */
 __device__ __forceinline__ int block_sum_before(int x, int *warp_sums, int &total)
@@ -301,8 +178,7 @@ __device__ void place_pairs(const int32_t *ids, const qv_k_list &list, int n_pai
 /* Adapter of the pair at a place. */
 __device__ __forceinline__ int slot_of(const qv_k_list &list, int place)
 {
-    int t = list.pair[place] / list.top_k;
-    return list.seg_slot[range_of(list.seg_start, list.n_segs, t)];
+    return slot_of_pair(list, list.pair[place]);
 }
 
 /* Runs of the places [first, first + blockDim.x): where one starts its number is `before` + those
@@ -634,9 +510,9 @@ qv_status qv_k_router(const qv_k_router_args *args, void *stream)
         return qv_fail(QV_ERR_LIMIT, "router: %d experts in %d groups, but 4096 in %d are possible",
                        args->n_experts, args->n_groups, MAX_GROUPS);
     size_t bytes = (size_t)warps * 2 * args->n_experts * sizeof(float);
-    bool ranks = args->n_groups == 1 && args->n_experts <= 1024;
+    bool ranks = args->n_groups == 1 && args->n_experts <= RANK_EXPERTS;
     if (ranks && (args->n_tokens <= 512 || args->one_form)) {
-        router_rank_kernel<<<args->n_tokens, 256, 2 * (size_t)(args->n_experts + 3) * sizeof(float),
+        router_rank_kernel<<<args->n_tokens, RANK_THREADS, rank_bytes(args->n_experts),
                              (cudaStream_t)stream>>>(*args);
         return qv_k_check_launch("router");
     }

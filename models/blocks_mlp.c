@@ -74,11 +74,11 @@ qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, 
     qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
     qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
     probe(pass, layer, "router_logits", logits);
-    QV_TRY(qv_op_router(pass->be, router, logits, ids, weights));
+    QV_TRY(qv_op_choose(pass->be, router, logits, ids, weights, batch->n_segs, batch->seg_start,
+                        batch->seg_slot, pass->list));
     probe(pass, layer, "experts", ids);
     probe(pass, layer, "expert_weights", weights);
-    return qv_op_moe_route(pass->be, ids, batch->n_segs, batch->seg_start, batch->seg_slot,
-                           pass->list);
+    return QV_OK;
 }
 
 /* Pairs of adapters on a projection of experts; NULL without adapters. */

@@ -123,6 +123,8 @@ typedef struct {
      * of the ops that each stands for. NULL: never. */
     bool (*joins)(const qv_backend *be, int64_t n_tokens);
     qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
+    qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                        qv_tensor weights, qv_moe_list *list);
     /* Clock of ops (op_times.c). Mark i, of at most QV_MAX_MARKS, is behind what was enqueued
      * before; `between` is the time from mark i to mark i + 1, after a sync. `hold` keeps what is
      * enqueued afterwards waiting, so that the host gets ahead. NULL, all three: ops end before

@@ -962,8 +962,8 @@ static qv_status check_router(const qv_router *r, int64_t n_experts)
     return QV_OK;
 }
 
-qv_status qv_op_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
-                       qv_tensor weights)
+static qv_status check_router_op(const qv_router *router, qv_tensor logits, qv_tensor ids,
+                                 qv_tensor weights)
 {
     EXPECT("router", logits, QV_F32, ANY, ANY);
     QV_TRY(check_router(router, logits.shape[1]));
@@ -972,6 +972,13 @@ qv_status qv_op_router(qv_backend *be, const qv_router *router, qv_tensor logits
     const qv_tensor bias = router->bias;
     if (bias.data)
         EXPECT("router", bias, QV_F32, logits.shape[1]);
+    return QV_OK;
+}
+
+qv_status qv_op_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                       qv_tensor weights)
+{
+    QV_TRY(check_router_op(router, logits, ids, weights));
     return logits.shape[0] ? CALL(router, be, router, logits, ids, weights) : QV_OK;
 }
 
@@ -1020,8 +1027,9 @@ qv_status qv_moe_list_init(qv_moe_list *list, int32_t n_experts, int32_t top_k, 
     return QV_OK;
 }
 
-qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
-                          const int32_t *seg_slot, qv_moe_list *list)
+/* The list is for these tokens from here on. */
+static qv_status begin_list(qv_moe_list *list, qv_tensor ids, int32_t n_segs,
+                            const int32_t *seg_start, const int32_t *seg_slot)
 {
     EXPECT_CONTIGUOUS("moe_route", ids, QV_I32, ANY, list->top_k);
     if (ids.shape[0] > list->max_tokens)
@@ -1031,7 +1039,27 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
     list->n_segs = n_segs;
     list->seg_start = seg_start;
     list->seg_slot = seg_slot;
+    return QV_OK;
+}
+
+qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
+                          const int32_t *seg_slot, qv_moe_list *list)
+{
+    QV_TRY(begin_list(list, ids, n_segs, seg_start, seg_slot));
     return CALL(moe_route, be, ids, list);
+}
+
+qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                       qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
+                       const int32_t *seg_slot, qv_moe_list *list)
+{
+    if (joins(be, logits.shape[0])) {
+        QV_TRY(check_router_op(router, logits, ids, weights));
+        QV_TRY(begin_list(list, ids, n_segs, seg_start, seg_slot));
+        return CALL_ON(be->table, choose, 0, 0, be, router, logits, ids, weights, list);
+    }
+    QV_TRY(qv_op_router(be, router, logits, ids, weights));
+    return qv_op_moe_route(be, ids, n_segs, seg_start, seg_slot, list);
 }
 
 static int64_t n_pairs_of(const qv_moe_list *list)

@@ -423,7 +423,7 @@ qv_status qv_op_mixer(qv_backend *be, const qv_batch *batch, const qv_mixer_args
  *
  *   qv_op_linear_f32    x and its rest [T, d]        -> logits [T, E] then qv_op_lora_f32
  *   qv_op_router        logits                       -> ids, weights [T, k]
- *   qv_op_moe_route     ids, the batch's segments    -> list
+ *   qv_op_moe_route     ids, the batch's segments    -> list       (both: qv_op_choose)
  *   qv_op_moe_linear    x, one row a token           -> h [P, n]      then qv_op_moe_lora into h
  *   qv_op_swiglu/relu2  h                            -> a [P, f]   (both: qv_op_moe_linear_act)
  *   qv_op_moe_linear    a, one row a pair            -> o [P, d]      then qv_op_moe_lora into o
@@ -496,6 +496,12 @@ qv_status qv_moe_list_init(qv_moe_list *list, int32_t n_experts, int32_t top_k, 
  * (more tokens than it has room for). */
 qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
                           const int32_t *seg_slot, qv_moe_list *list);
+
+/* qv_op_router and then qv_op_moe_route of its choice, in one launch where the backend can. Errors:
+ * those of the two. */
+qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                       qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
+                       const int32_t *seg_slot, qv_moe_list *list);
 
 /* What a tensor has one row of. */
 typedef enum {

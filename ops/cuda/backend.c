@@ -213,6 +213,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .mixer = qv_cuda_mixer,
     .joins = qv_cuda_joins,
     .linears = qv_cuda_linears,
+    .choose = qv_cuda_choose,
     .mark = qv_cuda_mark,
     .between = qv_cuda_between,
     .hold = qv_cuda_hold,

@@ -237,6 +237,9 @@ qv_status qv_cuda_replay(qv_backend *be, qv_recording *recording, const qv_batch
 
 /* --- launch_moe.c ------------------------------------------------------------------------- */
 
+qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                         qv_tensor weights, qv_moe_list *list);
+
 qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                  qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
                                  qv_tensor y);

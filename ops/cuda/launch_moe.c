@@ -12,23 +12,29 @@ _Static_assert(sizeof(qv_moe_lora_slot) == sizeof(qv_k_moe_lora_slot) &&
                    offsetof(qv_moe_lora_slot, b_shared) == offsetof(qv_k_moe_lora_slot, b_shared),
                "slots");
 
+static qv_k_router_args router_args(qv_backend *be, const qv_router *router, qv_tensor logits,
+                                    qv_tensor ids, qv_tensor weights)
+{
+    return (qv_k_router_args){.logits = logits.data,
+                              .bias = router->bias.data,
+                              .ids = ids.data,
+                              .weights = weights.data,
+                              .logits_stride = logits.stride[0],
+                              .n_tokens = (int32_t)logits.shape[0],
+                              .n_experts = (int32_t)logits.shape[1],
+                              .top_k = router->top_k,
+                              .n_groups = router->n_groups,
+                              .topk_groups = router->topk_groups,
+                              .scale = router->scale,
+                              .sigmoid = router->kind == QV_ROUTER_SIGMOID,
+                              .normalize = router->normalize,
+                              .one_form = qv_cuda(be)->deterministic};
+}
+
 qv_status qv_cuda_router(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                          qv_tensor weights)
 {
-    qv_k_router_args args = {.logits = logits.data,
-                             .bias = router->bias.data,
-                             .ids = ids.data,
-                             .weights = weights.data,
-                             .logits_stride = logits.stride[0],
-                             .n_tokens = (int32_t)logits.shape[0],
-                             .n_experts = (int32_t)logits.shape[1],
-                             .top_k = router->top_k,
-                             .n_groups = router->n_groups,
-                             .topk_groups = router->topk_groups,
-                             .scale = router->scale,
-                             .sigmoid = router->kind == QV_ROUTER_SIGMOID,
-                             .normalize = router->normalize,
-                             .one_form = qv_cuda(be)->deterministic};
+    qv_k_router_args args = router_args(be, router, logits, ids, weights);
     return qv_k_router(&args, qv_cuda(be)->stream);
 }
 
@@ -54,6 +60,18 @@ qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
 {
     qv_k_list l = list_of(be, list);
     return qv_k_moe_route(ids.data, &l, qv_cuda(be)->stream);
+}
+
+qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
+                         qv_tensor weights, qv_moe_list *list)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    qv_k_router_args args = router_args(be, router, logits, ids, weights);
+    qv_k_list l = list_of(be, list);
+    if (qv_k_choose_can(&args))
+        return qv_k_choose(&args, &l, cuda->counters, cuda->stream);
+    QV_TRY(qv_k_router(&args, cuda->stream));
+    return qv_k_moe_route(ids.data, &l, cuda->stream);
 }
 
 static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,

@@ -1,0 +1,179 @@
+/* What the kernels of moe.cu and choose.cu share: the order of experts, groups of them, and who is
+ * where in a list.
+ */
+#ifndef QV_KERNELS_ROUTER_CUH
+#define QV_KERNELS_ROUTER_CUH
+
+#include "kernels/device.cuh"
+#include "kernels/kernels_moe.h"
+
+namespace
+{
+
+constexpr int MAX_GROUPS = 256;
+constexpr int RANK_EXPERTS = 1024; /* of choose_by_rank */
+constexpr unsigned ALL = 0xffffffffu;
+
+/* --- One expert after the other ----------------------------------------------------------- */
+
+struct best {
+    float value;
+    int id;
+};
+
+/* The higher value, the lower id among equals. */
+__device__ __forceinline__ best better(best a, best b)
+{
+    return b.value > a.value || (b.value == a.value && b.id < a.id) ? b : a;
+}
+
+__device__ __forceinline__ best warp_best(best b)
+{
+#pragma unroll
+    for (int i = 16; i > 0; i >>= 1) {
+        best other = {__shfl_xor_sync(ALL, b.value, i), __shfl_xor_sync(ALL, b.id, i)};
+        b = better(b, other);
+    }
+    return b;
+}
+
+/* The lane's best of values[lane], values[lane + 32], ..; what has been taken is NaN and never
+ * wins. */
+__device__ __forceinline__ best lane_best(const float *values, int n)
+{
+    best b = {-INFINITY, INT32_MAX};
+    for (int i = threadIdx.x & 31; i < n; i += 32) {
+        best other = {values[i], i};
+        b = better(b, other);
+    }
+    return b;
+}
+
+/* The sum of the two highest of a group. */
+__device__ float best_two(const float *value, int n)
+{
+    float first = value[0], second = n > 1 ? -INFINITY : 0.0f;
+    for (int i = 1; i < n; i++) {
+        if (value[i] > first) {
+            second = first;
+            first = value[i];
+        } else if (value[i] > second) {
+            second = value[i];
+        }
+    }
+    return first + second;
+}
+
+/* All but the best topk_groups groups become NaN. One warp. */
+__device__ void keep_groups(const qv_k_router_args &c, float *value, float *group)
+{
+    int lane = threadIdx.x & 31, n_each = c.n_experts / c.n_groups;
+    for (int i = lane; i < c.n_groups; i += 32) {
+        float sum = best_two(value + i * n_each, n_each);
+        group[i] = sum == sum ? sum : -INFINITY;
+    }
+    __syncwarp();
+    for (int j = 0; j < c.topk_groups; j++) {
+        best b = warp_best(lane_best(group, c.n_groups));
+        if (lane == 0)
+            group[b.id] = NAN; /* chosen */
+        __syncwarp();
+    }
+    for (int i = lane; i < c.n_experts; i += 32)
+        if (group[i / n_each] == group[i / n_each])
+            value[i] = NAN;
+    __syncwarp();
+}
+
+/* --- All experts at once ------------------------------------------------------------------ */
+
+struct rank_shared {
+    float chosen[RANK_EXPERTS], groups[MAX_GROUPS];
+};
+
+/* Of dynamic shared memory: values, padded with NaN; scores. */
+__host__ __device__ constexpr size_t rank_bytes(int n_experts)
+{
+    return 2 * (size_t)(n_experts + 3) * sizeof(float);
+}
+
+/* The choice of token t by a block of THREADS threads: an expert's place in the order is the number
+ * of experts before it, counted by all at once instead of choosing one after the other; SPLIT lanes
+ * count for an expert. Bit for bit what choosing one after the other gives. */
+template <int THREADS, int SPLIT>
+__device__ __forceinline__ void choose_by_rank(const qv_k_router_args &c, int64_t t, float *memory,
+                                               rank_shared &m)
+{
+    int thread = threadIdx.x, lane = thread & 31, n = c.n_experts, padded = (n + 3) & ~3;
+    float *value = memory, *score = value + padded;
+    const float *logits = c.logits + t * c.logits_stride;
+    float most = -INFINITY, sum = 0;
+    if (!c.sigmoid) { /* each warp by itself */
+        for (int i = lane; i < n; i += 32)
+            most = fmaxf(most, logits[i]);
+#pragma unroll
+        for (int i = 16; i > 0; i >>= 1)
+            most = fmaxf(most, __shfl_xor_sync(ALL, most, i));
+        for (int i = lane; i < n; i += 32)
+            sum += expf(logits[i] - most);
+        sum = warp_sum(sum);
+    }
+    for (int i = thread; i < padded; i += THREADS) {
+        float s = i >= n ? NAN : c.sigmoid ? sigmoid(logits[i]) : expf(logits[i] - most) / sum;
+        float v = i < n ? s + (c.bias ? c.bias[i] : 0.0f) : NAN;
+        score[i] = s;
+        value[i] = i < n && v != v ? -INFINITY : v;
+    }
+    __syncthreads();
+    if (c.n_groups > 1) {
+        if (thread < 32)
+            keep_groups(c, value, m.groups);
+        __syncthreads();
+    }
+    for (int first = 0; first < n; first += THREADS / SPLIT) {
+        int i = first + thread / SPLIT, before = 0;
+        float mine = i < n ? value[i] : NAN; /* as is what may not be chosen */
+        for (int j = thread % SPLIT * 4; j < padded; j += 4 * SPLIT) {
+            float4 v = *(const float4 *)(value + j);
+            before += v.x > mine || (v.x == mine && j < i);
+            before += v.y > mine || (v.y == mine && j + 1 < i);
+            before += v.z > mine || (v.z == mine && j + 2 < i);
+            before += v.w > mine || (v.w == mine && j + 3 < i);
+        }
+#pragma unroll
+        for (int j = SPLIT / 2; j > 0; j >>= 1)
+            before += __shfl_xor_sync(ALL, before, j);
+        if (mine == mine && before < c.top_k && thread % SPLIT == 0) {
+            c.ids[t * c.top_k + before] = i;
+            m.chosen[before] = score[i];
+        }
+    }
+    __syncthreads();
+    float total = 0;
+    for (int j = 0; j < c.top_k; j++)
+        total += m.chosen[j];
+    if (c.sigmoid)
+        total += 1e-20f;
+    for (int j = thread; j < c.top_k; j += THREADS)
+        c.weights[t * c.top_k + j] = (c.normalize ? m.chosen[j] / total : m.chosen[j]) * c.scale;
+}
+
+/* --- Lists -------------------------------------------------------------------------------- */
+
+/* -1: it lives elsewhere. */
+__device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,
+                                         int p)
+{
+    int id = p < n_pairs ? ids[p] - list.first_expert : -1;
+    return id >= 0 && id < list.n_experts ? id : -1;
+}
+
+/* Adapter of a pair. */
+__device__ __forceinline__ int slot_of_pair(const qv_k_list &list, int pair)
+{
+    return list.seg_slot[range_of(list.seg_start, list.n_segs, pair / list.top_k)];
+}
+
+} // namespace
+
+#endif

@@ -6,6 +6,7 @@
 #define QV_KERNELS_KERNELS_MOE_H
 
 #include "common/status.h"
+#include "kernels/kernels_dense.h"
 #include "kernels/kernels_lora.h"
 
 #include <stdint.h>
@@ -105,6 +106,21 @@ qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const vo
                            int64_t o_stride, const qv_k_moe_lora_site *site, const float *scratch,
                            const qv_k_shared_rows *shared, void *y, bool y_f32, int64_t y_stride,
                            int64_t d, void *stream);
+
+typedef struct {
+    const qv_k_list *list;
+    const float *weights;
+    const void *o; /* as for qv_k_moe_combine, as are site, scratch and shared */
+    int64_t o_stride;
+    const qv_k_moe_lora_site *site;
+    const float *scratch;
+    const qv_k_shared_rows *shared;
+    qv_k_add_norm_args norm; /* of the list's tokens; its delta is room for the sum */
+} qv_k_moe_sum_args;
+
+/* qv_k_moe_combine into the delta, then qv_k_add_norm: in one launch that leaves the delta alone,
+ * where rows can be read in vectors. Errors: those of the two. */
+qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream);
 
 /* qv_op_moe_lora. scratch [pairs, n_slices, max_rank]. Errors: LIMIT (slices, rank), DEVICE. */
 qv_status qv_k_moe_lora(const qv_k_list *list, const qv_k_moe_lora_site *site, const void *x,

@@ -2,6 +2,7 @@
  * launches (one for a router, one for a list of a decode step, one for a sum) and that nothing
  * depends on the order in which threads happen to run.
  */
+#include "kernels/add_norm.cuh"
 #include "kernels/device.cuh"
 #include "kernels/kernels_moe.h"
 #include "kernels/router.cuh"
@@ -423,17 +424,12 @@ __device__ __forceinline__ void put8(bf16 *p, const float (&v)[8])
     *(bf16x8 *)p = pack8(v);
 }
 
-/* A block a token. Shared: folded [n_slices][max_rank], the weighted sums of A x. */
-template <typename Y>
-__global__ void __launch_bounds__(256)
-    combine_kernel(qv_k_list list, const float *weights, const bf16 *o, int64_t o_stride,
-                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch,
-                   qv_k_shared_rows shared, Y *y, int64_t y_stride, int64_t d, bool wide)
+/* The adapter whose B all experts share, of a token that has such a one; else NULL. folded
+ * [n_slices][max_rank] becomes the weighted sums of its A x. All threads of a block. */
+__device__ __forceinline__ const qv_k_moe_lora_slot *
+fold_shared(const qv_k_list &list, const qv_k_moe_lora_site &site, int64_t t, const float *w,
+            const int32_t *place, const float *scratch, float *folded)
 {
-    extern __shared__ float folded[];
-    int64_t t = blockIdx.x;
-    const int32_t *place = list.place + t * list.top_k;
-    const float *w = weights + t * list.top_k;
     const qv_k_moe_lora_slot *part = nullptr;
     if (site.slots && list.n_segs > 0) {
         int slot = list.seg_slot[range_of(list.seg_start, list.n_segs, (int)t)];
@@ -455,6 +451,21 @@ __global__ void __launch_bounds__(256)
         }
         __syncthreads();
     }
+    return part;
+}
+
+/* A block a token. */
+template <typename Y>
+__global__ void __launch_bounds__(256)
+    combine_kernel(qv_k_list list, const float *weights, const bf16 *o, int64_t o_stride,
+                   const __grid_constant__ qv_k_moe_lora_site site, const float *scratch,
+                   qv_k_shared_rows shared, Y *y, int64_t y_stride, int64_t d, bool wide)
+{
+    extern __shared__ float folded[];
+    int64_t t = blockIdx.x;
+    const int32_t *place = list.place + t * list.top_k;
+    const float *w = weights + t * list.top_k;
+    const qv_k_moe_lora_slot *part = fold_shared(list, site, t, w, place, scratch, folded);
     const float *more = shared.data ? shared.data + t * shared.stride : nullptr;
     float gate = 1;
     if (shared.gate)
@@ -497,6 +508,92 @@ __global__ void __launch_bounds__(256)
             put(y + t * y_stride + col, sum);
         }
     }
+}
+
+/* --- Weighted sum, residual and norm ------------------------------------------------------ */
+
+struct sum_args {
+    qv_k_list list;
+    const float *weights;
+    const bf16 *o;
+    int64_t o_stride;
+    qv_k_moe_lora_site site;
+    const float *scratch;
+    qv_k_shared_rows shared;
+    qv_k_add_norm_args norm; /* its delta is the sum, and is not stored */
+};
+
+constexpr int SUM_AHEAD = 8; /* rows whose loads fly together */
+
+/* Eight columns of the weighted sum; the order is that of combine_kernel. */
+__device__ __forceinline__ void sum_rows(const sum_args &c, const int32_t *place, const float *w,
+                                         int64_t col, float (&sum)[8])
+{
+    for (int first = 0; first < c.list.top_k; first += SUM_AHEAD) {
+        bf16x8 rows[SUM_AHEAD];
+        bool there[SUM_AHEAD];
+#pragma unroll
+        for (int j = 0; j < SUM_AHEAD; j++) {
+            there[j] = first + j < c.list.top_k && place[first + j] >= 0;
+            if (there[j])
+                rows[j] = *(const bf16x8 *)(c.o + place[first + j] * c.o_stride + col);
+        }
+#pragma unroll
+        for (int j = 0; j < SUM_AHEAD; j++) {
+            if (!there[j])
+                continue;
+            float v[8];
+            unpack8(rows[j], v);
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                sum[i] = fmaf(w[first + j], v[i], sum[i]);
+        }
+    }
+}
+
+/* A block a token. Bit for bit combine_kernel in float32 and then the norm of norm.cu. */
+template <int NV>
+__global__ void __launch_bounds__(256) sum_add_norm_kernel(const __grid_constant__ sum_args c)
+{
+    let_next_start();
+    extern __shared__ float sum_folded[];
+    __shared__ float shared[8];
+    int64_t t = blockIdx.x;
+    const int32_t *place = c.list.place + t * c.list.top_k;
+    const float *w = c.weights + t * c.list.top_k;
+    float *residual = c.norm.residual + t * c.norm.residual_stride;
+    const float *more = c.shared.data ? c.shared.data + t * c.shared.stride : nullptr;
+    float gate = 1, v[NV][8], squares = 0;
+    if (c.shared.gate)
+        gate = sigmoid(to_float(((const bf16 *)c.shared.gate)[t * c.shared.gate_stride]));
+    const qv_k_moe_lora_slot *part =
+        fold_shared(c.list, c.site, t, w, place, c.scratch, sum_folded);
+#pragma unroll
+    for (int j = 0; j < NV; j++) {
+        int i = (threadIdx.x + j * 256) * 8;
+        if (i >= c.norm.d)
+            continue;
+        float sum[8] = {}, also[8] = {};
+        load8(residual + i, v[j]);
+        if (more)
+            load8(more + i, also);
+        sum_rows(c, place, w, i, sum);
+        if (part)
+            shared_deltas(c.site, *part, sum_folded, i, sum);
+        if (more) {
+#pragma unroll
+            for (int k = 0; k < 8; k++)
+                sum[k] += also[k] * gate;
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            v[j][k] += sum[k];
+        store8(residual + i, v[j]);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            squares = fmaf(v[j][k], v[j][k], squares);
+    }
+    finish_add_norm<NV>(c.norm, t, v, squares, shared);
 }
 
 } // namespace
@@ -568,4 +665,40 @@ qv_status qv_k_moe_combine(const qv_k_list *list, const float *weights, const vo
             *list, weights, (const bf16 *)o, o_stride, site ? *site : none, scratch, more,
             (bf16 *)y, y_stride, d, wide);
     return qv_k_check_launch("moe_combine");
+}
+
+static bool sum_can(const qv_k_moe_sum_args *args)
+{
+    const qv_k_shared_rows *more = args->shared;
+    return add_norm_vectors(args->norm) && args->o_stride % 8 == 0 &&
+           (uintptr_t)args->o % 16 == 0 &&
+           (more == nullptr || ((uintptr_t)more->data % 16 == 0 && more->stride % 4 == 0));
+}
+
+qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
+{
+    const qv_k_moe_lora_site *site = args->site;
+    sum_args c = {
+        *args->list, args->weights, (const bf16 *)args->o, args->o_stride, {}, args->scratch,
+        {},          args->norm};
+    unsigned n_tokens = (unsigned)args->list->n_tokens;
+    cudaStream_t on = (cudaStream_t)stream;
+    size_t bytes = site ? (size_t)site->ranges.n * site->max_rank * sizeof(float) : 0;
+    if (!sum_can(args) || bytes > 40 * 1024) {
+        QV_TRY(qv_k_moe_combine(args->list, args->weights, args->o, args->o_stride, site,
+                                args->scratch, args->shared, (float *)args->norm.delta, true,
+                                args->norm.delta_stride, args->norm.d, stream));
+        return qv_k_add_norm(&args->norm, stream);
+    }
+    if (site)
+        c.site = *site;
+    if (args->shared)
+        c.shared = *args->shared;
+    if (c.norm.d <= 2048)
+        sum_add_norm_kernel<1><<<n_tokens, 256, bytes, on>>>(c);
+    else if (c.norm.d <= 4096)
+        sum_add_norm_kernel<2><<<n_tokens, 256, bytes, on>>>(c);
+    else
+        sum_add_norm_kernel<4><<<n_tokens, 256, bytes, on>>>(c);
+    return qv_k_check_launch("moe_sum_add_norm");
 }

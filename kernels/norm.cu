@@ -4,8 +4,7 @@
  * element, 6 when a second tensor is read, 14 of the residual), at decode by the latency of one
  * pass. Short rows (heads) take a warp or half of one each; long ones a block.
  */
-#include "kernels/device.cuh"
-#include "kernels/kernels_dense.h"
+#include "kernels/add_norm.cuh"
 #include "kernels/norm_row.cuh"
 
 namespace
@@ -107,19 +106,6 @@ template <qv_k_norm_kind KIND> __global__ void __launch_bounds__(256) norm_any_k
 
 /* --- The residual stream ------------------------------------------------------------------ */
 
-__device__ __forceinline__ void load8(const float *p, float (&v)[8])
-{
-    float4 a = *(const float4 *)p, b = *(const float4 *)(p + 4);
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
-
-__device__ __forceinline__ void store8(float *p, const float (&v)[8])
-{
-    *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);
-    *(float4 *)(p + 4) = make_float4(v[4], v[5], v[6], v[7]);
-}
-
 /* A block a token. */
 template <int NV>
 __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args c)
@@ -148,29 +134,7 @@ __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args
         for (int k = 0; k < 8; k++)
             squares = fmaf(v[j][k], v[j][k], squares);
     }
-    squares = block_sum(squares, shared);
-    float scale = norm_scale(squares, c.d, c.eps);
-    bf16 *y = (bf16 *)c.y + t * c.y_stride, *rest = (bf16 *)c.rest + t * c.rest_stride;
-#pragma unroll
-    for (int j = 0; j < NV; j++) {
-        int i = (threadIdx.x + j * 256) * 8;
-        if (i >= c.d)
-            continue;
-        float g[8], out[8], rounded[8];
-        load8(c.w + i, g);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            out[k] = v[j][k] * scale * (c.plus_one ? 1.0f + g[k] : g[k]);
-        bf16x8 packed = pack8(out);
-        *(bf16x8 *)(y + i) = packed;
-        if (!c.rest)
-            continue;
-        unpack8(packed, rounded);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            out[k] -= rounded[k];
-        *(bf16x8 *)(rest + i) = pack8(out);
-    }
+    finish_add_norm<NV>(c, t, v, squares, shared);
 }
 
 /* Any length and alignment. Each thread reads what it wrote itself. */
@@ -193,12 +157,6 @@ __global__ void __launch_bounds__(256) add_norm_any_kernel(qv_k_add_norm_args c)
         if (c.rest)
             ((bf16 *)c.rest)[t * c.rest_stride + i] = __float2bfloat16(out - to_float(rounded));
     }
-}
-
-/* Rows of numbers of `size` bytes on 16 bytes, NULL as well. */
-bool rows_aligned(const void *data, int64_t stride, int size)
-{
-    return (uintptr_t)data % 16 == 0 && stride * size % 16 == 0;
 }
 
 bool aligned(const qv_k_rows &r)
@@ -254,10 +212,7 @@ qv_status qv_k_add_norm(const qv_k_add_norm_args *args, void *stream)
     const qv_k_add_norm_args &c = *args;
     cudaStream_t on = (cudaStream_t)stream;
     unsigned rows = (unsigned)c.n_tokens;
-    bool vector = c.d % 8 == 0 && rows_aligned(c.residual, c.residual_stride, 4) &&
-                  rows_aligned(c.delta, c.delta_stride, 4) && rows_aligned(c.y, c.y_stride, 2) &&
-                  rows_aligned(c.rest, c.rest_stride, 2) && (uintptr_t)c.w % 16 == 0;
-    if (!vector || c.d > 8192)
+    if (!add_norm_vectors(c))
         add_norm_any_kernel<<<rows, 256, 0, on>>>(c);
     else if (c.d <= 2048)
         add_norm_vector_kernel<1><<<rows, 256, 0, on>>>(c);

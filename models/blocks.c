@@ -278,9 +278,15 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
                             qv_tensor delta, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
+    qv_tensor w = qv_pass_vec(pass, layer, norm), rest = rest_of(pass);
+    bool plus_one = pass->config->arch->norm_plus_one;
     /* every block ends in a split of its input */
-    QV_TRY(qv_op_sum_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
-                                  pass->config->arch->norm_plus_one, y, rest_of(pass)));
+    if (pass->sum.o.data != NULL)
+        QV_TRY(qv_op_combine_add_rms_norm(pass->be, &pass->sum, residual, delta, w, eps, plus_one,
+                                          y, rest));
+    else
+        QV_TRY(qv_op_sum_add_rms_norm(pass->be, residual, delta, w, eps, plus_one, y, rest));
+    pass->sum = (qv_moe_sum){.list = NULL};
     probe(pass, layer, norm_name(norm), y);
     return QV_OK;
 }

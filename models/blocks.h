@@ -65,6 +65,8 @@ struct qv_pass {
     const qv_batch *batch;
     qv_probe_fn *probe; /* may be NULL */
     void *probe_user;
+    /* What qv_block_experts left to the qv_block_add_norm behind it; without an o, nothing. */
+    qv_moe_sum sum;
     qv_tensor part; /* out: [L, n] F32, logits of this rank's part of the vocabulary */
 };
 
@@ -141,7 +143,8 @@ qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, 
 qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                                   qv_tensor y);
 /* The same for the stream, and y[t] += shared[t], times sigmoid(gate[t]). x [T, hidden], y [T,
- * hidden] F32; shared [T, hidden] F32 and gate [T, 1] may be empty. */
+ * hidden] F32; shared [T, hidden] F32 and gate [T, 1] may be empty. Without a probe, which would
+ * see y, the sums are left to the qv_block_add_norm that follows with y as its delta. */
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                            qv_tensor shared, qv_tensor gate, qv_tensor y);
 /* Experts that every token goes through: hidden as qv_block_moe_in gives it, y [T, hidden] F32. */

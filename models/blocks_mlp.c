@@ -149,11 +149,18 @@ qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
                            qv_tensor shared, qv_tensor gate, qv_tensor y)
 {
-    const qv_moe_lora_site *site;
-    qv_tensor out, weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
-    QV_TRY(run_experts(pass, layer, kind, x, &site, &out));
-    QV_TRY(qv_op_moe_combine_f32(pass->be, pass->list, weights, out, site,
-                                 expert_scratch(pass, site), shared, gate, y));
+    qv_moe_sum sum = {.list = pass->list,
+                      .weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32),
+                      .shared = shared,
+                      .gate = gate};
+    QV_TRY(run_experts(pass, layer, kind, x, &sum.site, &sum.o));
+    sum.scratch = expert_scratch(pass, sum.site);
+    if (pass->probe == NULL) {
+        pass->sum = sum;
+        return QV_OK;
+    }
+    QV_TRY(qv_op_moe_combine_f32(pass->be, sum.list, sum.weights, sum.o, sum.site, sum.scratch,
+                                 shared, gate, y));
     probe(pass, layer, "moe_out", y);
     return QV_OK;
 }

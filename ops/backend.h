@@ -125,6 +125,10 @@ typedef struct {
     qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list);
+    /* Of a backend without peers. */
+    qv_status (*combine_add_rms_norm)(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
+                                      qv_tensor delta, qv_tensor w, float eps, bool plus_one,
+                                      qv_tensor y, qv_tensor rest);
     /* Clock of ops (op_times.c). Mark i, of at most QV_MAX_MARKS, is behind what was enqueued
      * before; `between` is the time from mark i to mark i + 1, after a sync. `hold` keeps what is
      * enqueued afterwards waiting, so that the host gets ahead. NULL, all three: ops end before

@@ -1157,16 +1157,38 @@ qv_status qv_op_moe_combine(qv_backend *be, const qv_moe_list *list, qv_tensor w
     return qv_tensor_count(&y) ? CALL(moe_combine, be, list, weights, o, site, scratch, y) : QV_OK;
 }
 
+static qv_status check_combine_f32(qv_backend *be, const qv_moe_sum *sum, qv_tensor y)
+{
+    QV_TRY(check_combine(be, sum->list, sum->weights, sum->o, sum->site, sum->scratch, y, QV_F32));
+    return sum->shared.data
+               ? check_delta(be, "moe_combine", sum->shared, sum->gate, y.shape[0], y.shape[1])
+               : QV_OK;
+}
+
 qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tensor weights,
                                 qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
                                 qv_tensor shared, qv_tensor gate, qv_tensor y)
 {
-    QV_TRY(check_combine(be, list, weights, o, site, scratch, y, QV_F32));
-    if (shared.data)
-        QV_TRY(check_delta(be, "moe_combine", shared, gate, y.shape[0], y.shape[1]));
+    const qv_moe_sum sum = {list, weights, o, site, scratch, shared, gate};
+    QV_TRY(check_combine_f32(be, &sum, y));
     return qv_tensor_count(&y)
                ? CALL(moe_combine_f32, be, list, weights, o, site, scratch, shared, gate, y)
                : QV_OK;
+}
+
+qv_status qv_op_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
+                                     qv_tensor delta, qv_tensor w, float eps, bool plus_one,
+                                     qv_tensor y, qv_tensor rest)
+{
+    if (!has_peers(be) && joins(be, residual.shape[0])) {
+        QV_TRY(check_combine_f32(be, sum, delta));
+        QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
+        return CALL_ON(be->table, combine_add_rms_norm, 0, 0, be, sum, residual, delta, w, eps,
+                       plus_one, y, rest);
+    }
+    QV_TRY(qv_op_moe_combine_f32(be, sum->list, sum->weights, sum->o, sum->site, sum->scratch,
+                                 sum->shared, sum->gate, delta));
+    return qv_op_sum_add_rms_norm(be, residual, delta, w, eps, plus_one, y, rest);
 }
 
 /* --- Sampling ----------------------------------------------------------------------------- */

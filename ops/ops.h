@@ -581,6 +581,21 @@ qv_status qv_op_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_tens
                                 qv_tensor o, const qv_moe_lora_site *site, qv_tensor scratch,
                                 qv_tensor shared, qv_tensor gate, qv_tensor y);
 
+/* What qv_op_moe_combine_f32 takes. */
+typedef struct {
+    const qv_moe_list *list;
+    qv_tensor weights, o;
+    const qv_moe_lora_site *site; /* or NULL */
+    qv_tensor scratch;
+    qv_tensor shared, gate; /* each may be empty */
+} qv_moe_sum;
+
+/* qv_op_moe_combine_f32 into delta, then qv_op_sum_add_rms_norm, in one where the backend can; what
+ * delta [T, d] F32 holds afterwards is not said. Errors: those of the two. */
+qv_status qv_op_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
+                                     qv_tensor delta, qv_tensor w, float eps, bool plus_one,
+                                     qv_tensor y, qv_tensor rest);
+
 /* --- Ranks: all of them call, in the same order (ops/comm.h) ---------------------------------- */
 
 /* Meet the other ranks, before the first collective: on every rank's own thread at the same time.

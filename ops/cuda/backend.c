@@ -214,6 +214,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .joins = qv_cuda_joins,
     .linears = qv_cuda_linears,
     .choose = qv_cuda_choose,
+    .combine_add_rms_norm = qv_cuda_combine_add_rms_norm,
     .mark = qv_cuda_mark,
     .between = qv_cuda_between,
     .hold = qv_cuda_hold,

@@ -235,11 +235,19 @@ qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_rec
 void qv_cuda_recording_free(qv_backend *be, qv_recording *recording);
 qv_status qv_cuda_replay(qv_backend *be, qv_recording *recording, const qv_batch *host);
 
+/* --- launch_dense.c ----------------------------------------------------------------------- */
+
+qv_k_add_norm_args qv_cuda_add_norm_args(qv_tensor residual, qv_tensor delta, qv_tensor w,
+                                         float eps, bool plus_one, qv_tensor y, qv_tensor rest);
+
 /* --- launch_moe.c ------------------------------------------------------------------------- */
 
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                          qv_tensor weights, qv_moe_list *list);
 
+qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
+                                       qv_tensor delta, qv_tensor w, float eps, bool plus_one,
+                                       qv_tensor y, qv_tensor rest);
 qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                  qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
                                  qv_tensor y);

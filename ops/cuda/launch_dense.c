@@ -46,22 +46,29 @@ qv_status qv_cuda_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, 
                      plus_one, stream_of(be));
 }
 
+qv_k_add_norm_args qv_cuda_add_norm_args(qv_tensor residual, qv_tensor delta, qv_tensor w,
+                                         float eps, bool plus_one, qv_tensor y, qv_tensor rest)
+{
+    return (qv_k_add_norm_args){.residual = residual.data,
+                                .delta = delta.data,
+                                .y = y.data,
+                                .rest = rest.data,
+                                .w = w.data,
+                                .residual_stride = residual.stride[0],
+                                .delta_stride = delta.stride[0],
+                                .y_stride = y.stride[0],
+                                .rest_stride = rest.stride[0],
+                                .n_tokens = residual.shape[0],
+                                .d = residual.shape[1],
+                                .eps = eps,
+                                .plus_one = plus_one};
+}
+
 qv_status qv_cuda_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
                                float eps, bool plus_one, qv_tensor y, qv_tensor rest)
 {
-    const qv_k_add_norm_args args = {.residual = residual.data,
-                                     .delta = delta.data,
-                                     .y = y.data,
-                                     .rest = rest.data,
-                                     .w = w.data,
-                                     .residual_stride = residual.stride[0],
-                                     .delta_stride = delta.stride[0],
-                                     .y_stride = y.stride[0],
-                                     .rest_stride = rest.stride[0],
-                                     .n_tokens = residual.shape[0],
-                                     .d = residual.shape[1],
-                                     .eps = eps,
-                                     .plus_one = plus_one};
+    const qv_k_add_norm_args args =
+        qv_cuda_add_norm_args(residual, delta, w, eps, plus_one, y, rest);
     return qv_k_add_norm(&args, stream_of(be));
 }
 

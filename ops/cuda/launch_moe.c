@@ -170,3 +170,28 @@ qv_status qv_cuda_moe_combine_f32(qv_backend *be, const qv_moe_list *list, qv_te
                                    .gate_stride = gate.stride[0]};
     return combine(be, list, weights, o, site, scratch, &more, y);
 }
+
+qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
+                                       qv_tensor delta, qv_tensor w, float eps, bool plus_one,
+                                       qv_tensor y, qv_tensor rest)
+{
+    qv_k_list l = list_of(be, sum->list);
+    qv_k_moe_lora_site s;
+    if (sum->site)
+        QV_TRY(site_of("moe_combine", sum->site, &s));
+    const qv_k_shared_rows more = {.data = sum->shared.data,
+                                   .gate = sum->gate.data,
+                                   .stride = sum->shared.stride[0],
+                                   .gate_stride = sum->gate.stride[0]};
+    const qv_k_moe_sum_args args = {
+        .list = &l,
+        .weights = sum->weights.data,
+        .o = sum->o.data,
+        .o_stride = sum->o.stride[0],
+        .site = sum->site ? &s : NULL,
+        .scratch = sum->scratch.data,
+        .shared = &more,
+        .norm = qv_cuda_add_norm_args(residual, delta, w, eps, plus_one, y, rest),
+    };
+    return qv_k_moe_sum_add_norm(&args, qv_cuda(be)->stream);
+}

@@ -346,3 +346,95 @@ Test(cuda_moe, router_and_list_at_once_are_those_of_two_ops, .timeout = 120)
                          cases[i].bias, j % 2 ? 5 : 0);
         }
 }
+
+/* --- Weighted sum, residual and norm at once ---------------------------------------------- */
+
+typedef struct {
+    int32_t top_k;
+    int64_t d;
+    bool shared, gate, rest, adapters;
+} sum_case;
+
+static void check_sum(const sum_case *s, int32_t n)
+{
+    pair *p = open_pair_with(false, "experts");
+    qv_rng rng = qv_rng_seed(16);
+    const qv_moe_shape shape = {"sum", 40, s->top_k, s->d, 24, false};
+    int64_t n_pairs = (int64_t)n * s->top_k;
+    int32_t *ids = random_ids(&rng, n, shape.n_experts, s->top_k);
+    for (int64_t i = 2; i < n_pairs; i += 7)
+        ids[i] = -1;
+    const int32_t start[] = {0, n / 4, n / 2, n}, slot[] = {-1, 0, 1};
+    lists l = route_both(p, ids, shape.n_experts, 0, s->top_k, n, 3, start, slot);
+    both o = random_act(p, &rng, n_pairs, s->d, 1), a = random_act(p, &rng, n_pairs, shape.ffn, 1);
+    both weights = random_f32(p, &rng, n, s->top_k, 1), w = random_f32(p, &rng, 1, s->d, 1);
+    both shared = random_f32(p, &rng, n, s->d, 1), gate = random_act(p, &rng, n, 1, 3);
+    float *stream = random_floats(&rng, n * s->d, 2);
+    both residual = f32_2d(p, stream, n, s->d), apart = f32_2d(p, stream, n, s->d);
+    both delta = nan_f32(p, n, s->d), y = nan_act(p, n, s->d), y_apart = nan_act(p, n, s->d);
+    both rest = nan_act(p, n, s->d), rest_apart = nan_act(p, n, s->d);
+    part_pool *down = new_pool(p, &shape, false, 16);
+    add_part(p, down, &rng, 0, 9, 12, false, true, 0);
+    add_part(p, down, &rng, 1, 16, 16, false, false, 0);
+    upload_slots(p, down);
+    both scratch = nan_f32(p, n_pairs, 16), again = nan_f32(p, n_pairs, 16); /* it is used up */
+    const qv_tensor none = {.data = NULL};
+    for (int side = 0; side < 2; side++) {
+        qv_backend *be = p->be[side];
+        qv_moe_sum sum = {.list = &l.list[side], .weights = weights.t[side], .o = o.t[side]};
+        qv_tensor gain = qv_tensor_1d(w.t[side].data, QV_F32, s->d);
+        if (s->shared)
+            sum.shared = shared.t[side];
+        if (s->gate)
+            sum.gate = gate.t[side];
+        if (s->adapters) {
+            sum.site = &down->site[side];
+            sum.scratch = qv_tensor_3d(scratch.t[side].data, QV_F32, n_pairs, 1, 16);
+            PASS(qv_op_moe_lora(be, sum.site, sum.list, a.t[side], QV_MOE_PAIRS, sum.scratch,
+                                o.t[side]));
+            PASS(qv_backend_copy(be, again.t[side].data, scratch.t[side].data,
+                                 (size_t)n_pairs * 16 * sizeof(float)));
+        }
+        PASS(qv_op_combine_add_rms_norm(be, &sum, residual.t[side], delta.t[side], gain, 1e-6f,
+                                        true, y.t[side], s->rest ? rest.t[side] : none));
+        if (side == CPU)
+            continue;
+        sum.scratch.data = s->adapters ? again.t[side].data : NULL;
+        PASS(qv_op_moe_combine_f32(be, sum.list, sum.weights, sum.o, sum.site, sum.scratch,
+                                   sum.shared, sum.gate, delta.t[side]));
+        PASS(qv_op_add_rms_norm(be, apart.t[side], delta.t[side], gain, 1e-6f, true,
+                                y_apart.t[side], s->rest ? rest_apart.t[side] : none));
+    }
+    char what[128];
+    snprintf(what, sizeof what, "sum of %d into %lld columns, %d tokens%s%s%s", s->top_k,
+             (long long)s->d, n, s->shared ? ", shared" : "", s->gate ? ", gate" : "",
+             s->adapters ? ", adapters" : "");
+    const both got[] = {residual, y, rest}, want[] = {apart, y_apart, rest_apart};
+    for (int i = 0; i < 3; i++) {
+        float *x = fetch(p, GPU, got[i].t[GPU]), *z = fetch(p, GPU, want[i].t[GPU]);
+        check_same(what, x, z, n * s->d);
+        free(x);
+        free(z);
+    }
+    compare(p, what, residual, 0.002, 0.002);
+    compare(p, what, y, 0.0079, 0.008);
+    free(down);
+    free(stream);
+    free(ids);
+    close_pair(p);
+}
+
+Test(cuda_moe, sum_and_norm_at_once_are_those_of_two_ops, .timeout = 120)
+{
+    static const sum_case cases[] = {
+        {8, 2048, true, true, true, false},  /* Qwen3.5-35B */
+        {6, 2688, true, false, true, false}, /* Nano */
+        {10, 4096, true, true, true, true},  /* Qwen3.5-397B */
+        {22, 5120, false, false, false, true}, {3, 136, true, true, false, true},
+        {1, 37, true, true, true, true}, /* no vectors */
+    };
+    static const int32_t sizes[] = {1, 4, 8, 9};
+    for (size_t i = 0; i < QV_ROWS(cases); i++)
+        for (size_t j = 0; j < QV_ROWS(sizes); j++)
+            check_sum(&cases[i], sizes[j]);
+}

@@ -586,3 +586,51 @@ Test(moe_combine, agrees_with_double_and_with_each_token_alone)
         free(single.memory);
     }
 }
+
+Test(moe_combine, with_the_norm_behind_it_is_two_ops)
+{
+    enum { T = 7, D = 48, K = 3, N_EXPERTS = 6 };
+    qv_backend *be;
+    qv_backend_options options = {.name = "cpu", .n_threads = 2, .arithmetic = "bf16"};
+    PASS(qv_backend_open(&options, &be));
+    qv_rng rng = qv_rng_seed(8);
+    int32_t *ids = random_ids(&rng, T, N_EXPERTS, K), start[] = {0, T}, slot = -1;
+    ids[4] = -1;
+    test_list l = new_list(N_EXPERTS, K, T);
+    route(be, &l.list, ids, T, 1, start, &slot);
+    float *o = random_floats(&rng, T * K * D, 1), *weights = random_floats(&rng, T * K, 1);
+    float *shared = random_floats(&rng, T * D, 1), *gate = random_floats(&rng, T, 3);
+    float *w = random_floats(&rng, D, 1), *residual = random_floats(&rng, T * D, 2);
+    float *same = copied_floats(residual, T * D);
+    float delta[T * D], y[T * D], want[T * D], rest[T * D], want_rest[T * D];
+#define T_D(p) qv_tensor_2d(p, QV_F32, T, D)
+    qv_moe_sum sum = {.list = &l.list,
+                      .weights = qv_tensor_2d(weights, QV_F32, T, K),
+                      .o = qv_tensor_2d(o, QV_F32, T * K, D),
+                      .shared = T_D(shared),
+                      .gate = qv_tensor_2d(gate, QV_F32, T, 1)};
+    qv_tensor tw = qv_tensor_1d(w, QV_F32, D);
+    PASS(qv_op_combine_add_rms_norm(be, &sum, T_D(residual), T_D(delta), tw, 1e-6f, true, T_D(y),
+                                    T_D(rest)));
+    PASS(qv_op_moe_combine_f32(be, sum.list, sum.weights, sum.o, NULL, sum.scratch, sum.shared,
+                               sum.gate, T_D(delta)));
+    PASS(qv_op_add_rms_norm(be, T_D(same), T_D(delta), tw, 1e-6f, true, T_D(want), T_D(want_rest)));
+    check_same("residual", residual, same, T * D);
+    check_same("y", y, want, T * D);
+    check_same("rest", rest, want_rest, T * D);
+    sum.gate = T_D(gate);
+    FAIL_WITH(QV_ERR_SHAPE, "gate is f32[7, 48], but needs f32[7, 1]",
+              qv_op_combine_add_rms_norm(be, &sum, T_D(residual), T_D(delta), tw, 1e-6f, true,
+                                         T_D(y), T_D(rest)));
+#undef T_D
+    free(ids);
+    free(o);
+    free(weights);
+    free(shared);
+    free(gate);
+    free(w);
+    free(residual);
+    free(same);
+    free(l.memory);
+    qv_backend_close(be);
+}

@@ -5,7 +5,7 @@
 #
 #   tests      gpu_tests: every op against the CPU backend, golden models, ranks where there are several devices
 #   sanitize   the same under compute-sanitizer: memcheck, then racecheck of what has shared memory
-#   ops        bench_dense, bench_gemm, bench_kernels: every kernel beside its floor
+#   ops        bench_dense, bench_gemm, bench_kernels, bench_experts: every kernel beside its floor
 #   models     bench_model: decode and prefill of 4B, 9B, Nano and 35B, made-up weights
 #   adapters   the same of 4B with 8 and 64 adapters of rank 16, and 8 of rank 64
 #   trials     models and adapters with each kernel on trial (ops/trials.h), beside the ones in use
@@ -74,7 +74,7 @@ for part in "${parts[@]}"; do
         for suite in cuda_attention cuda_linear_lora cuda_moe cuda_recurrent cuda_sample; do
             run compute-sanitizer --tool racecheck --error-exitcode 9 "$bin/gpu_tests" "$suite"
         done ;;
-    ops) run "$bin/bench_dense"; run "$bin/bench_gemm"; run "$bin/bench_kernels" ;;
+    ops) run "$bin/bench_dense"; run "$bin/bench_gemm"; run "$bin/bench_kernels"; run "$bin/bench_experts" ;;
     models)
         model $four_b --sizes 1,4,8,16,32,64,256
         for name in $nine_b $nano $moe; do model $name --sizes 1,16,64; done ;;

@@ -92,7 +92,7 @@ struct part {
 
 struct joined {
     part parts[QV_K_JOINED_PARTS];
-    int n_parts, n_blocks, cluster;
+    int n_parts, n_blocks, cluster, bytes; /* of shared memory */
 };
 
 /* STREAM */
@@ -480,12 +480,15 @@ bool plan(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms, jo
         if (!find_form(parts[i], stream, n_sms, &found[i]))
             return false;
     out->cluster = 1;
+    out->bytes = SMALL_BYTES;
     for (int group = MAX_SHARES; group > 0; group /= 2)
         for (int i = 0; i < n_parts; i++) {
             if ((found[i].how == STREAM ? found[i].splits : 1) != group)
                 continue;
             if (out->n_parts == 0)
                 out->cluster = group;
+            if (found[i].how == STREAM)
+                out->bytes = sizeof(joined_shared);
             found[i].first_block = out->n_blocks;
             out->n_blocks += blocks_of(found[i]);
             out->parts[out->n_parts++] = found[i];
@@ -521,10 +524,7 @@ qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool st
     config.stream = (cudaStream_t)on;
     config.attrs = attributes;
     config.numAttrs = all.cluster > 1 ? 2 : 1;
-    config.dynamicSmemBytes = SMALL_BYTES;
-    for (int i = 0; i < all.n_parts; i++)
-        if (all.parts[i].how == STREAM)
-            config.dynamicSmemBytes = sizeof(joined_shared);
+    config.dynamicSmemBytes = (size_t)all.bytes;
     cudaError_t error = cudaFuncSetAttribute(
         joined_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(joined_shared));
     if (error == cudaSuccess)

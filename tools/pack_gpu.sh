@@ -13,7 +13,7 @@ case ${1:-} in
 esac
 build=${BUILD_DIR:-build-portable}
 out=${1:-$build/gpu.tar.xz}
-programs=(gpu_tests quiver-run bench_model bench_dense bench_gemm bench_kernels bench_engine bench_adapters bench_comm)
+programs=(gpu_tests quiver-run bench_model bench_dense bench_gemm bench_kernels bench_experts bench_engine bench_adapters bench_comm)
 tools/install_deps.sh --tests --cuda
 cmake -G Ninja -S . -B "$build" -DQV_WERROR=ON -DQV_PORTABLE=ON -DQV_TESTS=ON -DQV_BENCH=ON \
     -DCMAKE_CUDA_ARCHITECTURES="${ARCHITECTURES:-90a-real}" >/dev/null

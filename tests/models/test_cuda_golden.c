@@ -287,3 +287,63 @@ Test(cuda_golden, mixed_decode_steps_agree_with_mixers_in_one_kernel)
 {
     check_mixed(&recurrent);
 }
+
+/* --- Kernels on trial --------------------------------------------------------------------- */
+
+enum { FEW = 5, PROMPT = 12 };
+
+/* Logits [FEW + 1, vocab] of decode steps behind short prompts: of the first sequence alone, then
+ * of all; `mixed`: with adapters beside base ones. */
+static float *few_tokens(fx_golden *g, bool mixed)
+{
+    fx_seq seqs[FEW];
+    int32_t pages[FEW][64];
+    for (int i = 0; i < FEW; i++) {
+        for (int j = 0; j < 64; j++)
+            pages[i][j] = i * 40 + j % 40;
+        seqs[i] = (fx_seq){.tokens = g->cases[i % g->n].tokens + i / g->n,
+                           .n = PROMPT,
+                           .pages = pages[i],
+                           .state_slot = i,
+                           .adapter = mixed && i % 3 - 1 < g->n_adapters ? i % 3 - 1 : -1,
+                           .logits = 1};
+        free(fx_step(g->model, &seqs[i], 1));
+        seqs[i].start = PROMPT;
+        seqs[i].n = 1;
+    }
+    float *logits = malloc((FEW + 1) * (size_t)g->vocab * sizeof *logits);
+    float *one = fx_step(g->model, seqs, 1);
+    memcpy(logits, one, (size_t)g->vocab * sizeof *one);
+    for (int i = 0; i < FEW; i++)
+        seqs[i].start = PROMPT + (i == 0), seqs[i].n = 1;
+    float *all = fx_step(g->model, seqs, FEW);
+    memcpy(logits + g->vocab, all, FEW * (size_t)g->vocab * sizeof *all);
+    free(one);
+    free(all);
+    return logits;
+}
+
+Test(cuda_golden, experts_on_trial_give_the_bits_of_those_that_are_not)
+{
+    const qv_backend_options trial = {.name = "cuda", .trials = "experts"};
+    fx_golden g;
+    EACH_MODEL(g)
+    {
+        float *want[2];
+        for (int mixed = 0; mixed < 2; mixed++)
+            want[mixed] = few_tokens(&g, mixed);
+        fx_golden_close(&g);
+        cr_assert(fx_golden_open(&g, models[m].name, &trial), "%s", qv_error());
+        for (int mixed = 0; mixed < 2; mixed++) {
+            float *got = few_tokens(&g, mixed);
+            for (int64_t i = 0; i < (FEW + 1) * g.vocab; i++)
+                cr_assert(memcmp(got + i, want[mixed] + i, sizeof *got) == 0,
+                          "%s, %s: row %lld, token %lld: %.9g, not %.9g", models[m].name,
+                          mixed ? "adapters" : "base", (long long)(i / g.vocab),
+                          (long long)(i % g.vocab), (double)got[i], (double)want[mixed][i]);
+            free(got);
+            free(want[mixed]);
+        }
+        fx_golden_close(&g);
+    }
+}

@@ -1,5 +1,5 @@
-/* See test_device.h. */
-#include "tests/emulate/test_device.h"
+/* See test_instructions.h. */
+#include "tests/kernels/test_instructions.h"
 
 #include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_attention.cuh"

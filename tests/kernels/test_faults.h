@@ -1,8 +1,8 @@
 /* Kernels that forget something, for test_faults.c. Each has 128 threads and writes 128 numbers:
  * i + 1 at i when nothing is forgotten.
  */
-#ifndef QV_TESTS_EMULATE_TEST_FAULTS_H
-#define QV_TESTS_EMULATE_TEST_FAULTS_H
+#ifndef QV_TESTS_KERNELS_TEST_FAULTS_H
+#define QV_TESTS_KERNELS_TEST_FAULTS_H
 
 #include "common/status.h"
 

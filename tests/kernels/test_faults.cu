@@ -1,5 +1,5 @@
 /* See test_faults.h. */
-#include "tests/emulate/test_faults.h"
+#include "tests/kernels/test_faults.h"
 
 #include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_shapes.cuh"

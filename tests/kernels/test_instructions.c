@@ -2,7 +2,7 @@
  * read its manual well, on the emulated one that this is the same. Numbers are small integers, so
  * that every sum is exact.
  */
-#include "tests/emulate/test_device.h"
+#include "tests/kernels/test_instructions.h"
 
 #include "common/dtype.h"
 
@@ -60,7 +60,7 @@ static void need(int major)
 
 #define LAUNCH(expr) cr_assert_eq(expr, QV_OK, "%s", qv_error())
 
-Test(emulate_device, mma_takes_tiles_either_way_round)
+Test(kernels_instructions, mma_takes_tiles_either_way_round)
 {
     need(8);
     static float a[1024], b[1024], c[256];
@@ -96,7 +96,7 @@ static int b_at(wgmma_form form, int k, int col)
     return form == WGMMA_VALUES ? (col / 64 * 64 + k) * 64 + col % 64 : col * 64 + k;
 }
 
-Test(emulate_device, wgmma_takes_the_tiles_that_the_copy_engine_brings)
+Test(kernels_instructions, wgmma_takes_the_tiles_that_the_copy_engine_brings)
 {
     need(9);
     static float a[64 * 64], b[256 * 64], d[64 * 256];
@@ -119,7 +119,7 @@ Test(emulate_device, wgmma_takes_the_tiles_that_the_copy_engine_brings)
     }
 }
 
-Test(emulate_device, lanes_exchange_what_the_manual_says)
+Test(kernels_instructions, lanes_exchange_what_the_manual_says)
 {
     need(8);
     int32_t in[32], out[8][32];
@@ -153,7 +153,7 @@ Test(emulate_device, lanes_exchange_what_the_manual_says)
     }
 }
 
-Test(emulate_device, copies_of_threads_come_through_a_ring)
+Test(kernels_instructions, copies_of_threads_come_through_a_ring)
 {
     need(8);
     enum { N = 13 };
@@ -172,7 +172,7 @@ Test(emulate_device, copies_of_threads_come_through_a_ring)
     }
 }
 
-Test(emulate_device, blocks_of_a_cluster_share_boxes_and_barriers)
+Test(kernels_instructions, blocks_of_a_cluster_share_boxes_and_barriers)
 {
     need(9);
     enum { N = 19 };

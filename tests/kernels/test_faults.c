@@ -1,7 +1,7 @@
 /* That the emulated device shows mistakes: of kernels that forget one thing each, what is right
  * comes out only when nothing is forgotten.
  */
-#include "tests/emulate/test_faults.h"
+#include "tests/kernels/test_faults.h"
 
 #include "common/dtype.h"
 
@@ -46,7 +46,7 @@ static const struct {
     {NO_OPERAND, "wgmma before its operand is there"},
 };
 
-Test(emulate_faults, are_seen_in_some_of_twenty_runs)
+Test(kernels_faults, are_seen_in_some_of_twenty_runs)
 {
     for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) {
         int well = 0, bad = 0;
@@ -59,7 +59,7 @@ Test(emulate_faults, are_seen_in_some_of_twenty_runs)
     }
 }
 
-Test(emulate_faults, a_deadlock_is_reported, .signal = SIGABRT)
+Test(kernels_faults, a_deadlock_is_reported, .signal = SIGABRT)
 {
     cr_assert(runs_well(NOT_ALL_ARRIVE, false));
     (void)runs_well(NOT_ALL_ARRIVE, true);

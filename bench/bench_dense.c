@@ -181,34 +181,59 @@ typedef struct {
     int n, what;
 } norm_ctx;
 
+enum { RMS_NORM, ADD_RMS_NORM, ADD_WITH_REST, SWIGLU, SIGMOID_GATE, RELU2 };
+
 static void call_norm(void *ctx, int round)
 {
     norm_ctx *c = ctx;
     qv_tensor x = c->x[round % c->n], y = c->y[round % c->n];
     switch (c->what) {
-    case 0:
+    case RMS_NORM:
         pass(qv_op_rms_norm(be, x, c->w, 1e-6f, true, y));
         break;
-    case 1:
+    case ADD_RMS_NORM:
+    case ADD_WITH_REST:
         pass(qv_op_add_rms_norm(be, c->residual[round % c->n], c->delta[round % c->n], c->w, 1e-6f,
-                                true, y, (qv_tensor){0}));
+                                true, y, c->what == ADD_WITH_REST ? x : (qv_tensor){0}));
+        break;
+    case SWIGLU:
+        pass(qv_op_swiglu(be, x, y, y));
+        break;
+    case SIGMOID_GATE:
+        pass(qv_op_sigmoid_gate(be, qv_tensor_split(y, 1, y.shape[1]),
+                                qv_tensor_split(x, 1, x.shape[1])));
         break;
     default:
-        pass(qv_op_swiglu(be, x, y, y));
+        pass(qv_op_relu2(be, x, y));
         break;
     }
 }
 
+/* Rows of the 4B, of the 35B (2048), of Nano (2688) and of a 9B (4096). */
 static void bench_norm(void)
 {
-    static const char *const names[] = {"rms_norm", "add_rms_norm", "swiglu"};
-    static const double streams[] = {2, 7, 3}; /* of 2 bytes a number */
+    static const struct {
+        const char *name;
+        int what;
+        double streams; /* of 2 bytes a number */
+        int64_t width;
+    } ops[] = {
+        {"rms_norm", RMS_NORM, 2, 2560},
+        {"add_rms_norm", ADD_RMS_NORM, 7, 2560},
+        {"add_rms_norm", ADD_RMS_NORM, 7, 2048},
+        {"add_rms_norm", ADD_RMS_NORM, 7, 2688},
+        {"add_rms_norm", ADD_RMS_NORM, 7, 4096},
+        {"add_rms_norm with a rest", ADD_WITH_REST, 8, 2048},
+        {"add_rms_norm with a rest", ADD_WITH_REST, 8, 2688},
+        {"swiglu", SWIGLU, 3, 9216},
+        {"sigmoid_gate", SIGMOID_GATE, 3, 4096},
+        {"relu2", RELU2, 2, 3712},
+    };
     static const int64_t counts[] = {1, 64, 256, 8192};
-    static const int64_t widths[] = {2560, 2560, 9216};
-    for (int what = 0; what < 3; what++)
+    for (size_t i = 0; i < sizeof ops / sizeof *ops; i++)
         for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
-            int64_t n = counts[j], d = widths[what];
-            norm_ctx c = {.what = what, .n = n > 1024 ? 4 : 8};
+            int64_t n = counts[j], d = ops[i].width;
+            norm_ctx c = {.what = ops[i].what, .n = n > 1024 ? 4 : 8};
             c.w = qv_tensor_1d(made_up(QV_F32, d, 1), QV_F32, d);
             for (int k = 0; k < c.n; k++) {
                 c.x[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
@@ -217,8 +242,8 @@ static void bench_norm(void)
                 c.delta[k] = qv_tensor_2d(made_up(QV_F32, n * d, 0), QV_F32, n, d);
             }
             char name[96];
-            snprintf(name, sizeof name, "%s [%lld, %lld]", names[what], (long long)n, (long long)d);
-            report(name, streams[what] * 2 * (double)(n * d), 0, measure(call_norm, &c));
+            snprintf(name, sizeof name, "%s [%lld, %lld]", ops[i].name, (long long)n, (long long)d);
+            report(name, ops[i].streams * 2 * (double)(n * d), 0, measure(call_norm, &c));
             for (int k = 0; k < c.n; k++) {
                 qv_backend_free(be, c.x[k].data);
                 qv_backend_free(be, c.y[k].data);
@@ -231,22 +256,64 @@ static void bench_norm(void)
 
 /* --- Attention ---------------------------------------------------------------------------- */
 
+/* Kernels on trial beside those that they would replace. */
+static void use_trial(qv_trial trial, bool on)
+{
+    uint32_t others = be->trials & ~(uint32_t)trial;
+    be->trials = qv_cuda(be)->trials = others | (on ? (uint32_t)trial : 0);
+}
+
+typedef enum { ROPE, NORM_ROPE, ATTENTION, GATED } attention_kind;
+
 typedef struct {
     qv_batch batch;
     qv_kv_layer kv[MAX_COPIES];
     int n;
-    qv_tensor q, o, k, v;
-    bool rope;
+    qv_tensor q, o, k, v, gate;
+    qv_norm_rope how;
+    attention_kind kind;
 } attention_ctx;
 
 static void call_attention(void *ctx, int round)
 {
     attention_ctx *c = ctx;
     const qv_kv_layer *kv = &c->kv[round % c->n];
-    if (c->rope)
+    switch (c->kind) {
+    case ROPE:
         pass(qv_op_rope_kv_write(be, &c->batch, 64, 1e7, c->q, c->k, c->v, kv));
-    else
+        break;
+    case NORM_ROPE:
+        pass(qv_op_norm_rope_kv_write(be, &c->batch, &c->how, c->q, c->k, c->v, kv));
+        break;
+    case ATTENTION:
         pass(qv_op_attention(be, &c->batch, kv, 0.0625f, c->q, c->o));
+        break;
+    case GATED:
+        pass(qv_op_gated_attention(be, &c->batch, kv, 0.0625f, c->q, c->gate, c->o));
+        break;
+    }
+}
+
+/* One step of a model by one kind of op, with and without the trial where there is one. */
+static void report_attention(const char *step, attention_ctx *c, double kv_bytes, double pairs)
+{
+    static const char *const names[] = {"rope", "norms and rope", "attention", "gated attention"};
+    int64_t n = c->q.shape[0], d = c->q.shape[2], q = n * c->q.shape[1] * d,
+            kv = n * c->k.shape[1] * d;
+    double bytes[] = {4.0 * (double)q * 64 / (double)d + 8.0 * (double)kv,
+                      4.0 * (double)q + 8.0 * (double)kv, 4.0 * (double)q + kv_bytes,
+                      6.0 * (double)q + kv_bytes};
+    double flop = c->kind < ATTENTION ? 0 : 4 * pairs * (double)(c->q.shape[1] * d);
+    bool on_trial = c->kind == NORM_ROPE || c->kind == GATED;
+    for (int on = 0; on <= on_trial; on++) {
+        char name[128];
+        use_trial(QV_TRIAL_ATTENTION, on);
+        snprintf(name, sizeof name, "%s %s%s", names[c->kind], step,
+                 !on_trial ? ""
+                 : on      ? ", in one"
+                           : ", apart");
+        report(name, bytes[c->kind], flop, measure(call_attention, c));
+    }
 }
 
 static void bench_attention(bool rope)
@@ -278,7 +345,7 @@ static void bench_attention(bool rope)
                               .seq_start = start,
                               .page_table = table,
                               .page_stride = pages};
-            attention_ctx c = {.rope = rope};
+            attention_ctx c = {.kind = rope ? ROPE : ATTENTION};
             pass(qv_backend_put_batch(be, &batch, &c.batch));
             int64_t pool = (int64_t)n_seqs * pages * 16 * kv * d;
             double kv_bytes = 4.0 * (double)pool;
@@ -292,17 +359,16 @@ static void bench_attention(bool rope)
             c.o = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
             c.k = qv_tensor_3d(made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
             c.v = qv_tensor_3d(made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
+            c.gate = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
+            qv_tensor w = qv_tensor_1d(made_up(QV_F32, d, 1), QV_F32, d);
+            c.how = (qv_norm_rope){w, w, 1e-6f, true, 64, 1e7};
             char name[96];
-            snprintf(name, sizeof name, "%s %s, %d x %d tokens after %d",
-                     rope ? "rope" : "attention", models[m].name, n_seqs, now, steps[s].before);
-            double io = 4.0 * (double)n * (double)(heads * d);
+            snprintf(name, sizeof name, "%s, %d x %d tokens after %d", models[m].name, n_seqs, now,
+                     steps[s].before);
             double seen = ((double)steps[s].before + 0.5 * (now + 1)) * n; /* (query, key) pairs */
-            if (rope)
-                report(name, io * 64 / (double)d + 8.0 * (double)n * (double)(kv * d), 0,
-                       measure(call_attention, &c));
-            else
-                report(name, io + kv_bytes, 4 * seen * (double)(heads * d),
-                       measure(call_attention, &c));
+            report_attention(name, &c, kv_bytes, seen);
+            c.kind++; /* the other kind of the table */
+            report_attention(name, &c, kv_bytes, seen);
             for (int k = 0; k < c.n; k++) {
                 qv_backend_free(be, c.kv[k].k.data);
                 qv_backend_free(be, c.kv[k].v.data);
@@ -311,6 +377,8 @@ static void bench_attention(bool rope)
             qv_backend_free(be, c.o.data);
             qv_backend_free(be, c.k.data);
             qv_backend_free(be, c.v.data);
+            qv_backend_free(be, c.gate.data);
+            qv_backend_free(be, w.data);
             free(host);
         }
 }

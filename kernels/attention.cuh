@@ -95,6 +95,20 @@ __device__ __forceinline__ void load_rows(bf16 *tile, const bf16 *pool, const in
     }
 }
 
+/* The gate of a head, and two numbers of a result as they would have been stored times the sigmoid
+ * of theirs: what sigmoid_gate would make of them. */
+__device__ __forceinline__ const bf16 *gate_at(const qv_k_attention_args &c, int64_t token,
+                                               int head)
+{
+    return (const bf16 *)c.gate.data + token * c.gate.token + head * c.gate.head;
+}
+
+__device__ __forceinline__ uint32_t gate_pair(uint32_t x, uint32_t gate)
+{
+    return pack_bf16(bf16_low(x) * sigmoid(bf16_low(gate)),
+                     bf16_high(x) * sigmoid(bf16_high(gate)));
+}
+
 /* One step of the online softmax for the scores of a warp's 16 rows: s in, probabilities out. Row g
  * of the fragment is number 0, row g + 8 number 1. `scale` has log2(e) in it. Returns what the sums
  * so far must be multiplied by. */

@@ -22,7 +22,7 @@ template <int D, int WARPS, int STAGES> struct decode_shape {
     static_assert(STAGES * STAGE * (int)sizeof(bf16) >= WARPS * GROUP * D * (int)sizeof(float), "");
 };
 
-template <int D, int WARPS, int STAGES>
+template <int D, int WARPS, int STAGES, bool GATED>
 __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args c)
 {
     using shape = decode_shape<D, WARPS, STAGES>;
@@ -102,14 +102,15 @@ __global__ void __launch_bounds__(32 * WARPS) decode_kernel(qv_k_attention_args 
     }
 
     copies_wait<0>();
-    finish<D, WARPS>(c, piece, o, max, sum, (float *)memory, ends, is_last);
+    finish<D, WARPS, GATED>(c, piece, o, max, sum, (float *)memory, ends, is_last);
 }
 
 template <int D, int WARPS, int STAGES>
 cudaError_t launch(const qv_k_attention_args &c, cudaStream_t s)
 {
-    return launch_early(c, decode_kernel<D, WARPS, STAGES>, 32 * WARPS,
-                        decode_shape<D, WARPS, STAGES>::BYTES, s, c);
+    auto *kernel = c.gate.data ? decode_kernel<D, WARPS, STAGES, true>
+                               : decode_kernel<D, WARPS, STAGES, false>;
+    return launch_early(c, kernel, 32 * WARPS, decode_shape<D, WARPS, STAGES>::BYTES, s, c);
 }
 
 } // namespace

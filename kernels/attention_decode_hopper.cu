@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_queries(uint32_t (&q)[D / 16][4], const qv_
                           : 0;
 }
 
-template <int D, int UNITS>
+template <int D, int UNITS, bool GATED>
 __global__ void __launch_bounds__(32 * STREAM_WARPS, 2)
     stream_kernel(const qv_k_attention_args c, const __grid_constant__ CUtensorMap k_map,
                   const __grid_constant__ CUtensorMap v_map)
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(32 * STREAM_WARPS, 2)
         next_unit();
     }
     __syncthreads(); /* all have read their units */
-    finish<D, STREAM_WARPS>(c, piece, o, max, sum, (float *)memory, ends, is_last);
+    finish<D, STREAM_WARPS, GATED>(c, piece, o, max, sum, (float *)memory, ends, is_last);
 #else
     (void)c, (void)k_map, (void)v_map;
     __trap(); /* not launched on other devices */
@@ -202,8 +202,9 @@ template <int D, int UNITS> qv_status launch(const qv_k_attention_args &c, cudaS
     CUtensorMap k_map, v_map;
     QV_TRY(pages_map("attention_decode", c, c.k_pages, &k_map));
     QV_TRY(pages_map("attention_decode", c, c.v_pages, &v_map));
-    cudaError_t error = launch_early(c, stream_kernel<D, UNITS>, 32 * STREAM_WARPS,
-                                     stream_shape<D, UNITS>::BYTES, s, c, k_map, v_map);
+    auto *kernel = c.gate.data ? stream_kernel<D, UNITS, true> : stream_kernel<D, UNITS, false>;
+    cudaError_t error = launch_early(c, kernel, 32 * STREAM_WARPS, stream_shape<D, UNITS>::BYTES, s,
+                                     c, k_map, v_map);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: attention_decode: %s", cudaGetErrorString(error));
     return qv_k_check_launch("attention_decode");

@@ -181,10 +181,43 @@ __device__ __forceinline__ void clear_rows(bf16 *v, int n_rows, int barrier)
     group_barrier(barrier);
 }
 
+/* --- Store -------------------------------------------------------------------------------- */
+
+/* A warp's 16 rows from shared memory to their heads, times the sigmoid of the gates, which are all
+ * on their way before the first is used. `first`: of the warpgroup's rows in the sequence. */
+template <int D>
+__device__ __forceinline__ void store_gated(const qv_k_attention_args &c, const bf16 *rows,
+                                            int warp_row, int first, int n_rows, int token,
+                                            int kv_head)
+{
+    constexpr int N = D / 16; /* pieces of 16 bytes a lane */
+    int lane = threadIdx.x & 31, per_token = c.n_heads / c.n_kv_heads;
+    uint4 gates[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        int place = i * 32 + lane, col = place % (D / 8) * 8;
+        int at = first + warp_row + place / (D / 8), to = at / per_token;
+        int head = kv_head * per_token + at - to * per_token;
+        gates[i] = at < n_rows ? *(const uint4 *)(gate_at(c, token + to, head) + col)
+                               : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        int place = i * 32 + lane, row = warp_row + place / (D / 8), col = place % (D / 8) * 8;
+        int at = first + row, to = at / per_token;
+        int head = kv_head * per_token + at - to * per_token;
+        uint4 v = *(const uint4 *)(rows + col / 64 * GROUP_ROWS * 64 + tile_at<64>(row, col % 64));
+        if (at < n_rows)
+            *(uint4 *)((bf16 *)c.o.data + (token + to) * c.o.token + head * c.o.head + col) =
+                make_uint4(gate_pair(v.x, gates[i].x), gate_pair(v.y, gates[i].y),
+                           gate_pair(v.z, gates[i].z), gate_pair(v.w, gates[i].w));
+    }
+}
+
 /* --- Kernel ------------------------------------------------------------------------------- */
 
 /* Grid (KV heads, tiles of rows). */
-template <int D, int KEYS, int STAGES>
+template <int D, int KEYS, int STAGES, bool GATED>
 __global__ void __launch_bounds__(THREADS, 1)
     wide_kernel(const qv_k_attention_args c, const __grid_constant__ CUtensorMap k_map,
                 const __grid_constant__ CUtensorMap v_map)
@@ -308,14 +341,18 @@ __global__ void __launch_bounds__(THREADS, 1)
                     pack_bf16(o[4 * i + 2 * r] * inverse, o[4 * i + 2 * r + 1] * inverse);
         }
         __syncwarp();
-        for (int i = lane; i < 16 * D / 8; i += 32) {
-            int row = warp * 16 + i / (D / 8), col = i % (D / 8) * 8, at = first + row;
-            if (at >= n_rows)
-                break;
-            int to = at / per_token, head = at - to * per_token;
-            *(uint4 *)((bf16 *)c.o.data + (token + to) * c.o.token +
-                       (kv_head * per_token + head) * c.o.head + col) =
-                *(const uint4 *)(q + col / 64 * GROUP_ROWS * 64 + tile_at<64>(row, col % 64));
+        if constexpr (GATED) {
+            store_gated<D>(c, q, warp * 16, first, n_rows, token, kv_head);
+        } else {
+            for (int i = lane; i < 16 * D / 8; i += 32) {
+                int row = warp * 16 + i / (D / 8), col = i % (D / 8) * 8, at = first + row;
+                if (at >= n_rows)
+                    break;
+                int to = at / per_token, head = at - to * per_token;
+                *(uint4 *)((bf16 *)c.o.data + (token + to) * c.o.token +
+                           (kv_head * per_token + head) * c.o.head + col) =
+                    *(const uint4 *)(q + col / 64 * GROUP_ROWS * 64 + tile_at<64>(row, col % 64));
+            }
         }
     }
 #else
@@ -331,7 +368,8 @@ qv_status launch(const qv_k_attention_args &c, cudaStream_t s)
     CUtensorMap k_map, v_map;
     QV_TRY(pages_map("attention_prefill", c, c.k_pages, &k_map));
     QV_TRY(pages_map("attention_prefill", c, c.v_pages, &v_map));
-    auto *kernel = wide_kernel<D, KEYS, STAGES>;
+    auto *kernel =
+        c.gate.data ? wide_kernel<D, KEYS, STAGES, true> : wide_kernel<D, KEYS, STAGES, false>;
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     if (error != cudaSuccess)

@@ -40,18 +40,22 @@ __device__ __forceinline__ float *piece_sums(const qv_k_attention_args &c, int s
     return (float *)c.scratch + at * group * (c.head_dim + 4);
 }
 
-/* Add up the pieces of one KV head: out[row, col] = sum of piece * factor. `shared` has room for
- * (2 * MAX_PIECES + 1) * GROUP numbers. A thread has columns four at a time; AHEAD pieces of
- * them are on their way at once, the first while the factors are found. */
-template <int D, int THREADS>
+/* Add up the pieces of one KV head: out[row, col] = sum of piece * factor, gated where there is a
+ * gate. `shared` has room for (2 * MAX_PIECES + 1) * GROUP numbers. A thread has columns four at a
+ * time; AHEAD pieces of them are on their way at once, the first while the factors are found. */
+template <int D, int THREADS, bool GATED>
 __device__ __forceinline__ void join_pieces(const qv_k_attention_args &c, const float *all,
-                                            int n_pieces, int group, float *shared, bf16 *out)
+                                            int n_pieces, int group, float *shared,
+                                            const bf16 *gate, bf16 *out)
 {
     constexpr int AHEAD = 16;
     int64_t step = (int64_t)group * (D + 4);
     float *factor = shared, *sums = factor + MAX_PIECES * GROUP, *total = sums + MAX_PIECES * GROUP;
     float4 part[AHEAD];
+    uint2 gates = {};
     auto load = [&](int i, int first) {
+        if (GATED && first == 0)
+            gates = *(const uint2 *)(gate + i * 4 / D * c.gate.head + i * 4 % D);
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
             if (first + k < n_pieces)
@@ -98,6 +102,8 @@ __device__ __forceinline__ void join_pieces(const qv_k_attention_args &c, const 
         }
         float scale = total[row];
         uint2 packed = {pack_bf16(v.x * scale, v.y * scale), pack_bf16(v.z * scale, v.w * scale)};
+        if (GATED)
+            packed = {gate_pair(packed.x, gates.x), gate_pair(packed.y, gates.y)};
         *(uint2 *)(out + row * c.o.head + col) = packed;
     }
 }
@@ -108,7 +114,7 @@ template <int WARPS> struct warp_ends {
 
 /* Join what the warps of a block have of its piece, and the pieces if it is the last block of its
  * KV head. `joined` is [WARPS][GROUP][D] of shared memory and free, max[] times the scale. */
-template <int D, int WARPS>
+template <int D, int WARPS, bool GATED>
 __device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece_of_context &piece,
                                        float (&o)[D / 8][4], float (&max)[2], float (&sum)[2],
                                        float *joined, warp_ends<WARPS> &ends, bool &is_last)
@@ -148,6 +154,9 @@ __device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece
         int row = i * 4 / D, col = i * 4 % D;
         float whole = -INFINITY, total = 0;
         float4 v = {0, 0, 0, 0};
+        uint2 gates = {};
+        if (GATED && piece.n_pieces == 1)
+            gates = *(const uint2 *)(gate_at(c, piece.token, kv_head * group + row) + col);
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
             whole = fmaxf(whole, ends.max[w][row]);
@@ -164,6 +173,8 @@ __device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece
         if (piece.n_pieces == 1) {
             float f = 1.0f / total;
             uint2 packed = {pack_bf16(v.x * f, v.y * f), pack_bf16(v.z * f, v.w * f)};
+            if (GATED)
+                packed = {gate_pair(packed.x, gates.x), gate_pair(packed.y, gates.y)};
             *(uint2 *)((bf16 *)c.o.data + piece.token * c.o.token +
                        (kv_head * group + row) * c.o.head + col) = packed;
             continue;
@@ -187,9 +198,10 @@ __device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece
     if (!is_last)
         return;
     __threadfence();
-    join_pieces<D, THREADS>(c, piece_sums(c, seq, kv_head, 0), piece.n_pieces, group, joined,
-                            (bf16 *)c.o.data + piece.token * c.o.token +
-                                kv_head * group * c.o.head);
+    join_pieces<D, THREADS, GATED>(c, piece_sums(c, seq, kv_head, 0), piece.n_pieces, group, joined,
+                                   GATED ? gate_at(c, piece.token, kv_head * group) : nullptr,
+                                   (bf16 *)c.o.data + piece.token * c.o.token +
+                                       kv_head * group * c.o.head);
 }
 
 /* Beginning before the kernel in front has ended, on Hopper. */

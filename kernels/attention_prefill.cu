@@ -18,7 +18,7 @@ template <int D, int WARPS, int KEYS> struct prefill_shape {
     static constexpr int BYTES = (2 * STAGE + QUERIES * D) * (int)sizeof(bf16);
 };
 
-template <int D, int WARPS, int KEYS>
+template <int D, int WARPS, int KEYS, bool GATED>
 __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args c)
 {
     using shape = prefill_shape<D, WARPS, KEYS>;
@@ -99,11 +99,14 @@ __global__ void __launch_bounds__(32 * WARPS) prefill_kernel(qv_k_attention_args
         if (row >= n_rows)
             continue;
         bf16 *out = (bf16 *)c.o.data + (token + row) * c.o.token + head * c.o.head;
+        const bf16 *gate = GATED ? gate_at(c, token + row, head) : nullptr;
         float inverse = 1.0f / sum[r];
 #pragma unroll
-        for (int i = 0; i < D / 8; i++)
+        for (int i = 0; i < D / 8; i++) {
+            uint32_t packed = pack_bf16(o[i][2 * r] * inverse, o[i][2 * r + 1] * inverse);
             *(uint32_t *)(out + i * 8 + 2 * t) =
-                pack_bf16(o[i][2 * r] * inverse, o[i][2 * r + 1] * inverse);
+                GATED ? gate_pair(packed, *(const uint32_t *)(gate + i * 8 + 2 * t)) : packed;
+        }
     }
 }
 
@@ -111,7 +114,8 @@ template <int D, int WARPS, int KEYS>
 cudaError_t launch(const qv_k_attention_args &c, cudaStream_t s)
 {
     using shape = prefill_shape<D, WARPS, KEYS>;
-    auto *kernel = prefill_kernel<D, WARPS, KEYS>;
+    auto *kernel =
+        c.gate.data ? prefill_kernel<D, WARPS, KEYS, true> : prefill_kernel<D, WARPS, KEYS, false>;
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape::BYTES);
     if (error != cudaSuccess)
@@ -162,10 +166,15 @@ __global__ void __launch_bounds__(32) any_kernel(qv_k_attention_args c)
                 o[i] = o[i] * keep + weight * to_float(v[i * 32 + lane]);
     }
     bf16 *out = (bf16 *)c.o.data + t * c.o.token + head * c.o.head;
+    const bf16 *gate = c.gate.data ? gate_at(c, t, head) : nullptr;
 #pragma unroll
     for (int i = 0; i < MAX_D / 32; i++)
-        if (i * 32 + lane < c.head_dim)
-            out[i * 32 + lane] = __float2bfloat16(o[i] / sum);
+        if (i * 32 + lane < c.head_dim) {
+            bf16 x = __float2bfloat16(o[i] / sum);
+            if (gate)
+                x = __float2bfloat16(to_float(x) * sigmoid(to_float(gate[i * 32 + lane])));
+            out[i * 32 + lane] = x;
+        }
 }
 
 bool aligned(const qv_k_rows &r)
@@ -179,7 +188,8 @@ bool qv_k_attention_can(const qv_k_attention_args *c)
 {
     int32_t d = c->head_dim;
     return (d == 64 || d == 128 || d == 256) && c->n_heads / c->n_kv_heads <= 16 && aligned(c->q) &&
-           aligned(c->o) && (uintptr_t)c->k_pages % 16 == 0 && (uintptr_t)c->v_pages % 16 == 0;
+           aligned(c->o) && aligned(c->gate) && (uintptr_t)c->k_pages % 16 == 0 &&
+           (uintptr_t)c->v_pages % 16 == 0;
 }
 
 qv_status qv_k_attention(const qv_k_attention_args *c, void *stream)

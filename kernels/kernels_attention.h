@@ -16,6 +16,7 @@ typedef struct {
     int32_t n_heads, n_kv_heads, head_dim;
     float scale;
     qv_k_rows q, o;                /* [n_tokens, n_heads, head_dim] */
+    qv_k_rows gate;                /* the same, or data NULL: o, rounded, times its sigmoid */
     const void *k_pages, *v_pages; /* [n_pages, page_tokens, n_kv_heads, head_dim] */
     int64_t n_pages;
     bool hopper;                         /* the device has wgmma: compute capability 9.x */

@@ -90,6 +90,19 @@ typedef struct {
 /* Rotate q and k by their positions and write k and v into their pages. Angles in double. */
 qv_status qv_k_rope_kv_write(const qv_k_rope_args *args, void *stream);
 
+typedef struct {
+    qv_k_rope_args rope;
+    const float *q_norm, *k_norm; /* [head_dim] */
+    float eps;
+    bool plus_one;
+} qv_k_norm_rope_args;
+
+/* qv_k_norm of the heads of q and of k in front of that: the same bits as by three launches, but k
+ * is left as it was. Heads of up to 256 and a multiple of 8, a rotary_dim that is a multiple of 16,
+ * everything on 16 bytes. */
+bool qv_k_norm_rope_can(const qv_k_norm_rope_args *args);
+qv_status qv_k_norm_rope_kv_write(const qv_k_norm_rope_args *args, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

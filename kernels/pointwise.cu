@@ -1,6 +1,5 @@
-/* Elements and rows: SwiGLU, gates, addition, squared ReLU, embedding, RoPE with the page write.
- * All bound by bandwidth: each number is read once and written once, 16 bytes a thread where the
- * rows allow it.
+/* Elements and rows: SwiGLU, gates, addition, squared ReLU, embedding. All bound by bandwidth: each
+ * number is read once and written once, 16 bytes a thread where the rows allow it.
  */
 #include "common/dtype.h"
 #include "kernels/device.cuh"
@@ -151,61 +150,6 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* --- RoPE --------------------------------------------------------------------------------- */
-
-constexpr int MAX_ROTARY = 1024;
-constexpr double TURN = 0.15915494309189535; /* 1 / (2 pi) */
-constexpr int KNOWN = 64;                    /* frequencies that travel with the launch */
-
-struct frequencies {
-    double f[KNOWN]; /* theta^(-2i / rotary_dim), in turns: over 2 pi */
-};
-
-/* A block a token: the angles once into shared memory, then all heads. A thread turns both numbers
- * of a pair; numbers that do not turn are copied. */
-__global__ void __launch_bounds__(THREADS)
-    rope_kernel(qv_k_rope_args c, __grid_constant__ const frequencies known)
-{
-    __shared__ float cosine[MAX_ROTARY / 2], sine[MAX_ROTARY / 2];
-    int t = blockIdx.x, half = c.rotary_dim / 2, d = c.head_dim;
-    if (t >= c.seq_start[c.n_seqs])
-        return;
-    int pos = c.pos[t];
-    for (int i = threadIdx.x; i < half; i += THREADS) {
-        double f = i < KNOWN ? known.f[i] : pow(c.theta, -2.0 * i / c.rotary_dim) * TURN;
-        /* Whole turns off in double; what is left is small enough for float32. */
-        double turns = pos * f;
-        sincospif((float)(2.0 * (turns - rint(turns))), &sine[i], &cosine[i]);
-    }
-    int seq = range_of(c.seq_start, c.n_seqs, t);
-    int64_t page = c.page_table[(int64_t)seq * c.page_stride + pos / c.page_tokens];
-    int64_t slot = (page * c.page_tokens + pos % c.page_tokens) * c.n_kv_heads * d;
-    __syncthreads();
-
-    bf16 *q = (bf16 *)c.q.data + t * c.q.token;
-    for (int i = threadIdx.x; i < c.n_heads * half; i += THREADS) {
-        int head = i / half, j = i - head * half;
-        bf16 *p = q + head * c.q.head + j;
-        float a = to_float(p[0]), b = to_float(p[half]);
-        p[0] = __float2bfloat16(a * cosine[j] - b * sine[j]);
-        p[half] = __float2bfloat16(b * cosine[j] + a * sine[j]);
-    }
-    const bf16 *k = (const bf16 *)c.k.data + t * c.k.token;
-    const bf16 *v = (const bf16 *)c.v.data + t * c.v.token;
-    bf16 *k_out = (bf16 *)c.k_pages + slot, *v_out = (bf16 *)c.v_pages + slot;
-    for (int i = threadIdx.x; i < c.n_kv_heads * d; i += THREADS) {
-        int head = i / d, j = i - head * d;
-        v_out[i] = v[head * c.v.head + j];
-        const bf16 *p = k + head * c.k.head;
-        float x = to_float(p[j]);
-        if (j < half)
-            x = x * cosine[j] - to_float(p[j + half]) * sine[j];
-        else if (j < 2 * half)
-            x = x * cosine[j - half] + to_float(p[j - half]) * sine[j - half];
-        k_out[i] = __float2bfloat16(x);
-    }
-}
-
 } // namespace
 
 qv_status qv_k_pointwise(qv_k_pointwise_kind kind, qv_k_extent extent, qv_k_rows a, qv_k_rows b,
@@ -271,17 +215,4 @@ qv_status qv_k_fill(void *dst, bool f32, int64_t n, float mean, float scale, uin
     else
         fill_kernel<false><<<2048, THREADS, 0, s>>>(dst, n, mean, scale, seed);
     return qv_k_check_launch("fill");
-}
-
-qv_status qv_k_rope_kv_write(const qv_k_rope_args *args, void *stream)
-{
-    if (args->rotary_dim > MAX_ROTARY)
-        return qv_fail(QV_ERR_LIMIT, "rope_kv_write: %d rotary dimensions, but %d are possible",
-                       args->rotary_dim, MAX_ROTARY);
-    frequencies known;
-    for (int i = 0; i < KNOWN; i++)
-        known.f[i] =
-            i < args->rotary_dim / 2 ? pow(args->theta, -2.0 * i / args->rotary_dim) * TURN : 0;
-    rope_kernel<<<(unsigned)args->n_tokens, THREADS, 0, (cudaStream_t)stream>>>(*args, known);
-    return qv_k_check_launch("rope_kv_write");
 }

@@ -4,11 +4,28 @@
 
 /* --- Gated attention -------------------------------------------------------------------------- */
 
+/* From q, k and v to the gated heads, op by op, so that a probe sees what is in between. */
+static qv_status probed_attention(qv_pass *pass, int64_t layer, const qv_norm_rope *how,
+                                  const qv_kv_layer *kv, qv_tensor q, qv_tensor gate, qv_tensor k,
+                                  qv_tensor v, qv_tensor heads)
+{
+    QV_TRY(qv_op_rms_norm(pass->be, q, how->q_norm, how->eps, how->plus_one, q));
+    QV_TRY(qv_op_rms_norm(pass->be, k, how->k_norm, how->eps, how->plus_one, k));
+    probe(pass, layer, "attn_q_normed", q);
+    probe(pass, layer, "attn_k_normed", k);
+    probe(pass, layer, "attn_v", v);
+    QV_TRY(qv_op_rope_kv_write(pass->be, pass->batch, how->rotary_dim, how->theta, q, k, v, kv));
+    float scale = (float)(1 / sqrt((double)pass->config->head_dim));
+    QV_TRY(qv_op_attention(pass->be, pass->batch, kv, scale, q, heads));
+    probe(pass, layer, "attn_heads", heads);
+    return qv_op_sigmoid_gate(pass->be, heads, gate);
+}
+
 qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 {
     const qv_model_config *c = pass->config;
     const qv_kv_layer *kv = &pass->state->layers[layer].kv;
-    float eps = (float)c->norm_eps, scale = (float)(1 / sqrt((double)c->head_dim));
+    float scale = (float)(1 / sqrt((double)c->head_dim));
     int64_t n_q = 2 * c->n_heads * c->head_dim, n_kv = c->n_kv_heads * c->head_dim;
 
     qv_tensor qkv = view(pass, QV_BUF_WIDE, n_q + 2 * n_kv);
@@ -21,19 +38,20 @@ qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv
     qv_tensor k = qv_tensor_split(qv_tensor_cols(qkv, n_q, n_kv), c->n_kv_heads, c->head_dim);
     qv_tensor v =
         qv_tensor_split(qv_tensor_cols(qkv, n_q + n_kv, n_kv), c->n_kv_heads, c->head_dim);
-    QV_TRY(qv_op_rms_norm(pass->be, q, qv_pass_vec(pass, layer, QV_VEC_Q_NORM), eps, true, q));
-    QV_TRY(qv_op_rms_norm(pass->be, k, qv_pass_vec(pass, layer, QV_VEC_K_NORM), eps, true, k));
-    probe(pass, layer, "attn_q_normed", q);
-    probe(pass, layer, "attn_k_normed", k);
-    probe(pass, layer, "attn_v", v);
-
-    QV_TRY(
-        qv_op_rope_kv_write(pass->be, pass->batch, (int)c->rotary_dim, c->rope_theta, q, k, v, kv));
+    const qv_norm_rope how = {.q_norm = qv_pass_vec(pass, layer, QV_VEC_Q_NORM),
+                              .k_norm = qv_pass_vec(pass, layer, QV_VEC_K_NORM),
+                              .eps = (float)c->norm_eps,
+                              .plus_one = true,
+                              .rotary_dim = (int)c->rotary_dim,
+                              .theta = c->rope_theta};
     qv_tensor attn = view(pass, QV_BUF_INNER, c->n_heads * c->head_dim);
     qv_tensor heads = qv_tensor_split(attn, c->n_heads, c->head_dim);
-    QV_TRY(qv_op_attention(pass->be, pass->batch, kv, scale, q, heads));
-    probe(pass, layer, "attn_heads", heads);
-    QV_TRY(qv_op_sigmoid_gate(pass->be, heads, gate));
+    if (pass->probe == NULL) {
+        QV_TRY(qv_op_norm_rope_kv_write(pass->be, pass->batch, &how, q, k, v, kv));
+        QV_TRY(qv_op_gated_attention(pass->be, pass->batch, kv, scale, q, gate, heads));
+    } else {
+        QV_TRY(probed_attention(pass, layer, &how, kv, q, gate, k, v, heads));
+    }
     QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
     probe(pass, layer, "attn_out", y);
     return QV_OK;

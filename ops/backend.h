@@ -8,6 +8,7 @@
 #define QV_OPS_BACKEND_H
 
 #include "ops/ops.h"
+#include "ops/trials.h"
 
 /* One row per op: name, arguments. Prototypes and tables of all backends come from this list. */
 #define QV_OP_LIST(X)                                                                              \
@@ -112,6 +113,11 @@ typedef struct {
     /* NULL: all_reduce, then add_rms_norm. */
     qv_status (*sum_add_rms_norm)(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
                                   float eps, bool plus_one, qv_tensor y, qv_tensor rest);
+    /* On trial (QV_TRIAL_ATTENTION). NULL: three ops, and two. */
+    qv_status (*norm_rope_kv_write)(qv_backend *be, const qv_batch *batch, const qv_norm_rope *how,
+                                    qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
+    qv_status (*gated_attention)(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
+                                 float scale, qv_tensor q, qv_tensor gate, qv_tensor o);
     /* NULL: two ops. */
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                 qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
@@ -157,6 +163,7 @@ struct qv_backend {
     int32_t rank;        /* in it */
     bool not_recordable; /* its collectives cannot be part of a recording */
     qv_op_times *times;  /* borrowed; NULL: ops are not timed */
+    uint32_t trials;     /* kernels on trial that are used: qv_trial */
     int n_samplings;     /* begun and not ended */
     bool watching;       /* gaps */
     double gap;          /* before the step whose sampling ended last; NaN: none */

@@ -57,8 +57,11 @@ qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
     QV_TRY(qv_trials_read(options->trials, &trials));
     const char *name = options->name ? options->name : "";
     for (size_t i = 0; i < N_BACKENDS; i++)
-        if (strcmp(backends[i]->name, name) == 0)
-            return backends[i]->open(options, out);
+        if (strcmp(backends[i]->name, name) == 0) {
+            QV_TRY(backends[i]->open(options, out));
+            (*out)->trials = trials;
+            return QV_OK;
+        }
     return qv_fail(QV_ERR_NOT_FOUND, "backend '%s' is not in this build; it has: %s", name,
                    backend_names(names, sizeof names));
 }
@@ -812,10 +815,10 @@ static qv_status check_head_groups(const char *op, int64_t n_heads, int64_t n_gr
     return QV_OK;
 }
 
-qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,
-                              qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
+static qv_status check_rope(const char *op, const qv_backend *be, const qv_batch *batch,
+                            int rotary_dim, double theta, qv_tensor q, qv_tensor k, qv_tensor v,
+                            const qv_kv_layer *kv)
 {
-    const char *op = "rope_kv_write";
     qv_dtype act = be->table->activation_dtype;
     QV_TRY(check_kv(op, be, kv));
     int64_t n_tokens = batch->n_tokens, n_kv = kv->k.shape[2], d = kv->k.shape[3];
@@ -827,19 +830,63 @@ qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_
                        (long long)d);
     if (rotary_dim > 0 && !(theta > 0 && isfinite(theta)))
         return qv_fail(QV_ERR_ARG, "%s: theta %g", op, theta);
-    return n_tokens ? CALL(rope_kv_write, be, batch, rotary_dim, theta, q, k, v, kv) : QV_OK;
+    return QV_OK;
+}
+
+qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,
+                              qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
+{
+    QV_TRY(check_rope("rope_kv_write", be, batch, rotary_dim, theta, q, k, v, kv));
+    return batch->n_tokens ? CALL(rope_kv_write, be, batch, rotary_dim, theta, q, k, v, kv) : QV_OK;
+}
+
+qv_status qv_op_norm_rope_kv_write(qv_backend *be, const qv_batch *batch, const qv_norm_rope *how,
+                                   qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
+{
+    const char *op = "norm_rope_kv_write";
+    if (!(be->trials & QV_TRIAL_ATTENTION) || be->table->norm_rope_kv_write == NULL) {
+        QV_TRY(qv_op_rms_norm(be, q, how->q_norm, how->eps, how->plus_one, q));
+        QV_TRY(qv_op_rms_norm(be, k, how->k_norm, how->eps, how->plus_one, k));
+        return qv_op_rope_kv_write(be, batch, how->rotary_dim, how->theta, q, k, v, kv);
+    }
+    QV_TRY(check_rope(op, be, batch, how->rotary_dim, how->theta, q, k, v, kv));
+    EXPECT(op, how->q_norm, QV_F32, q.shape[2]);
+    EXPECT(op, how->k_norm, QV_F32, k.shape[2]);
+    return batch->n_tokens
+               ? CALL_ON(be->table, norm_rope_kv_write, 0, 0, be, batch, how, q, k, v, kv)
+               : QV_OK;
+}
+
+static qv_status check_attention(const char *op, const qv_backend *be, const qv_batch *batch,
+                                 const qv_kv_layer *kv, qv_tensor q, qv_tensor o)
+{
+    qv_dtype act = be->table->activation_dtype;
+    QV_TRY(check_kv(op, be, kv));
+    EXPECT(op, q, act, batch->n_tokens, ANY, kv->k.shape[3]);
+    EXPECT(op, o, act, batch->n_tokens, q.shape[1], q.shape[2]);
+    return check_head_groups(op, q.shape[1], kv->k.shape[2]);
 }
 
 qv_status qv_op_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv, float scale,
                           qv_tensor q, qv_tensor o)
 {
-    const char *op = "attention";
-    qv_dtype act = be->table->activation_dtype;
-    QV_TRY(check_kv(op, be, kv));
-    EXPECT(op, q, act, batch->n_tokens, ANY, kv->k.shape[3]);
-    EXPECT(op, o, act, batch->n_tokens, q.shape[1], q.shape[2]);
-    QV_TRY(check_head_groups(op, q.shape[1], kv->k.shape[2]));
+    QV_TRY(check_attention("attention", be, batch, kv, q, o));
     return qv_tensor_count(&q) ? CALL(attention, be, batch, kv, scale, q, o) : QV_OK;
+}
+
+qv_status qv_op_gated_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
+                                float scale, qv_tensor q, qv_tensor gate, qv_tensor o)
+{
+    const char *op = "gated_attention";
+    if (!(be->trials & QV_TRIAL_ATTENTION) || be->table->gated_attention == NULL) {
+        QV_TRY(qv_op_attention(be, batch, kv, scale, q, o));
+        return qv_op_sigmoid_gate(be, o, gate);
+    }
+    QV_TRY(check_attention(op, be, batch, kv, q, o));
+    EXPECT(op, gate, be->table->activation_dtype, q.shape[0], q.shape[1], q.shape[2]);
+    return qv_tensor_count(&q)
+               ? CALL_ON(be->table, gated_attention, 0, 0, be, batch, kv, scale, q, gate, o)
+               : QV_OK;
 }
 
 /* --- Recurrent layers --------------------------------------------------------------------- */

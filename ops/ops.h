@@ -349,11 +349,31 @@ typedef struct {
 qv_status qv_op_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,
                               qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
 
+/* Norms of queries and keys, and the rotation that follows. */
+typedef struct {
+    qv_tensor q_norm, k_norm; /* [head_dim] F32 */
+    float eps;
+    bool plus_one; /* of the norms */
+    int rotary_dim;
+    double theta;
+} qv_norm_rope;
+
+/* qv_op_rms_norm of q by q_norm and of k by k_norm, over each head, then qv_op_rope_kv_write: the
+ * same numbers, in one where the backend can. q is normed and rotated in place; what k holds
+ * afterwards is not said. Errors: those of the three. */
+qv_status qv_op_norm_rope_kv_write(qv_backend *be, const qv_batch *batch, const qv_norm_rope *how,
+                                   qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
+
 /* Causal attention of each token over positions 0..pos of its sequence, read from the pages (this
  * step's keys and values included). q, o [T, n_heads, d], head h reads KV head h / (n_heads /
  * n_kv). o = softmax(scale * q k^T) v. */
 qv_status qv_op_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv, float scale,
                           qv_tensor q, qv_tensor o);
+
+/* qv_op_attention, then qv_op_sigmoid_gate of o by gate [T, n_heads, d]: the same numbers, in one
+ * where the backend can. Errors: those of the two. */
+qv_status qv_op_gated_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
+                                float scale, qv_tensor q, qv_tensor gate, qv_tensor o);
 
 /* --- Recurrent layers --------------------------------------------------------------------- */
 

@@ -235,10 +235,14 @@ qv_status qv_cuda_record(qv_backend *be, const qv_recording_shape *shape, qv_rec
 void qv_cuda_recording_free(qv_backend *be, qv_recording *recording);
 qv_status qv_cuda_replay(qv_backend *be, qv_recording *recording, const qv_batch *host);
 
-/* --- launch_dense.c ----------------------------------------------------------------------- */
+/* --- launch_dense.c, launch_attention.c --------------------------------------------------- */
 
 qv_k_add_norm_args qv_cuda_add_norm_args(qv_tensor residual, qv_tensor delta, qv_tensor w,
                                          float eps, bool plus_one, qv_tensor y, qv_tensor rest);
+qv_status qv_cuda_norm_rope_kv_write(qv_backend *be, const qv_batch *batch, const qv_norm_rope *how,
+                                     qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
+qv_status qv_cuda_gated_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
+                                  float scale, qv_tensor q, qv_tensor gate, qv_tensor o);
 
 /* --- launch_moe.c ------------------------------------------------------------------------- */
 

@@ -1,4 +1,4 @@
-/* qv_op_attention: bounds, splits and scratch for the kernels. */
+/* qv_op_attention, with or without a gate: bounds, splits and scratch for the kernels. */
 #include "ops/cuda/cuda.h"
 
 static qv_k_rows rows3(qv_tensor t)
@@ -8,6 +8,12 @@ static qv_k_rows rows3(qv_tensor t)
 
 qv_status qv_cuda_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
                             float scale, qv_tensor q, qv_tensor o)
+{
+    return qv_cuda_gated_attention(be, batch, kv, scale, q, (qv_tensor){.data = NULL}, o);
+}
+
+qv_status qv_cuda_gated_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
+                                  float scale, qv_tensor q, qv_tensor gate, qv_tensor o)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     qv_k_attention_args args = {
@@ -24,6 +30,7 @@ qv_status qv_cuda_attention(qv_backend *be, const qv_batch *batch, const qv_kv_l
         .scale = scale,
         .q = rows3(q),
         .o = rows3(o),
+        .gate = rows3(gate),
         .k_pages = kv->k.data,
         .v_pages = kv->v.data,
         .n_pages = kv->k.shape[0],

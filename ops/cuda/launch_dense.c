@@ -100,25 +100,47 @@ qv_status qv_cuda_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_te
     return qv_k_add(extent2(delta), rows2(residual), rows2(delta), rows2(gate), stream_of(be));
 }
 
+static qv_k_rope_args rope_args(const qv_batch *batch, int rotary_dim, double theta, qv_tensor q,
+                                qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
+{
+    return (qv_k_rope_args){.pos = batch->pos,
+                            .seq_start = batch->seq_start,
+                            .page_table = batch->page_table,
+                            .n_tokens = batch->n_tokens,
+                            .n_seqs = batch->n_seqs,
+                            .page_stride = batch->page_stride,
+                            .n_heads = (int32_t)q.shape[1],
+                            .n_kv_heads = (int32_t)k.shape[1],
+                            .head_dim = (int32_t)q.shape[2],
+                            .rotary_dim = rotary_dim,
+                            .theta = theta,
+                            .q = rows3(q),
+                            .k = rows3(k),
+                            .v = rows3(v),
+                            .k_pages = kv->k.data,
+                            .v_pages = kv->v.data,
+                            .page_tokens = kv->page_tokens};
+}
+
 qv_status qv_cuda_rope_kv_write(qv_backend *be, const qv_batch *batch, int rotary_dim, double theta,
                                 qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
 {
-    const qv_k_rope_args args = {.pos = batch->pos,
-                                 .seq_start = batch->seq_start,
-                                 .page_table = batch->page_table,
-                                 .n_tokens = batch->n_tokens,
-                                 .n_seqs = batch->n_seqs,
-                                 .page_stride = batch->page_stride,
-                                 .n_heads = (int32_t)q.shape[1],
-                                 .n_kv_heads = (int32_t)k.shape[1],
-                                 .head_dim = (int32_t)q.shape[2],
-                                 .rotary_dim = rotary_dim,
-                                 .theta = theta,
-                                 .q = rows3(q),
-                                 .k = rows3(k),
-                                 .v = rows3(v),
-                                 .k_pages = kv->k.data,
-                                 .v_pages = kv->v.data,
-                                 .page_tokens = kv->page_tokens};
+    const qv_k_rope_args args = rope_args(batch, rotary_dim, theta, q, k, v, kv);
     return qv_k_rope_kv_write(&args, stream_of(be));
+}
+
+qv_status qv_cuda_norm_rope_kv_write(qv_backend *be, const qv_batch *batch, const qv_norm_rope *how,
+                                     qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
+{
+    const qv_k_norm_rope_args args = {
+        .rope = rope_args(batch, how->rotary_dim, how->theta, q, k, v, kv),
+        .q_norm = how->q_norm.data,
+        .k_norm = how->k_norm.data,
+        .eps = how->eps,
+        .plus_one = how->plus_one};
+    if (qv_k_norm_rope_can(&args))
+        return qv_k_norm_rope_kv_write(&args, stream_of(be));
+    QV_TRY(qv_cuda_rms_norm(be, q, how->q_norm, how->eps, how->plus_one, q));
+    QV_TRY(qv_cuda_rms_norm(be, k, how->k_norm, how->eps, how->plus_one, k));
+    return qv_k_rope_kv_write(&args.rope, stream_of(be));
 }

@@ -334,6 +334,12 @@ inline int __float2int_rn(float x)
 }
 
 /* Apart, where a compiler could make one operation of two. */
+inline double __dmul_rn(double x, double y)
+{
+    volatile double product = x * y;
+    return product;
+}
+
 inline float __fmul_rn(float x, float y)
 {
     volatile float product = x * y;

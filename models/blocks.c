@@ -131,7 +131,7 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec)
 
 /* --- Linear, embedding, norms ----------------------------------------------------------------- */
 
-/* What rounding took from the last norm; empty in models without a router. */
+/* What rounding took from the last norm in front of a router; empty in models without one. */
 static qv_tensor rest_of(const qv_pass *pass)
 {
     return pass->buffers->data[QV_BUF_REST] != NULL ? view(pass, QV_BUF_REST, pass->config->hidden)
@@ -258,13 +258,23 @@ static const char *norm_name(qv_vec norm)
                                      : "mixer_norm";
 }
 
+/* Where the rest of a norm goes: nowhere but to a router, which reads the last norm of its layer.
+ */
+static qv_tensor rest_behind(const qv_pass *pass, int64_t layer, qv_vec norm)
+{
+    bool routed = qv_weights_layer(pass->weights, layer)->proj[QV_PROJ_ROUTER] != NULL;
+    bool last = norm == QV_VEC_MLP_NORM || qv_pass_vec(pass, layer, QV_VEC_MLP_NORM).data == NULL;
+    return routed && last ? rest_of(pass) : (qv_tensor){.data = NULL};
+}
+
 /* Without a delta, the residual as it is. */
 static qv_status add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                           qv_tensor delta, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
     QV_TRY(qv_op_add_rms_norm(pass->be, residual, delta, qv_pass_vec(pass, layer, norm), eps,
-                              pass->config->arch->norm_plus_one, y, rest_of(pass)));
+                              pass->config->arch->norm_plus_one, y,
+                              rest_behind(pass, layer, norm)));
     probe(pass, layer, norm_name(norm), y);
     return QV_OK;
 }
@@ -278,7 +288,7 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
                             qv_tensor delta, qv_tensor y)
 {
     float eps = (float)pass->config->norm_eps;
-    qv_tensor w = qv_pass_vec(pass, layer, norm), rest = rest_of(pass);
+    qv_tensor w = qv_pass_vec(pass, layer, norm), rest = rest_behind(pass, layer, norm);
     bool plus_one = pass->config->arch->norm_plus_one;
     /* every block ends in a split of its input */
     if (pass->sum.o.data != NULL)

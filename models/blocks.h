@@ -16,7 +16,7 @@
 typedef enum {
     QV_BUF_RESIDUAL, /* [T, hidden] F32 the residual stream */
     QV_BUF_NORMED,   /* [T, hidden] what a block reads */
-    QV_BUF_REST,     /* [T, hidden] what rounding took from that; with experts, for their router */
+    QV_BUF_REST,     /* [T, hidden] what rounding took from that, where a router reads it */
     QV_BUF_DELTA,    /* [T, hidden] F32 what a block adds */
     QV_BUF_WIDE,     /* [T, widest output of an in-projection] */
     QV_BUF_CONV,     /* [T, convolution channels] */
@@ -85,7 +85,7 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec);
 /* y = x W^T of a layer's projection (QV_GLOBAL for the head), plus the adapters of the batch.
  * x [T, n_in], y [T, n_out]; for the head, L rows. Logits, the head's and a router's, and what goes
  * into the stream are F32 and never rounded. A router reads the rest of x as well, which must be
- * the last that qv_block_norm or qv_block_add_norm gave. */
+ * what the last qv_block_norm or qv_block_add_norm of its layer gave. */
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
 
 /* One of several projections that read the same x. */

@@ -19,28 +19,25 @@ extern "C" bool qv_k_is_hopper(void);
 /* Whether it knows dependent launches; others refuse the attribute that asks for one. */
 extern "C" bool qv_k_starts_early(void);
 
-/* Eight BF16 numbers as one 16-byte access. */
-struct __align__(16) bf16x8
-{
-    uint32_t u[4];
+/* Eight BF16 numbers as one 16-byte access. (Of an array in its place the compiler makes four.) */
+struct bf16x8 {
+    uint4 u;
 };
 
-__device__ __forceinline__ void unpack8(const bf16x8 &v, float (&x)[8])
+__device__ __forceinline__ void unpack8(bf16x8 v, float (&x)[8])
 {
+    const uint32_t u[4] = {v.u.x, v.u.y, v.u.z, v.u.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        x[2 * i] = bf16_low(v.u[i]);
-        x[2 * i + 1] = bf16_high(v.u[i]);
+        x[2 * i] = bf16_low(u[i]);
+        x[2 * i + 1] = bf16_high(u[i]);
     }
 }
 
 __device__ __forceinline__ bf16x8 pack8(const float (&x)[8])
 {
-    bf16x8 v;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        v.u[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-    return v;
+    return {make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                       pack_bf16(x[6], x[7]))};
 }
 
 /* Activations, one formula wherever they are applied. */

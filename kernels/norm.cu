@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
     let_next_start();
     __shared__ float shared[8];
     int lane = threadIdx.x % WIDTH;
-    int64_t row = (int64_t)blockIdx.x * ROWS + threadIdx.x / WIDTH;
+    uint32_t row = blockIdx.x * ROWS + threadIdx.x / WIDTH, n = (uint32_t)c.n;
     bool alive = row < c.n_rows; /* no early exit: all threads meet in block_sum */
-    int64_t token = alive ? row / c.n : 0, head = alive ? row % c.n : 0;
+    uint32_t token = alive ? row / n : 0, head = alive ? row - token * n : 0;
     bf16 *x = row_of(c.x, token, head);
     const bf16 *z = KIND == QV_K_NORM ? x : row_of(c.z, token, head);
     bf16 *y = row_of(c.y, token, head);
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(256) norm_vector_kernel(norm_args c)
         for (int k = 0; k < 8; k++)
             out[k] = leave<KIND>(v[j][k] * scale, c.plus_one ? 1.0f + g[k] : g[k],
                                  KIND == QV_K_NORM_THEN_GATE ? second[j][k] : 0.0f);
-        *(bf16x8 *)(y + i) = pack8(out);
+        __stwb((uint4 *)(y + i), pack8(out).u); /* of a plain store the compiler makes four */
     }
 }
 
@@ -167,7 +167,7 @@ bool aligned(const qv_k_rows &r)
 template <qv_k_norm_kind KIND> void launch(const norm_args &c, bool vector, cudaStream_t stream)
 {
     unsigned rows = (unsigned)c.n_rows;
-    int lanes = vector ? norm_lanes(c.d) : 0;
+    int lanes = vector && c.n_rows <= INT32_MAX ? norm_lanes(c.d) : 0;
     if (lanes == 0)
         norm_any_kernel<KIND><<<rows, 256, 0, stream>>>(c);
     else if (lanes == 16)

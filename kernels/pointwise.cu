@@ -27,17 +27,18 @@ template <qv_k_pointwise_kind KIND> __device__ __forceinline__ float apply(float
     }
 }
 
-/* STEP numbers a thread: 8 as one vector, or 1. */
-template <qv_k_pointwise_kind KIND, int STEP>
+/* STEP numbers a thread: 8 as one vector, or 1. Divisions are what there is to compute, so INDEX is
+ * of 32 bits where that is enough. */
+template <qv_k_pointwise_kind KIND, int STEP, typename INDEX>
 __global__ void __launch_bounds__(THREADS)
-    pointwise_kernel(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, int64_t total)
+    pointwise_kernel(INDEX per_row, INDEX n, qv_k_rows a, qv_k_rows b, qv_k_rows y, INDEX total)
 {
     let_next_start();
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    INDEX i = (INDEX)blockIdx.x * THREADS + threadIdx.x;
     if (i >= total)
         return;
-    int64_t per_row = e.d / STEP, row = i / per_row, at = (i - row * per_row) * STEP;
-    int64_t token = row / e.n, head = row - token * e.n;
+    INDEX row = i / per_row, at = (i - row * per_row) * STEP;
+    INDEX token = row / n, head = row - token * n;
     const bf16 *pa = (const bf16 *)a.data + offset(a, token, head) + at;
     const bf16 *pb = KIND == QV_K_RELU2 ? pa : (const bf16 *)b.data + offset(b, token, head) + at;
     bf16 *py = (bf16 *)y.data + offset(y, token, head) + at;
@@ -59,16 +60,26 @@ bool aligned(const qv_k_rows &r)
     return (uintptr_t)r.data % 16 == 0 && r.token % 8 == 0 && r.head % 8 == 0;
 }
 
+template <qv_k_pointwise_kind KIND, int STEP>
+void launch_as(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, cudaStream_t stream)
+{
+    int64_t per_row = e.d / STEP, total = e.n_tokens * e.n * per_row;
+    unsigned blocks = (unsigned)((total + THREADS - 1) / THREADS);
+    if (total <= INT32_MAX) /* the last block counts further */
+        pointwise_kernel<KIND, STEP, uint32_t><<<blocks, THREADS, 0, stream>>>(
+            (uint32_t)per_row, (uint32_t)e.n, a, b, y, (uint32_t)total);
+    else
+        pointwise_kernel<KIND, STEP, uint64_t><<<blocks, THREADS, 0, stream>>>(
+            (uint64_t)per_row, (uint64_t)e.n, a, b, y, (uint64_t)total);
+}
+
 template <qv_k_pointwise_kind KIND>
 void launch(qv_k_extent e, qv_k_rows a, qv_k_rows b, qv_k_rows y, cudaStream_t stream)
 {
-    bool vector = e.d % 8 == 0 && aligned(a) && aligned(b) && aligned(y);
-    int64_t total = e.n_tokens * e.n * (vector ? e.d / 8 : e.d);
-    unsigned blocks = (unsigned)((total + THREADS - 1) / THREADS);
-    if (vector)
-        pointwise_kernel<KIND, 8><<<blocks, THREADS, 0, stream>>>(e, a, b, y, total);
+    if (e.d % 8 == 0 && aligned(a) && aligned(b) && aligned(y))
+        launch_as<KIND, 8>(e, a, b, y, stream);
     else
-        pointwise_kernel<KIND, 1><<<blocks, THREADS, 0, stream>>>(e, a, b, y, total);
+        launch_as<KIND, 1>(e, a, b, y, stream);
 }
 
 /* A block a token; STEP numbers a thread. */

@@ -159,10 +159,10 @@ __device__ __forceinline__ bf16x8 turn_head(bf16x8 own, int lane, int half, cons
     int apart = half / 8;
     bool first = lane < apart, turns = lane < 2 * apart;
     int partner = first ? lane + apart : turns ? lane - apart : lane;
-    bf16x8 other;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        other.u[i] = __shfl_sync(0xffffffffu, own.u[i], partner, LANES);
+    bf16x8 other = {make_uint4(__shfl_sync(0xffffffffu, own.u.x, partner, LANES),
+                               __shfl_sync(0xffffffffu, own.u.y, partner, LANES),
+                               __shfl_sync(0xffffffffu, own.u.z, partner, LANES),
+                               __shfl_sync(0xffffffffu, own.u.w, partner, LANES))};
     if (!turns)
         return own;
     float a[8], b[8];

@@ -245,6 +245,11 @@ template <typename T> T __ldcs(const T *p)
     return *p;
 }
 
+template <typename T> void __stwb(T *p, emu::same_t<T> v)
+{
+    *p = v;
+}
+
 template <typename T> void __stcg(T *p, emu::same_t<T> v)
 {
     *p = v;

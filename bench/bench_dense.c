@@ -405,10 +405,26 @@ static void upload_logits(qv_tensor t)
 }
 
 /* Timed with its copies and the host's part, since that is how a step has it. */
+static double time_sample(qv_tensor logits, const qv_sample_row *rows, qv_sample_result *results)
+{
+    enum { REPS = 15 };
+    double times[REPS];
+    for (int i = -2; i < REPS; i++) {
+        struct timespec a, b;
+        clock_gettime(CLOCK_MONOTONIC, &a);
+        pass(qv_op_sample(be, logits, (int32_t)logits.shape[1], rows, results));
+        clock_gettime(CLOCK_MONOTONIC, &b);
+        if (i >= 0)
+            times[i] = (double)(b.tv_sec - a.tv_sec) + (double)(b.tv_nsec - a.tv_nsec) * 1e-9;
+    }
+    qsort(times, REPS, sizeof *times, by_value);
+    return times[REPS / 2];
+}
+
 static void bench_sample(void)
 {
-    static const int64_t counts[] = {1, 16, 64, 256};
-    enum { VOCAB = 248320, REPS = 15 };
+    static const int64_t counts[] = {1, 4, 16, 64, 256};
+    enum { VOCAB = 248320 };
     pass(qv_backend_reserve(be, &(qv_backend_limits){.max_logits = 256, .n_vocab = VOCAB}));
     for (int kind = 0; kind < 3; kind++)
         for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
@@ -426,20 +442,14 @@ static void bench_sample(void)
                                           .repetition_penalty = 1,
                                           .seed = (uint64_t)i,
                                           .n_top = -1};
-            double times[REPS];
-            for (int i = -2; i < REPS; i++) {
-                struct timespec a, b;
-                clock_gettime(CLOCK_MONOTONIC, &a);
-                pass(qv_op_sample(be, logits, VOCAB, rows, results));
-                clock_gettime(CLOCK_MONOTONIC, &b);
-                if (i >= 0)
-                    times[i] =
-                        (double)(b.tv_sec - a.tv_sec) + (double)(b.tv_nsec - a.tv_nsec) * 1e-9;
+            for (int on = 0; on < 2; on++) {
+                char name[96];
+                use_trial(QV_TRIAL_SAMPLE, on);
+                snprintf(name, sizeof name, "sample %s, %lld rows, %s", names[kind], (long long)n,
+                         on ? "by blocks" : "a block a row");
+                report(name, 4.0 * (double)n * VOCAB, 0, time_sample(logits, rows, results));
             }
-            qsort(times, REPS, sizeof *times, by_value);
-            char name[96];
-            snprintf(name, sizeof name, "sample %s, %lld rows", names[kind], (long long)n);
-            report(name, 4.0 * (double)n * VOCAB, 0, times[REPS / 2]);
+            use_trial(QV_TRIAL_SAMPLE, false);
             free(rows);
             free(results);
             qv_backend_free(be, logits.data);

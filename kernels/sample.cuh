@@ -414,27 +414,15 @@ __device__ bool gather(row_state &r, workspace &ws, const qv_k_sample_row &p, ca
     return true;
 }
 
-/* The first id, in their order, at which the running sum exceeds u times the whole. */
-__device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p, candidates *list)
+/* The first of r's ids, in their order, at which the running sum of what is kept exceeds `target`;
+ * -1: it never does. ws.of_warp has each warp's part of the sum, as kept_mass leaves it. */
+__device__ int pick(const row_state &r, workspace &ws, cut k, float min_p, mass target)
 {
-    cut k = keep_all(ws);
-    bool cut_k = p.top_k > 0 && p.top_k < r.n, cut_p = p.top_p < 1.0f, listed = false;
-    mass whole = 0;
-    if (cut_k || cut_p)
-        listed = gather(r, ws, p, list, &whole);
-    if (cut_k)
-        k = shorten(r, ws, k, false, (mass)p.top_k);
-    if (cut_p) {
-        mass left = cut_k ? kept_mass(r, ws, k, 0.0f) : whole;
-        k = shorten(r, ws, k, true, (mass)((double)p.top_p * (double)left));
-    }
-    float min_p = p.min_p < 1.0f ? p.min_p : 1.0f;
-    mass total = kept_mass(r, ws, k, min_p), target = (mass)(p.u * (double)total);
     mass before = 0;
     for (int i = 0; i < (int)(threadIdx.x >> 5); i++)
         before += ws.of_warp[i];
     if (threadIdx.x == 0)
-        ws.chosen = 0;
+        ws.chosen = -1;
     __syncthreads();
     bool mine = before <= target && target < before + ws.of_warp[threadIdx.x >> 5];
     if (mine) { /* this warp alone; the others have nothing to do */
@@ -451,7 +439,7 @@ __device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p, candid
             unsigned past = __ballot_sync(0xffffffffu, before + upto > target);
             if (past && !done) {
                 if (lane == __ffs(past) - 1)
-                    ws.chosen = listed ? list->id[id] : id;
+                    ws.chosen = id;
                 done = true;
             }
             before += __shfl_sync(0xffffffffu, upto, 31);
@@ -459,6 +447,33 @@ __device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p, candid
     }
     __syncthreads();
     return ws.chosen;
+}
+
+/* A token of what `k` and then top-k and top-p keep of a row, or of its list. `whole` is the mass
+ * of the row, if top-p alone asks for it. */
+__device__ int draw_from(const row_state &r, workspace &ws, const qv_k_sample_row &p, cut k,
+                         bool cut_k, bool cut_p, mass whole, const candidates *list)
+{
+    if (cut_k)
+        k = shorten(r, ws, k, false, (mass)p.top_k);
+    if (cut_p) {
+        mass left = cut_k ? kept_mass(r, ws, k, 0.0f) : whole;
+        k = shorten(r, ws, k, true, (mass)((double)p.top_p * (double)left));
+    }
+    float min_p = p.min_p < 1.0f ? p.min_p : 1.0f;
+    mass total = kept_mass(r, ws, k, min_p);
+    int at = pick(r, ws, k, min_p, (mass)(p.u * (double)total));
+    return at < 0 ? 0 : list != nullptr ? list->id[at] : at;
+}
+
+__device__ int draw(row_state r, workspace &ws, const qv_k_sample_row &p, candidates *list)
+{
+    cut k = keep_all(ws);
+    bool cut_k = p.top_k > 0 && p.top_k < r.n, cut_p = p.top_p < 1.0f, listed = false;
+    mass whole = 0;
+    if (cut_k || cut_p)
+        listed = gather(r, ws, p, list, &whole);
+    return draw_from(r, ws, p, k, cut_k, cut_p, whole, listed ? list : nullptr);
 }
 
 /* The n highest logits and their ids, highest first, lowest id first among equals, into ws.ranked.
@@ -567,9 +582,88 @@ __device__ void change_row(const qv_k_sample_args &c, const qv_k_sample_row &p, 
         keep_best(best, best_id, ws.best[i], ws.best_id[i]);
 }
 
+/* What a row gives whose logits are finite: its alternatives, then its token, which draw_token
+ * finds where there is a temperature. All threads. */
+template <typename DRAW>
+__device__ void choose_row(const qv_k_sample_args &c, const qv_k_sample_row &p, workspace &ws,
+                           float best, int32_t best_id, double log_sum, DRAW draw_token)
+{
+    float *logit = c.logits + blockIdx.x * c.stride;
+    qv_k_sample_result *out = &c.results[blockIdx.x];
+    row_state r = {logit, c.n_valid, best, 1.0f, 0, 0};
+    share_out(r, c.n_valid);
+    int n_top = p.n_top > 0 ? find_top(r, ws, p.n_top) : 0;
+    for (int i = threadIdx.x; i < n_top; i += THREADS) {
+        out->top_token[i] = ws.ranked_id[i];
+        out->top_logprob[i] = (float)((double)ws.ranked[i] - log_sum);
+    }
+    if (threadIdx.x == 0)
+        out->n_top = n_top;
+    if (p.target >= 0) {
+        if (threadIdx.x == 0) {
+            out->token = p.target;
+            out->logprob = (float)((double)logit[p.target] - log_sum);
+        }
+        return;
+    }
+
+    change_row(c, p, logit, r, ws, best, best_id);
+    int token = best_id;
+    if (best == -INFINITY) {
+        token = QV_K_SAMPLE_ALL_BANNED;
+    } else if (p.temperature > 0) {
+        r.max = best;
+        r.temperature = p.temperature;
+        token = draw_token(r);
+    }
+    if (threadIdx.x == 0) {
+        out->token = token;
+        if (token >= 0)
+            out->logprob = (float)((double)logit[token] - log_sum);
+    }
+    __syncthreads();
+    const qv_k_sample_seen *seen = c.seen + p.seen;
+    for (int i = threadIdx.x; i < p.n_seen; i += THREADS)
+        if (seen[i].token == token)
+            out->logprob = (float)((double)seen[i].raw - log_sum);
+}
+
+/* A row that something is wrong with. */
+__device__ __forceinline__ void give_up(const qv_k_sample_args &c)
+{
+    if (threadIdx.x == 0) {
+        c.results[blockIdx.x].token = QV_K_SAMPLE_NOT_FINITE;
+        c.results[blockIdx.x].n_top = 0;
+    }
+}
+
+/* --- Scratch ------------------------------------------------------------------------------ */
+
+/* Of a chunk, for sampling by several blocks: how many logits are within each depth of the row's
+ * best, their mass, and that of all. */
+struct chunk_spread {
+    mass upto[N_DEPTHS], all;
+    uint32_t count[N_DEPTHS];
+};
+
 inline int count_chunks(int32_t n_vocab)
 {
     return (n_vocab + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
+}
+
+/* Lists, then of each row and chunk its spread, then what the scan found. */
+struct scratch_parts {
+    candidates *lists;
+    chunk_stats *stats;
+    chunk_spread *spread;
+};
+
+inline scratch_parts parts_of(const qv_k_sample_args &c)
+{
+    size_t n = (size_t)c.n_rows * (size_t)count_chunks(c.n_vocab);
+    candidates *lists = (candidates *)c.scratch;
+    chunk_spread *spread = (chunk_spread *)(lists + c.n_lists);
+    return {lists, (chunk_stats *)(spread + n), spread};
 }
 
 } // namespace

@@ -240,13 +240,22 @@ static qv_status enqueue(qv_cuda_backend *cuda, qv_cuda_sampling *s, const layou
     if (settle)
         QV_TRY(qv_k_sample_settle(s->params.device, args->n_rows, args->seen,
                                   last_sampling(cuda)->results.device, cuda->stream));
-    QV_TRY(qv_k_sample(args, cuda->stream));
+    QV_TRY(cuda->trials & QV_TRIAL_SAMPLE ? qv_k_sample_by_blocks(args, cuda->stream)
+                                          : qv_k_sample(args, cuda->stream));
     QV_TRY(mark_stop(cuda));
     QV_CUDA_TRY(cudaMemcpyAsync(s->results.host, s->results.device,
                                 (size_t)args->n_rows * sizeof *args->results,
                                 cudaMemcpyDeviceToHost, cuda->stream));
     QV_CUDA_TRY(cudaEventRecord(s->done, cuda->stream));
     return QV_OK;
+}
+
+static int32_t count_drawn(const qv_sample_row *rows, int64_t n_rows)
+{
+    int32_t n = 0;
+    for (int64_t i = 0; i < n_rows; i++)
+        n += rows[i].target < 0 && rows[i].temperature > 0;
+    return n;
 }
 
 qv_status qv_cuda_sample_begin(qv_backend *be, qv_tensor logits, int32_t n_valid,
@@ -279,6 +288,7 @@ qv_status qv_cuda_sample_begin(qv_backend *be, qv_tensor logits, int32_t n_valid
                              .seen = (qv_k_sample_seen *)(void *)(params + l.seen),
                              .banned = (const int32_t *)(void *)(params + l.banned),
                              .n_lists = n_lists,
+                             .n_drawn = count_drawn(rows, n_rows),
                              .results = s->results.device};
     QV_TRY(qv_cuda_scratch_require(cuda, qv_k_sample_scratch(args.n_rows, args.n_vocab, n_lists),
                                    &args.scratch));

@@ -103,9 +103,67 @@ Test(cuda_sample, chooses_what_the_cpu_chooses)
     close_duo(&d);
 }
 
-Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
+/* The trial `sample`: several blocks a row. */
+Test(cuda_sample, several_blocks_choose_what_the_cpu_chooses)
 {
-    duo d = open_duo(2);
+    duo d = open_duo_with(1, "sample");
+    for (size_t i = 0; i < QV_ROWS(cases); i++)
+        check_case(&d, &cases[i]);
+    close_duo(&d);
+}
+
+/* The least and the most that a draw can be cut to, beside each other in one step, and as one block
+ * a row does it: the same tokens, and logprobs to the bit. */
+Test(cuda_sample, several_blocks_choose_what_one_block_chooses)
+{
+    static const struct {
+        float temperature, top_p, min_p;
+        int32_t top_k;
+    } kinds[] = {
+        {1, 1, 0, 0},           {0.01f, 1, 0, 0},   {50, 1, 0, 0},       {1, 1, 0.2f, 0},
+        {1, 0.999f, 0, 0},      {50, 0.999f, 0, 0}, {1, 1e-6f, 0, 0},    {1, 1, 0, 1},
+        {1, 1, 0, 20000},       {50, 1, 0, 20000},  {1, 0.5f, 0, 20000}, {2, 0.9f, 0.01f, 50},
+        {0.7f, 0.95f, 0.1f, 0}, {1, 1, 1, 0},       {3, 1, 0, 300},      {0, 1, 0, 0},
+    };
+    enum { EACH = 4, ROWS = QV_ROWS(kinds) * EACH, VOCAB = 40003 };
+    duo d = open_duo_with(6, "sample");
+    qv_backend *one;
+    PASS(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &one));
+    qv_backend_limits limits = {.max_logits = ROWS, .n_vocab = VOCAB};
+    PASS(qv_backend_reserve(d.dev, &limits));
+    PASS(qv_backend_reserve(one, &limits));
+    twin logits = NEW_TWIN(&d, QV_F32, ROWS, VOCAB);
+    static qv_sample_row rows[ROWS];
+    static qv_sample_result got[ROWS], want[ROWS];
+    for (int scale = 1; scale <= 16; scale *= 4) {
+        fill_twin(&d, &logits, (float)scale);
+        for (int i = 0; i < ROWS; i++)
+            rows[i] = (qv_sample_row){.target = -1,
+                                      .temperature = kinds[i / EACH].temperature,
+                                      .top_k = kinds[i / EACH].top_k,
+                                      .top_p = kinds[i / EACH].top_p,
+                                      .min_p = kinds[i / EACH].min_p,
+                                      .repetition_penalty = 1,
+                                      .seed = (uint64_t)(i * 31 + scale),
+                                      .n_top = i % EACH == 3 ? 5 : -1};
+        PASS(qv_op_sample(d.dev, logits.dev, VOCAB - 3, rows, got));
+        PASS(qv_op_sample(one, logits.dev, VOCAB - 3, rows, want));
+        for (int i = 0; i < ROWS; i++) {
+            cr_assert_eq(got[i].token, want[i].token, "kind %d, scale %d: token %d, not %d",
+                         i / EACH, scale, got[i].token, want[i].token);
+            cr_assert(got[i].logprob == want[i].logprob,
+                      "kind %d, scale %d: logprob %.9g, not %.9g", i / EACH, scale,
+                      (double)got[i].logprob, (double)want[i].logprob);
+        }
+    }
+    free_twin(&d, &logits);
+    qv_backend_close(one);
+    close_duo(&d);
+}
+
+static void check_bad(const char *trials)
+{
+    duo d = open_duo_with(2, trials);
     qv_backend_limits limits = {.max_logits = 3, .n_vocab = 300};
     PASS(qv_backend_reserve(d.dev, &limits));
     twin logits = NEW_TWIN(&d, QV_F32, 3, 300);
@@ -124,6 +182,12 @@ Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
         qv_op_sample(d.dev, qv_tensor_2d(logits.dev.data, QV_F32, 1, 301), 300, rows, results));
     free_twin(&d, &logits);
     close_duo(&d);
+}
+
+Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
+{
+    check_bad(NULL);
+    check_bad("sample");
 }
 
 /* Parts on the device against whole rows on the device: the same draws, to the last token. */
@@ -170,9 +234,9 @@ static void sample_ahead(qv_backend *be, const twin *first, const twin *second, 
     PASS(qv_op_sample_end(be, got));
 }
 
-Test(cuda_sample, goes_on_from_what_nobody_has_read)
+static void check_ahead(const char *trials)
 {
-    duo d = open_duo(3);
+    duo d = open_duo_with(3, trials);
     qv_backend_limits limits = {.max_tokens = N_ROWS, .max_logits = N_ROWS, .n_vocab = 300};
     PASS(qv_backend_reserve(d.cpu, &limits));
     PASS(qv_backend_reserve(d.dev, &limits));
@@ -215,4 +279,10 @@ Test(cuda_sample, goes_on_from_what_nobody_has_read)
     free_twin(&d, &first);
     free_twin(&d, &second);
     close_duo(&d);
+}
+
+Test(cuda_sample, goes_on_from_what_nobody_has_read)
+{
+    check_ahead(NULL);
+    check_ahead("sample");
 }

@@ -44,7 +44,7 @@ typedef struct {
     const void *b;                 /* [n_slots, max_rank, n_out] */
     const qv_k_lora_slice *slices; /* [n_slots, n_slices] */
     int64_t n_in, n_out;
-    int32_t max_rank;
+    int32_t max_rank, n_slots;
     qv_k_slices ranges;
 } qv_k_lora_site;
 
@@ -58,6 +58,11 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
  * launched right behind may start once all before this is complete. */
 qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
                            int64_t x_stride, float *x1, void *stream);
+
+/* The same by as many blocks as there are multiprocessors, for a decode step of many adapters: they
+ * run all at once, so that what is launched behind starts without waiting for some to end. */
+qv_status qv_k_lora_shrink_few(const qv_k_segments *segments, const qv_k_lora_site *site,
+                               const void *x, int64_t x_stride, float *x1, int n_sms, void *stream);
 
 /* As qv_embed_lora_slot. */
 typedef struct {

@@ -45,7 +45,8 @@
                   .section = "Device"),                                                            \
         QV_OPTION(st, m.trials, STRING, "trials", "NAMES", NULL,                                   \
                   "CUDA: kernels to be used that are right by their tests but that no device has " \
-                  "timed: recurrent, experts, attention, gemm, sample, with commas, or all.",      \
+                  "timed: recurrent, experts, attention, gemm, sample, decode, with commas, or "   \
+                  "all.",                                                                          \
                   .section = "Device"),                                                            \
         QV_OPTION(st, m.gemm, STRING, "gemm", "NAME", "exact",                                     \
                   "Matrix products of the CPU backend. exact: the same bits whatever else is in "  \

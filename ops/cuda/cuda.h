@@ -77,7 +77,8 @@ typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
-    uint32_t trials; /* kernels on trial that are used: qv_trial */
+    uint32_t trials;                  /* kernels on trial that are used: qv_trial */
+    qv_k_decode_tuning decode_tuning; /* of the trial `decode`; a benchmark sets it */
     qv_cuda_sums sums;
     cudaStream_t stream;
     qv_cuda_lane lanes[QV_CUDA_LANES];
@@ -217,6 +218,8 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 /* Whether qv_k_gemm is to do a product, with adapters or NULL: where it is on trial, for prefill. */
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
+/* The same for qv_k_decode_linear: more tokens, on trial. */
+bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 /* Whether the ops for few tokens that stand for several launches are on trial. */
 bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens);

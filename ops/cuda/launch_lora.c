@@ -42,7 +42,8 @@ static qv_status describe(qv_backend *be, const qv_lora_site *site, int32_t n_se
                             .slices = (const qv_k_lora_slice *)site->slices,
                             .n_in = site->n_in,
                             .n_out = site->n_out,
-                            .max_rank = site->max_rank};
+                            .max_rank = site->max_rank,
+                            .n_slots = site->n_slots};
     *segments = (qv_k_segments){.n_tokens = (int32_t)x.shape[0],
                                 .n_segs = n_segs,
                                 .seg_start = seg_start,
@@ -73,7 +74,9 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
     const qv_k_linear_args c = qv_cuda_linear_args(w, x, none, y);
     qv_k_stream_lora lora = {.x1 = scratch.data};
     QV_TRY(describe(be, site, n_segs, seg_start, seg_slot, x, &lora.site, &lora.segments));
-    if (qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, &lora)) {
+    bool streams = qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, &lora);
+    bool decodes = !streams && qv_cuda_decodes(cuda, &c) && qv_k_decode_linear_can(&c, &lora);
+    if (streams) {
         QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
                                 cuda->stream));
         return qv_k_stream_linear(&c, &lora, cuda->n_sms, cuda->stream);
@@ -82,6 +85,11 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
         QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
                                 cuda->stream));
         return qv_k_gemm(&c, &lora, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
+    }
+    if (decodes) {
+        QV_TRY(qv_k_lora_shrink_few(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
+                                    cuda->n_sms, cuda->stream));
+        return qv_k_decode_linear(&c, &lora, &cuda->decode_tuning, cuda->n_sms, cuda->stream);
     }
     QV_TRY(y.dtype == QV_F32 ? qv_cuda_linear_f32(be, w, x, none, y) : qv_cuda_linear(be, w, x, y));
     return qv_k_lora(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data, c.y, c.y_stride,

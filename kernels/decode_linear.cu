@@ -1,0 +1,648 @@
+/* y = W x, and for the tokens of adapters + scale B (A x), for 9 to 256 tokens: a decode step of
+ * many sequences, which is bound by reading W and B once.
+ *
+ * W is wgmma's first operand and tokens are its columns, so that only tokens are padded. A block
+ * takes 64 or 128 rows of W, all tokens, and a share of k. One warp fetches W and x by the copy
+ * engine into a ring of stages of 64 along k, whose full size is in flight always; a warpgroup for
+ * each 64 rows multiplies. Blocks of a cluster share k: they exchange sums through each other's
+ * shared memory, and each adds up, in the order of the shares, and writes a part of the outputs.
+ * With many tokens x is more than W: then two neighbours along the rows fetch half of x each, for
+ * both.
+ *
+ * The pairs of adapters follow in the same ring, as more of k: a unit is 16 ranks of one adapter in
+ * one slice, B [16][rows] as the pool has it and x1 = A x of its tokens. They go through mma.sync
+ * into the accumulators of wgmma, which have its layout: a unit then costs the tiles of 8 tokens
+ * that its adapter has, and x1 keeps 16 bits of its float32. What a unit gives for the tokens of
+ * others is not used, so that an adapter of infinities or NaNs harms none but its own tokens.
+ *
+ * Launches in a row. This kernel lets the next one start at once. Without adapters it fetches W and
+ * waits for the kernel before it ahead of x. With them that kernel is shrink (lora.cu), which lets
+ * this one start only when all before shrink is complete: so x may be read at once, and what
+ * remains to wait for is x1, which comes last. y is written, and the grid ends, behind that wait:
+ * who waits for this grid waits for shrink and all before it. Nobody writes x, x1 or y meanwhile:
+ * who would, waits for this grid.
+ *
+ * Bytes: 2 n_out n_in + 2 r n_out an adapter. Of W and B 64 KiB and more are in flight on every
+ * multiprocessor; rings of half the shared memory leave room for the next product's.
+ */
+#include "kernels/kernels_linear.h"
+#include "kernels/tensor_map.cuh"
+#include "kernels/wgmma_shapes.cuh"
+
+namespace
+{
+
+constexpr int STEP = 64;                  /* of k, of a stage */
+constexpr int RANKS = 16;                 /* of a unit */
+[[maybe_unused]] constexpr int UNITS = 2; /* of a stage */
+constexpr int MAX_CLUSTER = 8;
+constexpr int HALF_OF_SHARED = 112 * 1024;
+
+/* One adapter in one slice. */
+struct entry {
+    int32_t slot;
+    float scale;
+    uint16_t first, n; /* tokens */
+    uint16_t rank;
+    uint8_t plane, slice;
+};
+
+/* Room for N tokens, ROWS rows of W a block. */
+template <int N_, int ROWS_, int STAGES_, bool PAIR_, bool LORA_> struct form {
+    static constexpr int N = N_, ROWS = ROWS_, STAGES = STAGES_;
+    static constexpr bool PAIR = PAIR_, LORA = LORA_;
+    static constexpr int GROUPS = ROWS / 64, WORKERS = 128 * GROUPS, THREADS = WORKERS + 32;
+    static constexpr int X_ROWS = PAIR ? N / 2 : N; /* of x that a block fetches */
+    static constexpr int ENTRIES = LORA ? N * QV_K_STREAM_SLICES : 1;
+    /* What the device alone needs, where it has wgmma. */
+    enum : int {
+        PARTS = N > 128 ? 2 : 1,
+        COLUMNS = N / PARTS, /* of one wgmma */
+        /* Series of wgmma that go on while the next begins. A stage is free when its series is
+         * done, so none where memory is slower than they are by far. */
+        BEHIND = N > 128 ? 1 : 0,
+        READERS = WORKERS / 32 * (PAIR ? 2 : 1), /* warps that read a stage */
+    };
+};
+
+template <class F> struct decode_shared {
+    union {
+        struct {
+            bf16 w[F::STAGES][F::ROWS * STEP]; /* or UNITS of B, each [64 rows'][rank][64] */
+            bf16 x[F::STAGES][F::N * STEP];    /* or UNITS of x1, float32 [token][rank] */
+        };
+        float sums[F::N][F::ROWS + 4]; /* [token][row]: lanes of a fragment hit different banks */
+    };
+    /* full: W and x, or B, are there. x1_full: x1 is. empty: W and x have been read, in both blocks
+     * of a pair. units_empty: units have been. */
+    uint64_t full[F::STAGES], x1_full[F::STAGES], empty[F::STAGES], units_empty[F::STAGES];
+    entry entries[F::ENTRIES];
+    int n_entries, n_units;
+};
+
+/* What a block works on. */
+struct place {
+    int row0;                /* first row of W */
+    int n;                   /* tokens */
+    int share, n_shares;     /* of k */
+    int half;                /* of a pair */
+    int first_step, n_steps; /* of k */
+};
+
+/* --- W and x: one thread ------------------------------------------------------------------- */
+
+template <class F>
+__device__ __forceinline__ void fetch_w(decode_shared<F> &m, const void *map, const place &p,
+                                        int step)
+{
+    int at = step % F::STAGES;
+    barrier_expect(&m.full[at], (F::ROWS + F::N) * STEP * (int)sizeof(bf16));
+    copy_box_here(m.w[at], map, (p.first_step + step) * STEP, p.row0, 0, &m.full[at]);
+}
+
+template <class F>
+__device__ __forceinline__ void fetch_x(decode_shared<F> &m, const void *map, const place &p,
+                                        int step)
+{
+    int at = step % F::STAGES, k = (p.first_step + step) * STEP;
+    if (F::PAIR)
+        copy_box(m.x[at] + p.half * F::X_ROWS * STEP, map, k, p.half * F::X_ROWS, 0, &m.full[at],
+                 (uint16_t)(1 << p.share | 1 << (p.share + p.n_shares)));
+    else
+        copy_box_here(m.x[at], map, k, 0, 0, &m.full[at]);
+}
+
+/* --- Adapters ------------------------------------------------------------------------------ */
+
+/* The entries of this block, in any order: they share no token in a column. Those of a cluster that
+ * shares k are dealt out by segment. All threads. */
+template <class F>
+__device__ __forceinline__ void find_entries(decode_shared<F> &m, const qv_k_segments &s,
+                                             const qv_k_lora_site &site, const place &p)
+{
+    if (threadIdx.x == 0)
+        m.n_entries = m.n_units = 0;
+    __syncthreads();
+    int first_slice = 0;
+    while (first_slice + 1 < site.ranges.n && site.ranges.start[first_slice + 1] <= p.row0)
+        first_slice++;
+    int slice = first_slice + (int)threadIdx.x % QV_K_STREAM_SLICES;
+    bool overlaps = slice < site.ranges.n && site.ranges.start[slice] < p.row0 + F::ROWS &&
+                    site.ranges.start[slice] < site.ranges.start[slice + 1];
+    for (int seg = (int)threadIdx.x / QV_K_STREAM_SLICES; overlaps && seg < s.n_segs;
+         seg += F::THREADS / QV_K_STREAM_SLICES) {
+        int slot = s.seg_slot[seg], first = s.seg_start[seg], end = min(s.seg_start[seg + 1], p.n);
+        if (slot < 0 || first >= end || seg % p.n_shares != p.share)
+            continue;
+        qv_k_lora_slice of = site.slices[(int64_t)slot * site.ranges.n + slice];
+        if (of.rank <= 0)
+            continue;
+        entry e;
+        e.slot = slot;
+        e.scale = of.scale;
+        e.first = (uint16_t)first;
+        e.n = (uint16_t)(end - first);
+        e.rank = (uint16_t)of.rank;
+        e.plane = (uint8_t)of.plane;
+        e.slice = (uint8_t)slice;
+        m.entries[atomicAdd(&m.n_entries, 1)] = e;
+        atomicAdd(&m.n_units, (of.rank + RANKS - 1) / RANKS);
+    }
+    __syncthreads();
+}
+
+/* A unit: 16 ranks of an entry. */
+struct cursor {
+    int index, rank;
+};
+
+template <class F> __device__ __forceinline__ void advance(const decode_shared<F> &m, cursor &at)
+{
+    at.rank += RANKS;
+    if (at.rank >= m.entries[at.index].rank) {
+        at.rank = 0;
+        at.index++;
+    }
+}
+
+/* x1 of a unit: rows of 16 float32, pieces of 16 bytes permuted. */
+[[maybe_unused]] __device__ __forceinline__ int x1_at(int token, int r)
+{
+    return token * RANKS + (((r >> 2) ^ (token >> 1 & 3)) << 2) + (r & 3);
+}
+
+/* B of a unit. One thread. */
+template <class F>
+__device__ __forceinline__ void fetch_b(decode_shared<F> &m, const void *map, const place &p,
+                                        int at, int unit, const entry &e, int rank)
+{
+#pragma unroll
+    for (int i = 0; i < F::GROUPS; i++)
+        copy_box_here(m.w[at] + (unit * F::GROUPS + i) * RANKS * 64, map, p.row0 + i * 64, rank,
+                      e.slot, &m.full[at]);
+}
+
+/* x1 of a unit; ranks that the pool does not have as zeros. One warp. */
+template <class F>
+__device__ __forceinline__ void fetch_x1(decode_shared<F> &m, const qv_k_lora_site &site,
+                                         const float *x1, int at, int unit, const entry &e,
+                                         int rank)
+{
+    float *to = (float *)m.x[at] + unit * F::N * RANKS;
+    for (int i = (int)threadIdx.x & 31; i < e.n * (RANKS / 4); i += 32) {
+        int token = e.first + i / (RANKS / 4), r = i % (RANKS / 4) * 4;
+        const float *from =
+            x1 + ((int64_t)token * site.ranges.n + e.plane) * site.max_rank + rank + r;
+        copy16(to + x1_at(token, r), rank + r < e.rank ? from : x1, rank + r < e.rank);
+    }
+}
+
+/* What of two neighbouring BF16 numbers exists, if `n` do. */
+[[maybe_unused]] __device__ __forceinline__ uint32_t mask_of(int n)
+{
+    return n >= 2 ? 0xffffffffu : n == 1 ? 0xffffu : 0;
+}
+
+/* acc += scale B x1 of a unit for a warp's 16 rows, `row` being the first of them in their 64 and
+ * `place` in W; b [16][64] are those 64's. */
+template <class F>
+__device__ __forceinline__ void multiply_unit(const bf16 *b, const float *x1, const entry &e,
+                                              const qv_k_slices &ranges, int rank, int row,
+                                              int row_of_w, float (&acc)[F::PARTS][F::COLUMNS / 2])
+{
+    int lane = (int)threadIdx.x & 31, g = lane >> 2, t = lane & 3, end = e.first + e.n;
+    int start = ranges.start[e.slice] - row_of_w, stop = ranges.start[e.slice + 1] - row_of_w;
+    if (start >= 16 || stop <= 0)
+        return;
+    bool own_row[2] = {g >= start && g < stop, g + 8 >= start && g + 8 < stop};
+    uint32_t a[4], mask[2] = {mask_of(e.rank - rank - 2 * t), mask_of(e.rank - rank - 2 * t - 8)};
+    load_a_trans<64>(a, b, row, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        a[i] &= mask[i >> 1];
+#pragma unroll
+    for (int i = 0; i < F::N / 8; i++) {
+        int tile = i * 8;
+        if (tile >= end || tile + 8 <= e.first)
+            continue;
+        uint32_t high[2], low[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float2 v = *(const float2 *)(x1 + x1_at(tile + g, 2 * t + 8 * j));
+            split_bf16(v.x, v.y, high[j], low[j]);
+            high[j] &= mask[j];
+            low[j] &= mask[j];
+        }
+        float d[4] = {};
+        mma(d, a, high[0], high[1]);
+        mma(d, a, low[0], low[1]);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            int column = tile + 2 * t + (j & 1);
+            if (own_row[j >> 1] && column >= e.first && column < end) {
+                float &sum = acc[tile / F::COLUMNS][tile % F::COLUMNS / 2 + j];
+                sum = fmaf(e.scale, d[j], sum);
+            }
+        }
+    }
+}
+
+/* --- The two kinds of warps ---------------------------------------------------------------- */
+
+/* The warp that fetches, from where the kernel's start has left off: W is on its way for the first
+ * stages, with adapters x too if it comes from this block alone. */
+template <class F>
+__device__ __forceinline__ void fetch(decode_shared<F> &m, const qv_k_stream_lora &lora,
+                                      const void *w_map, const void *x_map, const void *b_map,
+                                      const place &p)
+{
+    int lane = (int)threadIdx.x & 31;
+    if (lane == 0) {
+        if (!F::LORA)
+            wait_for_previous();
+        for (int step = 0; (!F::LORA || F::PAIR) && step < min(F::STAGES, p.n_steps); step++)
+            fetch_x(m, x_map, p, step);
+        for (int step = F::STAGES; step < p.n_steps; step++) {
+            barrier_wait(&m.empty[step % F::STAGES], (step / F::STAGES - 1) & 1);
+            fetch_w(m, w_map, p, step);
+            fetch_x(m, x_map, p, step);
+        }
+    }
+    __syncwarp();
+    if (!F::LORA)
+        return;
+    cursor next = {0, 0};
+    for (int i = 0; i * UNITS < m.n_units; i++) {
+        int step = p.n_steps + i, at = step % F::STAGES;
+        if (i >= F::STAGES)
+            barrier_wait(&m.units_empty[at], (i / F::STAGES - 1) & 1);
+        else if (step >= F::STAGES)
+            barrier_wait(&m.empty[at], (step / F::STAGES - 1) & 1);
+        int n = min(UNITS, m.n_units - i * UNITS);
+        cursor first = next;
+        if (lane == 0)
+            barrier_expect(&m.full[at], n * F::GROUPS * RANKS * 64 * (int)sizeof(bf16));
+        for (int u = 0; u < n; u++, advance(m, next))
+            if (lane == 0)
+                fetch_b(m, b_map, p, at, u, m.entries[next.index], next.rank);
+        if (i == 0)
+            wait_for_previous(); /* from here on there is x1 */
+        next = first;
+        for (int u = 0; u < n; u++, advance(m, next))
+            fetch_x1(m, lora.site, lora.x1, at, u, m.entries[next.index], next.rank);
+        barrier_arrive_copies(&m.x1_full[at]);
+    }
+}
+
+/* A stage of W and x has been read by this warp: who fetches into it may go on. */
+template <class F>
+__device__ __forceinline__ void release(decode_shared<F> &m, const place &p, int at)
+{
+    int lane = (int)threadIdx.x & 31;
+    if (!F::PAIR && lane == 0)
+        barrier_arrive(&m.empty[at]);
+    if (F::PAIR && lane < 2)
+        barrier_arrive_at(&m.empty[at], p.share + lane * p.n_shares);
+}
+
+/* A warpgroup's 64 rows, to m.sums when the whole block has multiplied. */
+template <class F>
+__device__ __forceinline__ void multiply(decode_shared<F> &m, const qv_k_stream_lora &lora,
+                                         const place &p, float (&acc)[F::PARTS][F::COLUMNS / 2])
+{
+    int group = warpgroup(), lane = (int)threadIdx.x & 31, row = ((int)threadIdx.x >> 5 & 3) * 16;
+    int at = 0, parity = 0;
+#pragma unroll
+    for (int i = 0; i < F::PARTS; i++)
+        wgmma_keep(acc[i]);
+#pragma unroll 1
+    for (int step = 0; step < p.n_steps; step++) {
+        barrier_wait(&m.full[at], parity);
+        uint64_t a = wgmma_tile(m.w[at] + group * 64 * STEP), b = wgmma_tile(m.x[at]);
+        wgmma_begin();
+#pragma unroll
+        for (int k = 0; k < STEP / 16; k++)
+#pragma unroll
+            for (int i = 0; i < F::PARTS; i++)
+                wgmma<F::COLUMNS>(acc[i], a + 2 * k, b + i * (F::COLUMNS * STEP * 2 / 16) + 2 * k);
+        wgmma_commit();
+        wgmma_wait<F::BEHIND>();
+        if (step >= F::BEHIND)
+            release(m, p, F::BEHIND == 0 ? at : at == 0 ? F::STAGES - 1 : at - 1);
+        if (++at == F::STAGES) {
+            at = 0;
+            parity ^= 1;
+        }
+    }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int i = 0; i < F::PARTS; i++)
+        wgmma_keep(acc[i]);
+    if (F::BEHIND > 0)
+        release(m, p, at == 0 ? F::STAGES - 1 : at - 1);
+    if (!F::LORA)
+        return;
+    cursor next = {0, 0};
+    for (int i = 0; i * UNITS < m.n_units; i++) {
+        barrier_wait(&m.full[at], parity);
+        barrier_wait(&m.x1_full[at], (i / F::STAGES) & 1);
+        int n = min(UNITS, m.n_units - i * UNITS);
+        for (int u = 0; u < n; u++, advance(m, next))
+            multiply_unit<F>(m.w[at] + (u * F::GROUPS + group) * RANKS * 64,
+                             (const float *)m.x[at] + u * F::N * RANKS, m.entries[next.index],
+                             lora.site.ranges, next.rank, row, p.row0 + group * 64 + row, acc);
+        __syncwarp();
+        if (lane == 0)
+            barrier_arrive(&m.units_empty[at]);
+        if (++at == F::STAGES) {
+            at = 0;
+            parity ^= 1;
+        }
+    }
+}
+
+/* --- Sums ---------------------------------------------------------------------------------- */
+
+/* A warp's accumulators to [token][row]. */
+template <class F>
+__device__ __forceinline__ void put(decode_shared<F> &m,
+                                    const float (&acc)[F::PARTS][F::COLUMNS / 2])
+{
+    int lane = (int)threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int row = ((int)threadIdx.x >> 5) * 16 + g;
+#pragma unroll
+    for (int i = 0; i < F::N / 2; i++)
+        m.sums[i / 4 * 8 + 2 * t + (i & 1)][row + 8 * (i >> 1 & 1)] =
+            acc[i / (F::COLUMNS / 2)][i % (F::COLUMNS / 2)];
+}
+
+[[maybe_unused]] __device__ __forceinline__ void store4(const qv_k_linear_args &c, int64_t token,
+                                                        int64_t row, const float4 &v)
+{
+    int64_t at = token * c.y_stride + row;
+    const float f[4] = {v.x, v.y, v.z, v.w};
+    bool whole = row + 4 <= c.n_out;
+    if (c.y_f32) {
+        float *y = (float *)c.y + at;
+        if (whole && (uintptr_t)y % 16 == 0)
+            *(float4 *)y = v;
+        else
+            for (int i = 0; i < 4 && row + i < c.n_out; i++)
+                y[i] = f[i];
+        return;
+    }
+    bf16 *y = (bf16 *)c.y + at;
+    if (whole && (uintptr_t)y % 8 == 0)
+        *(uint2 *)y = make_uint2(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]));
+    else
+        for (int i = 0; i < 4 && row + i < c.n_out; i++)
+            y[i] = __float2bfloat16(f[i]);
+}
+
+/* The shares of a block's outputs, added up in their order: each block of them has as many. */
+template <class F>
+__device__ __forceinline__ void finish(decode_shared<F> &m, const qv_k_linear_args &c,
+                                       const place &p)
+{
+    constexpr int FOURS = F::ROWS / 4;
+    int n = p.n * FOURS, end = n * (p.share + 1) / p.n_shares;
+    int first_rank = p.half * p.n_shares;
+    for (int i = n * p.share / p.n_shares + (int)threadIdx.x; i < end; i += F::THREADS) {
+        int token = i / FOURS, row = i % FOURS * 4;
+        const float *from = &m.sums[token][row];
+        float4 v[MAX_CLUSTER]; /* all loads before the first sum */
+        v[0] = p.n_shares == 1 ? *(const float4 *)from : load_from(from, first_rank);
+#pragma unroll
+        for (int share = 1; share < MAX_CLUSTER; share++)
+            if (share < p.n_shares)
+                v[share] = load_from(from, first_rank + share);
+#pragma unroll
+        for (int share = 1; share < MAX_CLUSTER; share++)
+            if (share < p.n_shares) {
+                v[0].x += v[share].x;
+                v[0].y += v[share].y;
+                v[0].z += v[share].z;
+                v[0].w += v[share].w;
+            }
+        store4(c, token, p.row0 + row, v[0]);
+    }
+}
+
+/* --- The kernel ---------------------------------------------------------------------------- */
+
+/* Grid (shares of k, tiles of rows), a cluster being all shares of a tile or of two. */
+template <class F>
+__global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_OF_SHARED ? 2 : 1)
+    decode_kernel(const __grid_constant__ qv_k_linear_args c,
+                  const __grid_constant__ qv_k_stream_lora lora,
+                  const __grid_constant__ CUtensorMap w_map,
+                  const __grid_constant__ CUtensorMap x_map,
+                  const __grid_constant__ CUtensorMap b_map)
+{
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    let_next_start();
+    extern __shared__ __align__(1024) char decode_memory[];
+    decode_shared<F> &m = *(decode_shared<F> *)(((uintptr_t)decode_memory + 1023) / 1024 * 1024);
+    place p;
+    p.share = (int)blockIdx.x;
+    p.n_shares = (int)gridDim.x;
+    p.half = F::PAIR ? (int)blockIdx.y & 1 : 0;
+    p.row0 = (int)blockIdx.y * F::ROWS;
+    p.n = (int)c.n_tokens;
+    int all_steps = (int)((c.n_in + STEP - 1) / STEP);
+    p.first_step = all_steps * p.share / p.n_shares;
+    p.n_steps = all_steps * (p.share + 1) / p.n_shares - p.first_step;
+    bool clusters = F::PAIR || p.n_shares > 1;
+
+    if (threadIdx.x == F::WORKERS) {
+        for (int i = 0; i < F::STAGES; i++) {
+            barrier_init(&m.full[i], 1);
+            barrier_init(&m.x1_full[i], 32);
+            barrier_init(&m.empty[i], F::READERS);
+            barrier_init(&m.units_empty[i], F::WORKERS / 32);
+        }
+        barriers_publish();
+        for (int i = 0; i < min(F::STAGES, p.n_steps); i++)
+            fetch_w(m, &w_map, p, i);
+        for (int i = 0; F::LORA && !F::PAIR && i < min(F::STAGES, p.n_steps); i++)
+            fetch_x(m, &x_map, p, i);
+    }
+    __syncthreads();
+    if (F::PAIR)
+        cluster_sync(); /* the neighbour's barriers stand */
+    if (F::LORA)
+        find_entries(m, lora.segments, lora.site, p);
+
+    if (threadIdx.x >= F::WORKERS) {
+        fetch(m, lora, &w_map, &x_map, &b_map, p);
+        __syncthreads();
+    } else {
+        float acc[F::PARTS][F::COLUMNS / 2] = {};
+        multiply(m, lora, p, acc);
+        __syncthreads(); /* nobody reads a stage any more */
+        put(m, acc);
+    }
+    if (clusters)
+        cluster_sync();
+    else
+        __syncthreads();
+    wait_for_previous();
+    finish(m, c, p);
+    if (clusters)
+        cluster_sync(); /* sums have been read, and nobody arrives at this block's barriers */
+#else
+    (void)c, (void)lora, (void)w_map, (void)x_map, (void)b_map;
+    __trap(); /* not launched on other devices */
+#endif
+}
+
+/* --- Launch -------------------------------------------------------------------------------- */
+
+/* BF16 [n2][n1][n0] with rows `stride` apart, in boxes of `rows` rows of 64. */
+qv_status make_map(const void *data, int64_t n0, int64_t n1, int64_t n2, int64_t stride, int rows,
+                   CUtensorMap *map)
+{
+    const cuuint64_t sizes[3] = {(cuuint64_t)n0, (cuuint64_t)n1, (cuuint64_t)n2};
+    const cuuint64_t strides[2] = {(cuuint64_t)stride * 2, (cuuint64_t)(stride * n1) * 2};
+    const cuuint32_t box[3] = {64, (cuuint32_t)rows, 1};
+    return qv_k_tensor_map("decode_linear", data, sizes, strides, box, map);
+}
+
+template <class F>
+qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int shares,
+                 cudaStream_t stream)
+{
+    CUtensorMap w, x, b = {};
+    QV_TRY(make_map(c.w, c.n_in, c.n_out, 1, c.n_in, F::ROWS, &w));
+    QV_TRY(make_map(c.x, c.n_in, c.n_tokens, 1, c.x_stride, F::X_ROWS, &x));
+    if (F::LORA)
+        QV_TRY(make_map(lora.site.b, c.n_out, lora.site.max_rank, lora.site.n_slots, c.n_out, RANKS,
+                        &b));
+    unsigned tiles = (unsigned)((c.n_out + F::ROWS - 1) / F::ROWS), pair = F::PAIR ? 2 : 1;
+    cudaLaunchAttribute attributes[2];
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = (unsigned)shares;
+    attributes[1].val.clusterDim.y = pair;
+    attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)shares, (tiles + pair - 1) / pair * pair);
+    config.blockDim = dim3(F::THREADS);
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = 2;
+    config.dynamicSmemBytes = sizeof(decode_shared<F>) + 1024;
+    cudaError_t error =
+        cudaFuncSetAttribute(decode_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)config.dynamicSmemBytes);
+    if (error == cudaSuccess)
+        error = cudaLaunchKernelEx(&config, decode_kernel<F>, c, lora, w, x, b);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: decode_linear: %s", cudaGetErrorString(error));
+    return qv_k_check_launch("decode_linear");
+}
+
+typedef qv_status launch_fn(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int shares,
+                            cudaStream_t stream);
+
+/* The forms there are. Of those with room for the tokens the first is taken. Rings of half the
+ * shared memory come before deep ones, so that two blocks fit a multiprocessor. */
+#define QV_DECODE_FORMS(X)                                                                         \
+    X(32, 128, 5, false)                                                                           \
+    X(32, 128, 10, false)                                                                          \
+    X(32, 64, 8, false)                                                                            \
+    X(32, 64, 16, false)                                                                           \
+    X(64, 128, 4, false)                                                                           \
+    X(64, 128, 8, false)                                                                           \
+    X(64, 64, 6, false)                                                                            \
+    X(64, 64, 12, false)                                                                           \
+    X(128, 128, 3, false)                                                                          \
+    X(128, 128, 6, false)                                                                          \
+    X(128, 128, 6, true)                                                                           \
+    X(256, 128, 4, true)                                                                           \
+    X(256, 128, 4, false)
+
+const qv_k_decode_form forms[] = {
+#define QV_DECODE_ROW(tokens, rows, stages, pair) {tokens, rows, stages, pair},
+    QV_DECODE_FORMS(QV_DECODE_ROW)
+#undef QV_DECODE_ROW
+};
+
+launch_fn *const launchers[][2] = {
+#define QV_DECODE_ROW(tokens, rows, stages, pair)                                                  \
+    {launch<form<tokens, rows, stages, pair, false>>,                                              \
+     launch<form<tokens, rows, stages, pair, true>>},
+    QV_DECODE_FORMS(QV_DECODE_ROW)
+#undef QV_DECODE_ROW
+};
+
+constexpr int N_FORMS = sizeof forms / sizeof *forms;
+
+/* Blocks that share k: so many that nearly every multiprocessor has one, while all of them are on
+ * the device at once and each has some steps. By W and the form alone. */
+int shares_of(const qv_k_linear_args &c, const qv_k_decode_form &f, int n_sms)
+{
+    int64_t tiles = (c.n_out + f.rows - 1) / f.rows, steps = (c.n_in + STEP - 1) / STEP;
+    int64_t ring = (int64_t)f.stages * (f.rows + f.tokens) * STEP * 2;
+    int64_t room = n_sms * (ring <= HALF_OF_SHARED ? 2 : 1);
+    int most = MAX_CLUSTER / (f.pair ? 2 : 1), shares = 1;
+    while (shares < most && tiles * shares * 10 < n_sms * 9 && tiles * (shares + 1) <= room &&
+           steps >= (shares + 1) * 4)
+        shares++;
+    return shares;
+}
+
+/* The most slices that `rows` rows from a multiple of so many on touch. */
+int most_slices(const qv_k_slices &s, int rows)
+{
+    int most = 0;
+    for (int i = 0; i < s.n; i++) {
+        int row0 = s.start[i] / rows * rows, first = i, last = i;
+        while (first > 0 && s.start[first] > row0)
+            first--;
+        while (last + 1 < s.n && s.start[last + 1] < row0 + rows)
+            last++;
+        most = last - first + 1 > most ? last - first + 1 : most;
+    }
+    return most;
+}
+
+} // namespace
+
+const qv_k_decode_form *qv_k_decode_forms(int *n)
+{
+    *n = N_FORMS;
+    return forms;
+}
+
+bool qv_k_decode_linear_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
+{
+    bool can = c->n_tokens <= QV_K_DECODE_TOKENS && !c->w_f32 && c->rest == NULL &&
+               c->n_in % 8 == 0 && c->x_stride % 8 == 0 && (uintptr_t)c->w % 16 == 0 &&
+               (uintptr_t)c->x % 16 == 0 && c->n_out < INT32_MAX / 2 && qv_k_is_hopper();
+    if (!can || lora == NULL)
+        return can;
+    const qv_k_lora_site *s = &lora->site;
+    return c->n_out % 8 == 0 && (uintptr_t)s->b % 16 == 0 && s->max_rank % 4 == 0 &&
+           (uintptr_t)lora->x1 % 16 == 0 && most_slices(s->ranges, 128) <= QV_K_STREAM_SLICES &&
+           most_slices(s->ranges, 64) <= QV_K_STREAM_SLICES;
+}
+
+qv_status qv_k_decode_linear(const qv_k_linear_args *c, const qv_k_stream_lora *lora,
+                             const qv_k_decode_tuning *tuning, int n_sms, void *stream)
+{
+    qv_k_stream_lora none = {};
+    int form = tuning->form > 0 ? tuning->form - 1 : 0;
+    if (form >= N_FORMS || c->n_tokens > QV_K_DECODE_TOKENS)
+        return qv_fail(QV_ERR_LIMIT, "decode_linear: form %d of %d for %lld tokens", form + 1,
+                       N_FORMS, (long long)c->n_tokens);
+    while (forms[form].tokens < c->n_tokens)
+        form++;
+    const qv_k_decode_form &f = forms[form];
+    int steps = (int)((c->n_in + STEP - 1) / STEP), most = MAX_CLUSTER / (f.pair ? 2 : 1);
+    int shares = tuning->shares > 0 ? tuning->shares : shares_of(*c, f, n_sms);
+    shares = shares > most ? most : shares > steps ? steps : shares;
+    return launchers[form][lora != NULL](*c, lora != NULL ? *lora : none, shares,
+                                         (cudaStream_t)stream);
+}

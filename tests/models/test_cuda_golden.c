@@ -26,6 +26,7 @@ enum { N_MODELS = 4 };
 
 static const qv_backend_options cuda = {.name = "cuda"};
 static const qv_backend_options recurrent = {.name = "cuda", .trials = "recurrent"};
+static const qv_backend_options decode_on_trial = {.name = "cuda", .trials = "decode"};
 
 #define EACH_MODEL(g) EACH_MODEL_ON(g, &cuda)
 #define EACH_MODEL_ON(g, options)                                                                  \
@@ -115,23 +116,38 @@ static void name_missing(const fx_golden *g)
     }
 }
 
+static void check_cases(fx_golden *g, int m, int32_t chunk)
+{
+    errors base = measure(g, "", "", chunk);
+    fprintf(stderr, "%s, chunks of %d: KL base %.2e (%.2f times the reference's own BF16)",
+            models[m].name, chunk, base.mean, base.noise);
+    cr_expect_leq(base.mean, models[m].limit, "%s: KL %g", models[m].name, base.mean);
+    cr_expect_leq(base.noise, 2.0, "%s: %g times the BF16 noise of the reference", models[m].name,
+                  base.noise);
+    for (int a = 0; a < g->n_adapters; a++)
+        check_adapter(g, m, a, chunk);
+    fprintf(stderr, "\n");
+}
+
 Test(cuda_golden, every_case_is_as_near_as_bf16_comes)
 {
     fx_golden g;
     EACH_MODEL(g)
     {
         name_missing(&g);
-        for (int chunk = 0; chunk <= 7; chunk += 7) {
-            errors base = measure(&g, "", "", chunk);
-            fprintf(stderr, "%s, chunks of %d: KL base %.2e (%.2f times the reference's own BF16)",
-                    models[m].name, chunk, base.mean, base.noise);
-            cr_expect_leq(base.mean, models[m].limit, "%s: KL %g", models[m].name, base.mean);
-            cr_expect_leq(base.noise, 2.0, "%s: %g times the BF16 noise of the reference",
-                          models[m].name, base.noise);
-            for (int a = 0; a < g.n_adapters; a++)
-                check_adapter(&g, m, a, chunk);
-            fprintf(stderr, "\n");
-        }
+        for (int chunk = 0; chunk <= 7; chunk += 7)
+            check_cases(&g, m, chunk);
+        fx_golden_close(&g);
+    }
+}
+
+/* Chunks of a size that this kernel is made for. */
+Test(cuda_golden, every_case_is_as_near_with_decode_on_trial)
+{
+    fx_golden g;
+    EACH_MODEL_ON(g, &decode_on_trial)
+    {
+        check_cases(&g, m, 100);
         fx_golden_close(&g);
     }
 }
@@ -228,7 +244,7 @@ Test(cuda_golden, greedy_answers_agree_with_mixers_in_one_kernel)
     check_all_greedy(&recurrent, 1);
 }
 
-enum { N = 7 };
+enum { N = 13 };
 
 /* One decode step of up to `most` sequences, at most N, base and adapters mixed: recorded, padded
  * and sorted. */
@@ -286,7 +302,7 @@ static void check_mixed(const qv_backend_options *options, int most)
 
 Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
 {
-    check_mixed(&cuda, N);
+    check_mixed(&cuda, 7);
 }
 
 Test(cuda_golden, mixed_decode_steps_agree_with_mixers_in_one_kernel)
@@ -352,4 +368,9 @@ Test(cuda_golden, experts_on_trial_give_the_bits_of_those_that_are_not)
         }
         fx_golden_close(&g);
     }
+}
+
+Test(cuda_golden, mixed_decode_steps_agree_with_decode_on_trial)
+{
+    check_mixed(&decode_on_trial, N);
 }

@@ -602,12 +602,12 @@ static void try_forms(const char *name, decode_ctx *c)
             if (f->tokens < c->x.shape[0] || f->tokens >= 4 * c->x.shape[0] ||
                 shares[i] > (f->pair ? 4 : 8) || n == 256)
                 continue;
-            timed[n].tuning = (qv_k_decode_tuning){form, shares[i]};
+            timed[n].tuning = (qv_k_decode_tuning){form, shares[i], false};
             qv_cuda(be)->decode_tuning = timed[n].tuning;
             timed[n].time = measure(call_decode, c);
             n++;
         }
-    qv_cuda(be)->decode_tuning = (qv_k_decode_tuning){0, 0};
+    qv_cuda(be)->decode_tuning = (qv_k_decode_tuning){0, 0, false};
     qsort(timed, (size_t)n, sizeof *timed, by_time);
     for (int i = 0; i < n && i < 4; i++) {
         char what[160];
@@ -640,11 +640,14 @@ static void bench_decode(bool forms)
                 if (adapters[k].n > 0)
                     snprintf(name + length, sizeof name - (size_t)length, ", %d of rank %lld",
                              adapters[k].n, (long long)adapters[k].rank);
-                for (int trial = 0; trial < 2; trial++) {
-                    qv_cuda(be)->trials = trial ? QV_TRIAL_DECODE : 0;
-                    snprintf(what, sizeof what, "%s%s", name, trial ? ", on trial" : "");
+                static const char *const ways[] = {"", ", on trial", ", on trial, late"};
+                for (int way = 0; way < (adapters[k].n > 0 ? 3 : 2); way++) {
+                    qv_cuda(be)->trials = way > 0 ? QV_TRIAL_DECODE : 0;
+                    qv_cuda(be)->decode_tuning.late = way == 2;
+                    snprintf(what, sizeof what, "%s%s", name, ways[way]);
                     report(what, c.bytes, c.flop, measure(call_decode, &c));
                 }
+                qv_cuda(be)->decode_tuning.late = false;
                 if (forms)
                     try_forms(name, &c);
                 free_decode(&c);

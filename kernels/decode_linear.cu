@@ -15,12 +15,14 @@
  * that its adapter has, and x1 keeps 16 bits of its float32. What a unit gives for the tokens of
  * others is not used, so that an adapter of infinities or NaNs harms none but its own tokens.
  *
- * Launches in a row. This kernel lets the next one start at once. Without adapters it fetches W and
- * waits for the kernel before it ahead of x. With them that kernel is shrink (lora.cu), which lets
- * this one start only when all before shrink is complete: so x may be read at once, and what
+ * Launches in a row. This kernel lets the next one start at once, fetches W, and waits for the
+ * kernel before it ahead of x. With adapters that kernel is shrink (lora.cu). Either it lets this
+ * one start at once too, so that the ring is filled while shrink runs and what is before shrink
+ * ends; or `late`, only when all before shrink is complete: then x may be read at once, and what
  * remains to wait for is x1, which comes last. y is written, and the grid ends, behind that wait:
  * who waits for this grid waits for shrink and all before it. Nobody writes x, x1 or y meanwhile:
- * who would, waits for this grid.
+ * who would, waits for this grid. What is read ahead of the wait (W, B, segments, slices) does not
+ * change in a step.
  *
  * Bytes: 2 n_out n_in + 2 r n_out an adapter. Of W and B 64 KiB and more are in flight on every
  * multiprocessor; rings of half the shared memory leave room for the next product's.
@@ -250,17 +252,17 @@ __device__ __forceinline__ void multiply_unit(const bf16 *b, const float *x1, co
 /* --- The two kinds of warps ---------------------------------------------------------------- */
 
 /* The warp that fetches, from where the kernel's start has left off: W is on its way for the first
- * stages, with adapters x too if it comes from this block alone. */
+ * stages, and x if it needs no wait and comes from this block alone. */
 template <class F>
 __device__ __forceinline__ void fetch(decode_shared<F> &m, const qv_k_stream_lora &lora,
                                       const void *w_map, const void *x_map, const void *b_map,
-                                      const place &p)
+                                      const place &p, bool at_once)
 {
     int lane = (int)threadIdx.x & 31;
     if (lane == 0) {
-        if (!F::LORA)
+        if (!at_once)
             wait_for_previous();
-        for (int step = 0; (!F::LORA || F::PAIR) && step < min(F::STAGES, p.n_steps); step++)
+        for (int step = 0; (!at_once || F::PAIR) && step < min(F::STAGES, p.n_steps); step++)
             fetch_x(m, x_map, p, step);
         for (int step = F::STAGES; step < p.n_steps; step++) {
             barrier_wait(&m.empty[step % F::STAGES], (step / F::STAGES - 1) & 1);
@@ -437,7 +439,7 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
                   const __grid_constant__ qv_k_stream_lora lora,
                   const __grid_constant__ CUtensorMap w_map,
                   const __grid_constant__ CUtensorMap x_map,
-                  const __grid_constant__ CUtensorMap b_map)
+                  const __grid_constant__ CUtensorMap b_map, bool late)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     let_next_start();
@@ -452,7 +454,7 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
     int all_steps = (int)((c.n_in + STEP - 1) / STEP);
     p.first_step = all_steps * p.share / p.n_shares;
     p.n_steps = all_steps * (p.share + 1) / p.n_shares - p.first_step;
-    bool clusters = F::PAIR || p.n_shares > 1;
+    bool clusters = F::PAIR || p.n_shares > 1, at_once = F::LORA && late;
 
     if (threadIdx.x == F::WORKERS) {
         for (int i = 0; i < F::STAGES; i++) {
@@ -464,7 +466,7 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
         barriers_publish();
         for (int i = 0; i < min(F::STAGES, p.n_steps); i++)
             fetch_w(m, &w_map, p, i);
-        for (int i = 0; F::LORA && !F::PAIR && i < min(F::STAGES, p.n_steps); i++)
+        for (int i = 0; at_once && !F::PAIR && i < min(F::STAGES, p.n_steps); i++)
             fetch_x(m, &x_map, p, i);
     }
     __syncthreads();
@@ -474,7 +476,7 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
         find_entries(m, lora.segments, lora.site, p);
 
     if (threadIdx.x >= F::WORKERS) {
-        fetch(m, lora, &w_map, &x_map, &b_map, p);
+        fetch(m, lora, &w_map, &x_map, &b_map, p, at_once);
         __syncthreads();
     } else {
         float acc[F::PARTS][F::COLUMNS / 2] = {};
@@ -491,7 +493,7 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
     if (clusters)
         cluster_sync(); /* sums have been read, and nobody arrives at this block's barriers */
 #else
-    (void)c, (void)lora, (void)w_map, (void)x_map, (void)b_map;
+    (void)c, (void)lora, (void)w_map, (void)x_map, (void)b_map, (void)late;
     __trap(); /* not launched on other devices */
 #endif
 }
@@ -509,7 +511,7 @@ qv_status make_map(const void *data, int64_t n0, int64_t n1, int64_t n2, int64_t
 }
 
 template <class F>
-qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int shares,
+qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int shares, bool late,
                  cudaStream_t stream)
 {
     CUtensorMap w, x, b = {};
@@ -537,14 +539,14 @@ qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int sh
         cudaFuncSetAttribute(decode_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)config.dynamicSmemBytes);
     if (error == cudaSuccess)
-        error = cudaLaunchKernelEx(&config, decode_kernel<F>, c, lora, w, x, b);
+        error = cudaLaunchKernelEx(&config, decode_kernel<F>, c, lora, w, x, b, late);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: decode_linear: %s", cudaGetErrorString(error));
     return qv_k_check_launch("decode_linear");
 }
 
 typedef qv_status launch_fn(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int shares,
-                            cudaStream_t stream);
+                            bool late, cudaStream_t stream);
 
 /* The forms there are. Of those with room for the tokens the first is taken. Rings of half the
  * shared memory come before deep ones, so that two blocks fit a multiprocessor. */
@@ -643,6 +645,6 @@ qv_status qv_k_decode_linear(const qv_k_linear_args *c, const qv_k_stream_lora *
     int steps = (int)((c->n_in + STEP - 1) / STEP), most = MAX_CLUSTER / (f.pair ? 2 : 1);
     int shares = tuning->shares > 0 ? tuning->shares : shares_of(*c, f, n_sms);
     shares = shares > most ? most : shares > steps ? steps : shares;
-    return launchers[form][lora != NULL](*c, lora != NULL ? *lora : none, shares,
+    return launchers[form][lora != NULL](*c, lora != NULL ? *lora : none, shares, tuning->late,
                                          (cudaStream_t)stream);
 }

@@ -88,7 +88,7 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
     }
     if (decodes) {
         QV_TRY(qv_k_lora_shrink_few(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
-                                    cuda->n_sms, cuda->stream));
+                                    cuda->decode_tuning.late, cuda->n_sms, cuda->stream));
         return qv_k_decode_linear(&c, &lora, &cuda->decode_tuning, cuda->n_sms, cuda->stream);
     }
     QV_TRY(y.dtype == QV_F32 ? qv_cuda_linear_f32(be, w, x, none, y) : qv_cuda_linear(be, w, x, y));

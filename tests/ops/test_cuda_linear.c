@@ -110,7 +110,7 @@ static void check_forms(duo *d, qv_weight *const w[2], const qv_linear_shape *s,
                      forms[form - 1].pair ? ", pairs" : "", shares);
             if (forms[form - 1].tokens < n)
                 break;
-            qv_cuda(d->dev)->decode_tuning = (qv_k_decode_tuning){form, shares};
+            qv_cuda(d->dev)->decode_tuning = (qv_k_decode_tuning){form, shares, false};
             PASS(qv_op_linear(d->dev, w[1], x.dev, y.dev));
             check_twin(d, what, &yw, CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
         }

@@ -145,7 +145,8 @@ Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 300)
             for (size_t j = 0; j < QV_ROWS(counts); j++)
                 for (size_t k = 0; k < QV_ROWS(shares) && counts[j] <= forms[form - 1].tokens;
                      k++) {
-                    qv_cuda(p->be[GPU])->decode_tuning = (qv_k_decode_tuning){form, shares[k]};
+                    qv_cuda(p->be[GPU])->decode_tuning =
+                        (qv_k_decode_tuning){form, shares[k], k == 1};
                     check_count(p, r, counts[j], k == 0 ? 60 : 7, k == 1);
                 }
         free_rig(p, r);

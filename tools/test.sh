@@ -44,6 +44,11 @@ cmake --build "$build"
 say "tests"
 run_ctest "$build" --timeout 600
 
+say "CUDA tests on an emulated device"
+cmake -G Ninja -S . -B "$build-emulated" -DQV_WERROR=ON -DQV_BENCH=OFF -DQV_CUDA=EMULATED >/dev/null
+cmake --build "$build-emulated" --target gpu_programs
+run_ctest "$build-emulated" -L gpu --timeout 900
+
 if [ $quick = 0 ]; then
     # System tests run real processes many times over: once, without sanitizers, is enough for them, and these
     # builds have no CUDA backend to test. Warnings are errors in the first build only: gcc finds some under

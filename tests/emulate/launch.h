@@ -1,6 +1,6 @@
 /* Launches as translated kernels write them: k<<<grid, block, bytes, stream>>>(...) has become
- * emu::configure(k, grid, block, bytes, stream)(...), and cudaLaunchKernelEx emu::launch_ex. Included in
- * front of each translated file, after cuda_device.h.
+ * emu::configure(k, grid, block, bytes, stream)(...), and cudaLaunchKernelEx emu::launch_ex.
+ * Included in front of each translated file, after cuda_device.h.
  */
 #ifndef QV_EMULATE_LAUNCH_H
 #define QV_EMULATE_LAUNCH_H

@@ -23,8 +23,8 @@
 namespace emu
 {
 
-/* Goes on where `to` stopped, and keeps in *from where this goes on. What a call saves is saved, the modes
- * of floating point are not: nobody changes them. */
+/* Goes on where `to` stopped, and keeps in *from where this goes on. What a call saves is saved,
+ * the modes of floating point are not: nobody changes them. */
 extern "C" void qv_emulate_switch(void **from, void *to);
 
 #if !defined(__x86_64__)
@@ -68,7 +68,7 @@ constexpr double PATIENCE_S = 60; /* without anything but polling */
 /* A thread with its stack. What it waits for, if it does, is for reports. */
 struct fiber : thread {
     void *context; /* its stack pointer */
-    char *stack; /* lowest byte in use; a page without access is below */
+    char *stack;   /* lowest byte in use; a page without access is below */
     void *fake_stack;
     const char *waits_for;
     uint64_t where; /* the barrier or mask */
@@ -157,8 +157,8 @@ struct machine {
     std::vector<meet *> unused_meets;
     std::vector<action> actions;
     std::vector<cluster *> running, ended; /* ended: to be freed by the host thread */
-    fiber *host;   /* as a fiber: the host thread that is inside */
-    fiber *before; /* that ran before the last switch */
+    fiber *host;                           /* as a fiber: the host thread that is inside */
+    fiber *before;                         /* that ran before the last switch */
     uint64_t progress;
     uint64_t steady; /* a mask: the more bits, the more rarely it is any fiber's turn */
     uint64_t random;
@@ -293,15 +293,15 @@ static void switch_to(fiber *next, bool for_good = false)
 static void prepare_stack(fiber *f, size_t stagger, void (*run)())
 {
     void **top = (void **)(f->stack + STACK_BYTES - stagger);
-    *--top = NULL;          /* what run() would return to */
-    *--top = (void *)run;   /* at an odd multiple of 8, as after a call */
+    *--top = NULL;        /* what run() would return to */
+    *--top = (void *)run; /* at an odd multiple of 8, as after a call */
     for (int i = 0; i < 6; i++)
         *--top = NULL;
     f->context = top;
 }
 
-/* Who goes on now: often the last that became ready, so that one warp may run far ahead of the others;
- * otherwise any. The host thread where nobody can. */
+/* Who goes on now: often the last that became ready, so that one warp may run far ahead of the
+ * others; otherwise any. The host thread where nobody can. */
 static fiber *next_fiber()
 {
     if (m.ready.empty())
@@ -601,8 +601,9 @@ static bool wake_waiting()
 
 /* --- Shared memory ------------------------------------------------------------------------ */
 
-/* From the bottom: nothing, so that no variable has the address 0; what the launch asked for, not aligned
- * better than it is declared; from 1024 bytes further on static variables with gaps in between. */
+/* From the bottom: nothing, so that no variable has the address 0; what the launch asked for, not
+ * aligned better than it is declared; from 1024 bytes further on static variables with gaps in
+ * between. */
 static size_t shared_bytes(const launch &run)
 {
     return 1024 + (run.call->dynamic_bytes + 1023) / 1024 * 1024 + 1024 + STATIC_BYTES;
@@ -729,8 +730,8 @@ static void run_thread()
     end_thread(me);
 }
 
-/* Stacks of neighbours begin at different offsets in a page, because they would meet in the same few
- * lines of the cache. */
+/* Stacks of neighbours begin at different offsets in a page, because they would meet in the same
+ * few lines of the cache. */
 static size_t stagger(int i)
 {
     return (size_t)(i % 32) * 5 % 64 * 64;
@@ -750,9 +751,15 @@ static void start_block(block &b)
     for (int i = 0; i < b.n_threads; i++) {
         fiber *f = new_fiber();
         unsigned u = (unsigned)i;
-        static_cast<thread &>(*f) = {
-            {u % n.x, u / n.x % n.y, u / n.x / n.y}, b.index, n, call.grid, i, i % 32, i / 32, &b,
-            NULL};
+        static_cast<thread &>(*f) = {{u % n.x, u / n.x % n.y, u / n.x / n.y},
+                                     b.index,
+                                     n,
+                                     call.grid,
+                                     i,
+                                     i % 32,
+                                     i / 32,
+                                     &b,
+                                     NULL};
         prepare_stack(f, stagger(i), run_thread);
         f->fake_stack = NULL;
         f->waits_for = "have not begun";

@@ -1,10 +1,11 @@
-/* The emulated device: the threads of a CUDA launch as fibers of the CPU. Kernels are compiled as C++
- * (translate.py) and call what a device offers through device/, which is written against this header.
+/* The emulated device: the threads of a CUDA launch as fibers of the CPU. Kernels are compiled as
+ * C++ (translate.py) and call what a device offers through device/, which is written against this
+ * header.
  *
- * One launch or several run at a time, all on whichever host thread is inside the machine; a lock lets in one.
- * A fiber runs until it waits for others; who runs next is drawn from a generator (QV_EMULATE_SEED),
- * so that what lacks a barrier goes wrong. Memory is that of the process, and what a thread writes
- * is seen by all at once; asynchronous copies are actions that run later().
+ * One launch or several run at a time, all on whichever host thread is inside the machine; a lock
+ * lets in one. A fiber runs until it waits for others; who runs next is drawn from a generator
+ * (QV_EMULATE_SEED), so that what lacks a barrier goes wrong. Memory is that of the process, and
+ * what a thread writes is seen by all at once; asynchronous copies are actions that run later().
  */
 #ifndef QV_EMULATE_MACHINE_H
 #define QV_EMULATE_MACHINE_H
@@ -40,9 +41,9 @@ void yield();
  * deadlocks. Anything may have happened before it returns. */
 void wait_until(bool (*ready)(void *ctx), void *ctx, const char *what);
 
-/* All lanes of `mask` of the warp come together; the last to arrive runs all(lanes, ctx) with its own
- * ctx, lanes[i] = what lane i brought (NULL: not in the mask, or gone), then everybody goes on. Those that
- * meet must bring the same `all`; anything else is reported as divergence. */
+/* All lanes of `mask` of the warp come together; the last to arrive runs all(lanes, ctx) with its
+ * own ctx, lanes[i] = what lane i brought (NULL: not in the mask, or gone), then everybody goes on.
+ * Those that meet must bring the same `all`; anything else is reported as divergence. */
 void warp_meet(uint32_t mask, void *mine, void (*all)(void **lanes, void *ctx), void *ctx);
 
 /* The same for the 128 threads of a warpgroup. */
@@ -57,26 +58,28 @@ void barrier_arrive(int id, int n_threads);
 void cluster_arrive();
 void cluster_wait();
 
-/* Shared memory of this block, aligned to 1024 bytes. PTX's 32-bit shared addresses are offsets into
- * it; what the launch asked for and the static variables lie somewhere in it. */
+/* Shared memory of this block, aligned to 1024 bytes. PTX's 32-bit shared addresses are offsets
+ * into it; what the launch asked for and the static variables lie somewhere in it. */
 char *shared_memory();
 size_t shared_size();
 char *shared_memory_of(int rank); /* of a block of this cluster */
 int cluster_rank(), cluster_size();
 
 /* An asynchronous action of the current block (a copy that lands): runs at once or at any later
- * moment, at the latest when no thread of the launch can go on otherwise; `current` is anybody then,
- * or NULL. Actions are not ordered among each other. Those that are left run when the threads of the cluster have ended. */
+ * moment, at the latest when no thread of the launch can go on otherwise; `current` is anybody
+ * then, or NULL. Actions are not ordered among each other. Those that are left run when the threads
+ * of the cluster have ended. */
 void later(std::function<void()> action);
 
-/* Called for a thread that has ended and whose `device` is set, while it is still current. Defined in
- * thread_state.cc. */
+/* Called for a thread that has ended and whose `device` is set, while it is still current. Defined
+ * in thread_state.cc. */
 void thread_ended(thread *t);
 
 /* Whether something that may happen either way shall happen now: one of `n` draws says yes. */
 bool chance(unsigned n);
 
-/* A mistake of a kernel: prints where and what (printf) with the kernel, block and thread, aborts. */
+/* A mistake of a kernel: prints where and what (printf) with the kernel, block and thread, aborts.
+ */
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* 10 * capability of the device that is shown: 90, or 80 with QV_EMULATE_CAPABILITY=8.0. */

@@ -1,5 +1,5 @@
-/* The machine as the runtime sees it (runtime.cc, launch.h): what a launch is and how it is run. One
- * host thread at a time is inside; each function says whether the caller holds the machine. */
+/* The machine as the runtime sees it (runtime.cc, launch.h): what a launch is and how it is run.
+ * One host thread at a time is inside; each function says whether the caller holds the machine. */
 #ifndef QV_EMULATE_MACHINE_HOST_H
 #define QV_EMULATE_MACHINE_HOST_H
 
@@ -29,12 +29,9 @@ struct facts {
         return *this;
     }
     /* True where the kernel is called from outside, which wants the answer and not its work. */
-    bool asked() const
-    {
-        return current == nullptr && answer();
-    }
+    bool asked() const { return current == nullptr && answer(); }
 
-private:
+  private:
     bool answer() const;
 };
 
@@ -61,9 +58,9 @@ void leave();
 std::shared_ptr<launch> start(std::shared_ptr<const kernel_call> call);
 bool has_ended(const launch &run);
 
-/* Runs what has been started until done() is true, which is asked when nothing can go on at once. When
- * only memory is polled, more() is asked to start something else that is possible; after NOTHING
- * the polling goes on while other host threads get in, GIVE_UP ends it. */
+/* Runs what has been started until done() is true, which is asked when nothing can go on at once.
+ * When only memory is polled, more() is asked to start something else that is possible; after
+ * NOTHING the polling goes on while other host threads get in, GIVE_UP ends it. */
 enum class further { STARTED, NOTHING, GIVE_UP };
 void run_until(const std::function<bool()> &done, const std::function<further()> &more);
 

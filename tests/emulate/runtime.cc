@@ -205,14 +205,23 @@ cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, in
     if (number < 0 || number >= emu::n_devices())
         return emu::result(cudaErrorInvalidDevice);
     switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = emu::capability() / 10; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = emu::capability() % 10; return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = emu::capability() / 10;
+        return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = emu::capability() % 10;
+        return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
         *value = emu::capability() >= 90 ? 132 : 108;
         return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)most_shared(); return cudaSuccess;
-    case cudaDevAttrMemoryPoolsSupported: *value = 1; return cudaSuccess;
-    default: return emu::result(cudaErrorInvalidValue);
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = (int)most_shared();
+        return cudaSuccess;
+    case cudaDevAttrMemoryPoolsSupported:
+        *value = 1;
+        return cudaSuccess;
+    default:
+        return emu::result(cudaErrorInvalidValue);
     }
 }
 

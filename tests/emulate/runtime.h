@@ -1,5 +1,6 @@
-/* Inside the emulated runtime: streams and what is put into them. The functions of the runtime API are
- * in runtime.cc (devices, memory, errors) and streams.cc (streams, copies, events, graphs, launches).
+/* Inside the emulated runtime: streams and what is put into them. The functions of the runtime API
+ * are in runtime.cc (devices, memory, errors) and streams.cc (streams, copies, events, graphs,
+ * launches).
  *
  * A stream is a queue. What is in it runs when a host thread waits for it or asks how far it is,
  * sometimes before, never while it is put there: what forgets to wait finds nothing done.

@@ -57,8 +57,10 @@ struct CUevent_st {
     std::shared_ptr<moment> last;
 };
 
-struct CUgraph_st : graph {};
-struct CUgraphExec_st : graph {};
+struct CUgraph_st : graph {
+};
+struct CUgraphExec_st : graph {
+};
 
 namespace
 {
@@ -133,8 +135,8 @@ bool advance_other()
     return false;
 }
 
-/* Until the streams are where somebody waits for them, as far as done() asks. With `patient` false only
- * as far as that does not need other host threads. */
+/* Until the streams are where somebody waits for them, as far as done() asks. With `patient` false
+ * only as far as that does not need other host threads. */
 void progress(const std::function<bool()> &done, bool patient)
 {
     bool stalled = false;

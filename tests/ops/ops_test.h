@@ -25,6 +25,13 @@ static inline void *must(void *p)
     return p;
 }
 
+/* Whether the device is the emulated one (tests/emulate/), some thousand times slower than any
+ * other: cases that repeat at a larger size what smaller ones show are left out there. */
+static inline bool is_emulated(const qv_backend *be)
+{
+    return strstr(qv_backend_describe(be), "emulated") != NULL;
+}
+
 /* Uniform in [-scale, scale). */
 static inline float *random_floats(qv_rng *rng, int64_t n, float scale)
 {

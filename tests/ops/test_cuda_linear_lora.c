@@ -95,9 +95,11 @@ static void check_all(bool deterministic)
         for (size_t j = 0; j < QV_ROWS(pools); j++) {
             pair *p = open_pair_as(deterministic);
             rig *r = new_rig(p, shape_at(i), pools[j].max_rank, pools[j].ranks);
-            for (size_t k = 0; k < QV_ROWS(counts); k++)
+            bool few = is_emulated(p->be[GPU]); /* each shape with a few of each */
+            for (size_t k = few ? (i + j) % 5 : 0; k < QV_ROWS(counts); k += few ? 5 : 1)
                 for (int form = 0; form < 3; form++)
-                    check_count(p, r, counts[k], form == 0 ? 1 : form == 1 ? 9 : 80, form == 1);
+                    if (!few || form == (int)(k + j) % 3)
+                        check_count(p, r, counts[k], form == 0 ? 1 : form == 1 ? 9 : 80, form == 1);
             free_rig(p, r);
             close_pair(p);
         }
@@ -157,9 +159,10 @@ Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 300)
 
 /* --- The same bits ------------------------------------------------------------------------ */
 
-/* Every fifth token of n by itself, and base tokens through the product without adapters. */
+/* Some tokens of n by themselves, and base tokens through the product without adapters. */
 static void check_alone(pair *p, const rig *r, int32_t n)
 {
+    int32_t every = is_emulated(p->be[GPU]) ? 29 : 5;
     static const int32_t one_start[] = {0, 1};
     int mark = p->n_blocks;
     int32_t start[MAX_TOKENS + 8], slot[MAX_TOKENS + 8];
@@ -170,7 +173,7 @@ static void check_alone(pair *p, const rig *r, int32_t n)
     both y = nan_act(p, n, r->n_out), alone = nan_act(p, 1, r->n_out);
     run(p, GPU, r, 0, n, n_segs, &starts, &slots, y.t[GPU], false);
     for (int32_t seg = 0; seg < n_segs; seg++)
-        for (int32_t t = start[seg]; t < start[seg + 1]; t += 5) {
+        for (int32_t t = start[seg]; t < start[seg + 1]; t += every) {
             both_memory own = upload_both(p, &slot[seg], sizeof slot[seg]);
             if (slot[seg] < 0)
                 PASS(qv_op_linear(p->be[GPU], r->w[GPU], qv_tensor_rows(r->x.t[GPU], t, 1),
@@ -192,7 +195,7 @@ Test(cuda_linear_lora, a_token_has_the_same_bits_in_any_batch_when_deterministic
     for (size_t i = 0; i < N_SHAPES; i++) {
         pair *p = open_pair_as(true);
         rig *r = new_rig(p, shape_at(i), 40, (int32_t[]){1, 40, 19});
-        for (size_t k = 0; k < QV_ROWS(counts); k++)
+        for (size_t k = 0; k < QV_ROWS(counts); k += is_emulated(p->be[GPU]) ? 2 : 1)
             check_alone(p, r, counts[k]);
         free_rig(p, r);
         close_pair(p);

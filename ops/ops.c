@@ -59,7 +59,7 @@ qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
     for (size_t i = 0; i < N_BACKENDS; i++)
         if (strcmp(backends[i]->name, name) == 0) {
             QV_TRY(backends[i]->open(options, out));
-            (*out)->trials = trials;
+            (*out)->trials = options->deterministic ? 0 : trials;
             return QV_OK;
         }
     return qv_fail(QV_ERR_NOT_FOUND, "backend '%s' is not in this build; it has: %s", name,

@@ -218,7 +218,7 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 /* Whether qv_k_gemm is to do a product, with adapters or NULL: where it is on trial, for prefill. */
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
-/* The same for qv_k_decode_linear: more tokens, on trial. */
+/* Whether qv_k_decode_linear is to do one that it can do: 9 to 256 tokens, where it is on trial. */
 bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 /* Whether the ops for few tokens that stand for several launches are on trial. */

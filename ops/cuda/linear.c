@@ -1,5 +1,5 @@
-/* qv_op_linear: cuBLASLt with plans kept by shape, or a kernel of our own for few tokens, for shapes
- * that it does not take, and on trial for many tokens. */
+/* qv_op_linear: cuBLASLt with plans kept by shape, or a kernel of our own for few tokens, for
+ * shapes that it does not take, and on trial for many tokens. */
 #include "ops/cuda/cuda.h"
 
 #include <stdlib.h>

@@ -1,6 +1,6 @@
-/* Kernels that do one thing each, for test_instructions.c: what instructions of kernels/ptx*.cuh mean.
- * Pointers are to memory of the device, numbers are BF16 unless it is said; QV_ERR_DEVICE with a
- * sentence if a launch fails.
+/* Kernels that do one thing each, for test_instructions.c: what instructions of kernels/ptx*.cuh
+ * mean. Pointers are to memory of the device, numbers are BF16 unless it is said; QV_ERR_DEVICE
+ * with a sentence if a launch fails.
  */
 #ifndef QV_TESTS_KERNELS_TEST_INSTRUCTIONS_H
 #define QV_TESTS_KERNELS_TEST_INSTRUCTIONS_H

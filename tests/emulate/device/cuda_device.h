@@ -22,12 +22,10 @@
 namespace emu
 {
 
-/* One number of where the running thread is; a variable, since structs have fields of these names. */
+/* One number of where the running thread is; a variable, since structs have fields of these names.
+ */
 template <auto VECTOR, auto AXIS> struct position_axis {
-    operator unsigned() const
-    {
-        return current->*VECTOR.*AXIS;
-    }
+    operator unsigned() const { return current->*VECTOR.*AXIS; }
 };
 
 template <auto VECTOR, typename T> struct position {

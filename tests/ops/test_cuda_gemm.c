@@ -204,7 +204,7 @@ static void check_adapters(const char *trials, gpu_lora *gpu, int n_forms,
             rig *r = new_rig(p, &lora_shapes[i], lora_pools[j].max_rank, lora_pools[j].ranks);
             for (size_t k = 0; k < QV_ROWS(lora_batches); k++)
                 for (int form = 0; form < n_forms; form++)
-                    if (n_forms == 1 || (i + j + k + (size_t)form) % 2 == 0)
+                    if (n_forms == 1 || (i + j + k + (size_t)form) % 4 == 0)
                         check_batch(p, r, &lora_batches[k], name_of(form), gpu, form,
                                     (i + k + (size_t)form / 2) % 2);
             free_rig(p, r);

@@ -268,7 +268,7 @@ constexpr int WIDE_UNIT = 64; /* rows of one wgmma */
 constexpr int WIDE_K = 64;
 constexpr int WIDE_WORKERS = 256;
 constexpr int WIDE_THREADS = WIDE_WORKERS + 128;
-constexpr int WIDE_LEAD_BARRIER = 3; /* 1 and 2 are those of the warpgroups */
+[[maybe_unused]] constexpr int WIDE_LEAD_BARRIER = 3; /* 1 and 2 are those of the warpgroups */
 
 /* PAIRS: the most that a block has of an item. LEAD: so many steps the first warpgroup is ahead of
  * the second, so that one multiplies while the other stores. CHUNK: pairs that are stored at a
@@ -279,6 +279,7 @@ template <int PAIRS_, int STAGES_, int LEAD_, int CHUNK_, bool COUNTS_> struct w
     static constexpr bool COUNTS = COUNTS_;
     static constexpr int WORKER_REGISTERS = PAIRS > 128 ? 224 : 216;
     static constexpr int FETCHER_REGISTERS = PAIRS > 128 ? 64 : 72;
+    static_assert(WORKER_REGISTERS % 8 == 0 && FETCHER_REGISTERS % 8 == 0, "as setmaxnreg takes");
     static_assert(COUNTS || PAIRS == 2 * QV_K_MOE_TILE, "what the list counts");
     static_assert(LEAD < STAGES && CHUNK % 16 == 0, "within the ring, and of whole fragments");
 };

@@ -334,6 +334,8 @@ Test(cuda_comm, nccl_with_one_rank_gives_its_own_numbers)
 {
     duo d = open_duo(3);
     const qv_nccl *nccl;
+    if (is_emulated(d.dev))
+        cr_skip_test("NCCL does not know the emulated device");
     if (qv_nccl_load(&nccl) != QV_OK)
         cr_skip_test("%s", qv_error());
     qv_nccl_id id;

@@ -49,7 +49,7 @@ run_ctest "$build" --timeout 600
 say "CUDA tests on an emulated device"
 cmake -G Ninja -S . -B "$build-emulated" -DQV_WERROR=ON -DQV_BENCH=OFF -DQV_CUDA=EMULATED >/dev/null
 cmake --build "$build-emulated" --target gpu_programs
-run_ctest "$build-emulated" -L gpu -E "models_cuda_(golden|ranks)|ops_cuda_comm" --timeout 900
+run_ctest "$build-emulated" -L gpu -E "models_cuda_(golden|ranks)|ops_cuda_comm" --timeout 1200
 
 if [ $quick = 0 ]; then
     # System tests run real processes many times over: once, without sanitizers, is enough for them, and these

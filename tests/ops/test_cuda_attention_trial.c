@@ -223,7 +223,7 @@ static void check_case(duo *d, const qv_attention_shape *s, const step_case *c, 
     free_step(&st);
 }
 
-Test(cuda_attention_trial, gives_the_bits_of_the_ops_that_it_stands_for, .timeout = 400)
+Test(cuda_attention_trial, gives_the_bits_of_the_ops_that_it_stands_for, .timeout = 600)
 {
     duo d = open_duo_with(1, "attention");
     for (size_t c = 0; c < QV_ROWS(cases); c++)

@@ -154,20 +154,20 @@ static void check_cuts(layer kind, int64_t hk, int64_t hv, int64_t dk, int64_t d
     close_pair(p);
 }
 
-Test(cuda_cuts, conv1d_has_the_same_bits_however_it_is_cut, .timeout = 120)
+Test(cuda_cuts, conv1d_has_the_same_bits_however_it_is_cut, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_conv_shapes); i++)
         check_cuts(CONV, qv_conv_shapes[i].n_channels, qv_conv_shapes[i].n_taps, 1, 1);
 }
 
-Test(cuda_cuts, gdn_has_the_same_bits_however_it_is_cut, .timeout = 240)
+Test(cuda_cuts, gdn_has_the_same_bits_however_it_is_cut, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_gdn_shapes); i++)
         check_cuts(GDN, qv_gdn_shapes[i].n_k_heads, qv_gdn_shapes[i].n_v_heads,
                    qv_gdn_shapes[i].d_k, qv_gdn_shapes[i].d_v);
 }
 
-Test(cuda_cuts, ssd_has_the_same_bits_however_it_is_cut, .timeout = 240)
+Test(cuda_cuts, ssd_has_the_same_bits_however_it_is_cut, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_ssd_shapes); i++)
         check_cuts(SSD, qv_ssd_shapes[i].n_groups, qv_ssd_shapes[i].n_heads,

@@ -98,7 +98,7 @@ static qv_tensor run_product(pair *p, const void *what, int32_t n, int32_t place
 }
 
 /* A router's and a gate's products among them: float32 with a rest, and a single row. */
-Test(cuda_deterministic, products, .timeout = 240)
+Test(cuda_deterministic, products, .timeout = 600)
 {
     static const product shapes[] = {
         {.n_out = 256, .n_in = 640, .rest = true, .f32 = true},
@@ -175,7 +175,7 @@ static qv_tensor run_row_op(pair *p, const void *what, int32_t n, int32_t place)
     }
 }
 
-Test(cuda_deterministic, norms_and_gates, .timeout = 240)
+Test(cuda_deterministic, norms_and_gates, .timeout = 600)
 {
     static const row_op shapes[] = {{.n = 4, .d = 128}, {.n = 1, .d = 192}, {.n = 3, .d = 37}};
     pair *p = open_pair_as(true);
@@ -232,7 +232,7 @@ static qv_tensor run_embedding(pair *p, const void *what, int32_t n, int32_t pla
     return y;
 }
 
-Test(cuda_deterministic, embeddings_of_adapters, .timeout = 240)
+Test(cuda_deterministic, embeddings_of_adapters, .timeout = 600)
 {
     static const int32_t ranks[] = {1, 70, 19};
     uint8_t active[N_SLOTS] = {1, 1, 1, 0};
@@ -298,7 +298,7 @@ static qv_tensor run_router(pair *p, const void *what, int32_t n, int32_t place)
     return b.t[GPU];
 }
 
-Test(cuda_deterministic, routers, .timeout = 240)
+Test(cuda_deterministic, routers, .timeout = 600)
 {
     static const struct {
         int64_t n_experts;
@@ -449,7 +449,7 @@ static void check_experts(const qv_moe_shape *s, int form, int32_t most)
 static const qv_moe_shape crowded[] = {{"tiles", 4, 2, 264, 136, true},
                                        {"one of two", 2, 1, 128, 72, false}};
 
-Test(cuda_deterministic, experts, .timeout = 240)
+Test(cuda_deterministic, experts, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_moe_shapes); i++)
         check_experts(&qv_moe_shapes[i], -1, 200);
@@ -457,7 +457,7 @@ Test(cuda_deterministic, experts, .timeout = 240)
         check_experts(&crowded[i], -1, 600);
 }
 
-Test(cuda_deterministic, experts_with_adapters, .timeout = 240)
+Test(cuda_deterministic, experts_with_adapters, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_moe_shapes); i++)
         check_experts(&qv_moe_shapes[i], (int)i % 3, 200);
@@ -494,7 +494,7 @@ static qv_sample_result sample_row(pair *p, int32_t n, int32_t place, int kind)
     return results[place];
 }
 
-Test(cuda_deterministic, sampling, .timeout = 240)
+Test(cuda_deterministic, sampling, .timeout = 600)
 {
     static const struct {
         int32_t n, place;

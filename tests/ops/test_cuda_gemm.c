@@ -100,7 +100,7 @@ static void by_op(pair *p, const product *r, qv_tensor rest, qv_tensor y, int fo
         PASS(qv_op_linear(p->be[GPU], r->w[GPU], r->x.t[GPU], y));
 }
 
-Test(cuda_gemm, products_on_trial_agree_with_the_cpu, .timeout = 240)
+Test(cuda_gemm, products_on_trial_agree_with_the_cpu, .timeout = 600)
 {
     pair *p = open_pair_with(false, "gemm");
     qv_rng rng = qv_rng_seed(21);
@@ -218,7 +218,7 @@ static const char *on_trial(int form)
     return "on trial";
 }
 
-Test(cuda_gemm, adapters_on_trial_agree_with_the_cpu, .timeout = 240)
+Test(cuda_gemm, adapters_on_trial_agree_with_the_cpu, .timeout = 600)
 {
     check_adapters("gemm", lora_by_op, 1, on_trial);
 }
@@ -258,7 +258,7 @@ static void by_form(pair *p, const product *r, qv_tensor rest, qv_tensor y, int 
     PASS(qv_k_gemm(&args, NULL, form, cuda->n_sms, cuda->stream));
 }
 
-Test(cuda_gemm, every_form_of_a_product_agrees_with_the_cpu, .timeout = 240)
+Test(cuda_gemm, every_form_of_a_product_agrees_with_the_cpu, .timeout = 600)
 {
     pair *p = open_pair();
     qv_rng rng = qv_rng_seed(22);
@@ -300,7 +300,7 @@ static void lora_by_form(pair *p, const rig *r, const lora_batch *b, const both_
     PASS(qv_k_gemm(&args, &lora, form, cuda->n_sms, cuda->stream));
 }
 
-Test(cuda_gemm, every_form_with_adapters_agrees_with_the_cpu, .timeout = 240)
+Test(cuda_gemm, every_form_with_adapters_agrees_with_the_cpu, .timeout = 600)
 {
     pair *p = open_pair();
     bool can = is_hopper(p);

@@ -83,7 +83,7 @@ Test(cuda_linear, agrees_with_the_cpu_on_every_shape)
 
 /* --- The kernel for decode, on trial ------------------------------------------------------- */
 
-Test(cuda_linear, agrees_with_the_cpu_with_decode_on_trial, .timeout = 300)
+Test(cuda_linear, agrees_with_the_cpu_with_decode_on_trial, .timeout = 600)
 {
     duo d = open_duo_with(3, "decode");
     for (size_t i = 0; i < QV_ROWS(qv_linear_shapes); i++)
@@ -119,7 +119,7 @@ static void check_forms(duo *d, qv_weight *const w[2], const qv_linear_shape *s,
     free_twin(d, &yw);
 }
 
-Test(cuda_linear, every_form_of_decode_agrees_with_the_cpu, .timeout = 300)
+Test(cuda_linear, every_form_of_decode_agrees_with_the_cpu, .timeout = 600)
 {
     static const qv_linear_shape shapes[] = {{"rows end in a tile", 200, 1112}, {"few", 24, 200}};
     duo d = open_duo_with(4, "decode");

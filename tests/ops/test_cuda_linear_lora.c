@@ -105,17 +105,17 @@ static void check_all(bool deterministic)
         }
 }
 
-Test(cuda_linear_lora, agrees_with_the_cpu, .timeout = 240)
+Test(cuda_linear_lora, agrees_with_the_cpu, .timeout = 600)
 {
     check_all(false);
 }
 
-Test(cuda_linear_lora, agrees_with_the_cpu_when_deterministic, .timeout = 240)
+Test(cuda_linear_lora, agrees_with_the_cpu_when_deterministic, .timeout = 600)
 {
     check_all(true);
 }
 
-Test(cuda_linear_lora, agrees_with_the_cpu_with_decode_on_trial, .timeout = 300)
+Test(cuda_linear_lora, agrees_with_the_cpu_with_decode_on_trial, .timeout = 600)
 {
     static const struct {
         int32_t n, most; /* tokens, of an adapter */
@@ -133,7 +133,7 @@ Test(cuda_linear_lora, agrees_with_the_cpu_with_decode_on_trial, .timeout = 300)
 }
 
 #ifdef QV_WITH_CUDA
-Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 300)
+Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 600)
 {
     static const qv_lora_shape shape = {"qkv", 456, 3, {136, 64, 56}};
     static const int32_t counts[] = {9, 64, 100, 256};
@@ -189,7 +189,7 @@ static void check_alone(pair *p, const rig *r, int32_t n)
     release_to(p, mark);
 }
 
-Test(cuda_linear_lora, a_token_has_the_same_bits_in_any_batch_when_deterministic, .timeout = 240)
+Test(cuda_linear_lora, a_token_has_the_same_bits_in_any_batch_when_deterministic, .timeout = 600)
 {
     static const int32_t counts[] = {3, 11, 40, 64, 130, 700};
     for (size_t i = 0; i < N_SHAPES; i++) {

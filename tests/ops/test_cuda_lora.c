@@ -155,7 +155,7 @@ static void check_shape(const qv_lora_shape *shape, int32_t max_rank, const int3
     close_pair(p);
 }
 
-Test(cuda_lora, agrees_with_the_cpu, .timeout = 240)
+Test(cuda_lora, agrees_with_the_cpu, .timeout = 600)
 {
     static const struct {
         int32_t max_rank, ranks[3];
@@ -168,7 +168,7 @@ Test(cuda_lora, agrees_with_the_cpu, .timeout = 240)
 }
 
 /* A prompt: the form of shrink for many rows, several planes in a block. */
-Test(cuda_lora, prompts_agree_with_the_cpu, .timeout = 120)
+Test(cuda_lora, prompts_agree_with_the_cpu, .timeout = 600)
 {
     enum { T = 700 };
     static const int32_t start[] = {0, 3, 4, 330, 700}, slot[] = {-1, 0, 1, 2};
@@ -270,7 +270,7 @@ static void check_layout(pair *p, const qv_lora_shape *shape, int32_t max_rank, 
     free(want);
 }
 
-Test(cuda_lora, what_lies_above_the_rank_is_never_read, .timeout = 240)
+Test(cuda_lora, what_lies_above_the_rank_is_never_read, .timeout = 600)
 {
     static const int32_t pool_ranks[] = {8, 16, 64};
     pair *p = open_pair();
@@ -285,7 +285,7 @@ Test(cuda_lora, what_lies_above_the_rank_is_never_read, .timeout = 240)
 }
 
 /* Every token of a mixed batch equals the same token alone. */
-Test(cuda_lora, other_adapters_in_the_batch_change_no_bit, .timeout = 240)
+Test(cuda_lora, other_adapters_in_the_batch_change_no_bit, .timeout = 600)
 {
     enum { T = 130 };
     static const int32_t one_start[] = {0, 1};

@@ -28,7 +28,7 @@ static void check_router(const qv_router *r, int64_t n, int64_t n_experts, bool 
     close_pair(p);
 }
 
-Test(cuda_moe, router_agrees_with_the_cpu, .timeout = 60)
+Test(cuda_moe, router_agrees_with_the_cpu, .timeout = 600)
 {
     const qv_router softmax = {.kind = QV_ROUTER_SOFTMAX,
                                .top_k = 8,
@@ -88,7 +88,7 @@ static void check_route(int32_t n_experts, int32_t first, int32_t top_k, int32_t
     close_pair(p);
 }
 
-Test(cuda_moe, lists_are_the_cpus, .timeout = 60)
+Test(cuda_moe, lists_are_the_cpus, .timeout = 600)
 {
     static const int32_t sizes[] = {1, 2, 64, 129, 1024, 3001};
     for (size_t i = 0; i < QV_ROWS(sizes); i++) {
@@ -177,7 +177,7 @@ static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs, const cha
     close_pair(p);
 }
 
-Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 120)
+Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 600)
 {
     static const int32_t sizes[] = {1, 3, 40, 700};
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
@@ -195,7 +195,7 @@ static const qv_moe_shape prefill_shapes[] = {{"two tiles of rows", 3, 1, 200, 3
                                               {"a tile and 1/3", 3, 1, 64, 344, false},
                                               {"crowded", 6, 3, 72, 136, true}};
 
-Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 120)
+Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 600)
 {
     static const int32_t sizes[] = {455, 480, 530, 600, 700, 790, 1000};
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
@@ -204,7 +204,7 @@ Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 1
 }
 
 /* The same with up to 144 columns, and above 272 pairs an expert with up to 192. */
-Test(cuda_moe, prefill_on_trial_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 120)
+Test(cuda_moe, prefill_on_trial_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 600)
 {
     static const int32_t sizes[] = {455, 530, 700, 790, 850, 1000, 1100, 1300};
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
@@ -253,7 +253,7 @@ static void check_adapters(const qv_moe_shape *s, size_t form, int32_t n)
     close_pair(p);
 }
 
-Test(cuda_moe, adapters_agree_with_the_cpu, .timeout = 120)
+Test(cuda_moe, adapters_agree_with_the_cpu, .timeout = 600)
 {
     static const int32_t sizes[] = {1, 12, 170, 700};
     for (size_t i = 0; i < QV_ROWS(qv_moe_shapes); i++)
@@ -317,7 +317,7 @@ static void check_choose(const qv_router *r, int32_t n, int32_t n_experts, int32
     close_pair(p);
 }
 
-Test(cuda_moe, router_and_list_at_once_are_those_of_two_ops, .timeout = 120)
+Test(cuda_moe, router_and_list_at_once_are_those_of_two_ops, .timeout = 600)
 {
     static const struct {
         int32_t n_experts, top_k, n_groups, topk_groups, first, n_here;
@@ -424,7 +424,7 @@ static void check_sum(const sum_case *s, int32_t n)
     close_pair(p);
 }
 
-Test(cuda_moe, sum_and_norm_at_once_are_those_of_two_ops, .timeout = 120)
+Test(cuda_moe, sum_and_norm_at_once_are_those_of_two_ops, .timeout = 600)
 {
     static const sum_case cases[] = {
         {8, 2048, true, true, true, false},  /* Qwen3.5-35B */

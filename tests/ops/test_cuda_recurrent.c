@@ -72,7 +72,7 @@ static void check_conv(const qv_conv_shape *shape, bool with_bias, bool in_place
     close_pair(p);
 }
 
-Test(cuda_recurrent, conv1d_agrees_with_the_cpu, .timeout = 120)
+Test(cuda_recurrent, conv1d_agrees_with_the_cpu, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_conv_shapes); i++)
         for (size_t j = 0; j < QV_ROWS(chunks); j++)
@@ -133,7 +133,7 @@ static void check_gdn(const qv_gdn_shape *shape, int32_t chunk)
     close_pair(p);
 }
 
-Test(cuda_recurrent, gdn_agrees_with_the_cpu, .timeout = 240)
+Test(cuda_recurrent, gdn_agrees_with_the_cpu, .timeout = 600)
 {
     for (size_t j = 0; j < QV_ROWS(chunks); j++) {
         for (size_t i = 0; i < QV_ROWS(qv_gdn_shapes); i++)
@@ -190,7 +190,7 @@ static void check_ssd(const qv_ssd_shape *shape, int32_t chunk, bool limited)
     close_pair(p);
 }
 
-Test(cuda_recurrent, ssd_agrees_with_the_cpu, .timeout = 240)
+Test(cuda_recurrent, ssd_agrees_with_the_cpu, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(qv_ssd_shapes); i++)
         for (size_t j = 0; j < QV_ROWS(chunks); j++)
@@ -420,7 +420,7 @@ static void check_mixer(const mixer_shape *s)
     close_pair(p);
 }
 
-Test(cuda_recurrent, a_mixer_in_one_kernel_gives_the_bits_of_its_three_ops, .timeout = 240)
+Test(cuda_recurrent, a_mixer_in_one_kernel_gives_the_bits_of_its_three_ops, .timeout = 600)
 {
     for (size_t i = 0; i < QV_ROWS(mixers); i++)
         check_mixer(&mixers[i]);

@@ -262,7 +262,7 @@ static void bench_norm(void)
 static void use_trial(qv_trial trial, bool on)
 {
     uint32_t others = be->trials & ~(uint32_t)trial;
-    be->trials = qv_cuda(be)->trials = others | (on ? (uint32_t)trial : 0);
+    be->trials = others | (on ? (uint32_t)trial : 0);
 }
 
 typedef enum { ROPE, NORM_ROPE, ATTENTION, GATED } attention_kind;
@@ -626,7 +626,7 @@ static void bench_decode(bool forms)
         int32_t n;
         int64_t rank;
     } adapters[] = {{0, 0}, {8, 16}, {64, 16}, {8, 64}};
-    const uint32_t trials = qv_cuda(be)->trials;
+    const uint32_t trials = be->trials;
     for (size_t i = 0; i < sizeof decode_shapes / sizeof *decode_shapes; i++)
         for (size_t j = 0; j < sizeof counts / sizeof *counts; j++)
             for (size_t k = 0; k < sizeof adapters / sizeof *adapters; k++) {
@@ -642,7 +642,7 @@ static void bench_decode(bool forms)
                              adapters[k].n, (long long)adapters[k].rank);
                 static const char *const ways[] = {"", ", on trial", ", on trial, late"};
                 for (int way = 0; way < (adapters[k].n > 0 ? 3 : 2); way++) {
-                    qv_cuda(be)->trials = way > 0 ? QV_TRIAL_DECODE : 0;
+                    be->trials = way > 0 ? QV_TRIAL_DECODE : 0;
                     qv_cuda(be)->decode_tuning.late = way == 2;
                     snprintf(what, sizeof what, "%s%s", name, ways[way]);
                     report(what, c.bytes, c.flop, measure(call_decode, &c));
@@ -652,7 +652,7 @@ static void bench_decode(bool forms)
                     try_forms(name, &c);
                 free_decode(&c);
             }
-    qv_cuda(be)->trials = trials;
+    be->trials = trials;
 }
 
 /* --- Main --------------------------------------------------------------------------------- */

@@ -196,7 +196,7 @@ static void call_products(void *ctx, int round)
     const weights *w = &l->w[round % COPIES];
     qv_linear_part parts[QV_MAX_LINEAR_PARTS] = {
         {.w = w->shared_in,
-         .act = l->m->gated ? QV_LINEAR_SWIGLU : QV_LINEAR_RELU2,
+         .act = l->m->gated ? QV_ACT_SWIGLU : QV_ACT_RELU2,
          .wide = l->wide,
          .y = l->hidden},
         {.w = w->router, .f32 = true, .rest = l->rest, .y = l->logits}};
@@ -239,7 +239,7 @@ static void call_layer(void *ctx, int round)
 {
     layer *l = ctx;
     const weights *w = &l->w[round % COPIES];
-    qv_moe_act act = l->m->gated ? QV_MOE_SWIGLU : QV_MOE_RELU2;
+    qv_act act = l->m->gated ? QV_ACT_SWIGLU : QV_ACT_RELU2;
     call_products(l, round);
     pass(qv_op_linear_f32(l->be, w->shared_out, l->hidden, (qv_tensor){.data = NULL}, l->shared));
     call_choose(l, round);

@@ -197,19 +197,10 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
 
 static qv_status linear_act(qv_pass *pass, int64_t layer, const qv_proj_part *part, qv_tensor x)
 {
-    int64_t f = part->y.shape[1];
-    switch (part->act) {
-    case QV_LINEAR_SWIGLU:
-        QV_TRY(qv_linear(pass, layer, part->proj, x, part->wide));
-        return qv_op_swiglu(pass->be, qv_tensor_cols(part->wide, 0, f),
-                            qv_tensor_cols(part->wide, f, f), part->y);
-    case QV_LINEAR_RELU2:
-        QV_TRY(qv_linear(pass, layer, part->proj, x, part->wide));
-        return qv_op_relu2(pass->be, part->wide, part->y);
-    case QV_LINEAR_PLAIN:
-        break;
-    }
-    return qv_linear(pass, layer, part->proj, x, part->y);
+    if (part->act == QV_ACT_NONE)
+        return qv_linear(pass, layer, part->proj, x, part->y);
+    QV_TRY(qv_linear(pass, layer, part->proj, x, part->wide));
+    return qv_op_activate(pass->be, part->act, part->wide, part->y);
 }
 
 qv_status qv_linears(qv_pass *pass, int64_t layer, qv_tensor x, int32_t n_parts,

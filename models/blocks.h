@@ -91,8 +91,8 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
 /* One of several projections that read the same x. */
 typedef struct {
     qv_proj proj;
-    qv_linear_act act; /* not of those whose results are not rounded */
-    qv_tensor wide;    /* with an act: [T, n_out], room for what it is done to */
+    qv_act act;     /* not of those whose results are not rounded */
+    qv_tensor wide; /* with an act: [T, n_out], room for what it is done to */
     qv_tensor y;
 } qv_proj_part;
 
@@ -116,12 +116,7 @@ qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tenso
 qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 
-typedef enum {
-    QV_MLP_SWIGLU, /* down(silu(gate) * up) */
-    QV_MLP_RELU2,  /* down(max(up, 0)^2) */
-} qv_mlp_kind;
-
-qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y);
+qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_tensor y);
 
 /* The parts of a mixture of experts. */
 
@@ -134,19 +129,18 @@ typedef struct {
 } qv_moe_input;
 
 /* x [T, hidden]. All of it is good until the next mixer or MLP. */
-qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                          qv_moe_input *out);
+qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_moe_input *out);
 /* Choose experts for each token by its logits [T, experts], into the pass's list. */
 qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor logits);
 /* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch, in a latent
  * space. x, y [T, latent], not the same. */
-qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,
                                   qv_tensor y);
 /* The same for the stream, and y[t] += shared[t], times sigmoid(gate[t]). x [T, hidden], y [T,
  * hidden] F32; shared [T, hidden] F32 and gate [T, 1] may be empty. Without a probe, which would
  * see y, the sums are left to the qv_block_add_norm that follows with y as its delta. */
-qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                           qv_tensor shared, qv_tensor gate, qv_tensor y);
+qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_tensor shared,
+                           qv_tensor gate, qv_tensor y);
 /* Experts that every token goes through: hidden as qv_block_moe_in gives it, y [T, hidden] F32. */
 qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_tensor hidden, qv_tensor y);
 /* y += shared, [T, hidden] F32, where routed experts are in a latent space. */

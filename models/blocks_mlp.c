@@ -2,28 +2,18 @@
 
 /* --- Dense ------------------------------------------------------------------------------------ */
 
-/* The activation of a feed-forward part: wide [n, 2 f] (gate, up) or [n, f]; the result is a view
- * of wide or of `into`, [n, f]. */
-static qv_status activate(qv_pass *pass, qv_mlp_kind kind, qv_tensor wide, qv_tensor into)
-{
-    int64_t n = into.shape[1];
-    if (kind == QV_MLP_RELU2)
-        return qv_op_relu2(pass->be, wide, into);
-    return qv_op_swiglu(pass->be, qv_tensor_cols(wide, 0, n), qv_tensor_cols(wide, n, n), into);
-}
-
 /* The part of a feed-forward block that ends in its activation, which is left in INNER. */
-static qv_proj_part first_part(const qv_pass *pass, qv_mlp_kind kind, qv_proj in, qv_proj out)
+static qv_proj_part first_part(const qv_pass *pass, qv_act act, qv_proj in, qv_proj out)
 {
     return (qv_proj_part){.proj = in,
-                          .act = kind == QV_MLP_RELU2 ? QV_LINEAR_RELU2 : QV_LINEAR_SWIGLU,
+                          .act = act,
                           .wide = view(pass, QV_BUF_WIDE, pass->layout->proj[in].n_out),
                           .y = view(pass, QV_BUF_INNER, pass->layout->proj[out].n_in)};
 }
 
-qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x, qv_tensor y)
+qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_tensor y)
 {
-    qv_proj_part first = first_part(pass, kind, QV_PROJ_MLP_IN, QV_PROJ_MLP_OUT);
+    qv_proj_part first = first_part(pass, act, QV_PROJ_MLP_IN, QV_PROJ_MLP_OUT);
     QV_TRY(qv_linears(pass, layer, x, 1, &first));
     QV_TRY(qv_linear(pass, layer, QV_PROJ_MLP_OUT, first.y, y));
     probe(pass, layer, "mlp_out", y);
@@ -44,15 +34,14 @@ static bool has(const qv_pass *pass, int64_t layer, qv_part part)
     return pass->config->layer_parts[layer] & part;
 }
 
-qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                          qv_moe_input *out)
+qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_moe_input *out)
 {
     qv_proj_part parts[QV_MAX_LINEAR_PARTS];
     int32_t n = 0;
     *out = (qv_moe_input){.logits = qv_tensor_2d(pass->buffers->data[QV_BUF_ROUTER], QV_F32,
                                                  pass->batch->n_tokens, pass->config->n_experts)};
     if (has(pass, layer, QV_PART_SHARED)) {
-        parts[n] = first_part(pass, kind, QV_PROJ_SHARED_IN, QV_PROJ_SHARED_OUT);
+        parts[n] = first_part(pass, act, QV_PROJ_SHARED_IN, QV_PROJ_SHARED_OUT);
         out->hidden = parts[n++].y;
     }
     if (has(pass, layer, QV_PART_SHARED) && pass->layout->proj[QV_PROJ_SHARED_GATE].n_out > 0) {
@@ -111,7 +100,7 @@ static qv_status expert_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_te
 }
 
 /* What experts give, a row a pair; *site: of the adapters on their last projection. */
-static qv_status run_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+static qv_status run_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,
                              const qv_moe_lora_site **site, qv_tensor *out)
 {
     int64_t n_pairs = (int64_t)pass->batch->n_tokens * pass->config->moe_top_k;
@@ -124,36 +113,36 @@ static qv_status run_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_
     *out = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, n_out);
     *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
     if (expert_site(pass, layer, QV_PROJ_EXPERT_IN) == NULL) {
-        QV_TRY(qv_op_moe_linear_act(
-            pass->be, qv_weights_layer(pass->weights, layer)->proj[QV_PROJ_EXPERT_IN], pass->list,
-            x, QV_MOE_TOKENS, kind == QV_MLP_RELU2 ? QV_MOE_RELU2 : QV_MOE_SWIGLU, wide, inner));
+        QV_TRY(qv_op_moe_linear_act(pass->be,
+                                    qv_weights_layer(pass->weights, layer)->proj[QV_PROJ_EXPERT_IN],
+                                    pass->list, x, QV_MOE_TOKENS, act, wide, inner));
     } else {
         QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
-        QV_TRY(activate(pass, kind, wide, inner));
+        QV_TRY(qv_op_activate(pass->be, act, wide, inner));
     }
     return expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, *out);
 }
 
-qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
+qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,
                                   qv_tensor y)
 {
     const qv_moe_lora_site *site;
     qv_tensor out, weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
-    QV_TRY(run_experts(pass, layer, kind, x, &site, &out));
+    QV_TRY(run_experts(pass, layer, act, x, &site, &out));
     QV_TRY(
         qv_op_moe_combine(pass->be, pass->list, weights, out, site, expert_scratch(pass, site), y));
     probe(pass, layer, "experts_out", y);
     return QV_OK;
 }
 
-qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_mlp_kind kind, qv_tensor x,
-                           qv_tensor shared, qv_tensor gate, qv_tensor y)
+qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_tensor shared,
+                           qv_tensor gate, qv_tensor y)
 {
     qv_moe_sum sum = {.list = pass->list,
                       .weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32),
                       .shared = shared,
                       .gate = gate};
-    QV_TRY(run_experts(pass, layer, kind, x, &sum.site, &sum.o));
+    QV_TRY(run_experts(pass, layer, act, x, &sum.site, &sum.o));
     sum.scratch = expert_scratch(pass, sum.site);
     if (pass->probe == NULL) {
         pass->sum = sum;

@@ -319,14 +319,14 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
     bool has_shared = config->layer_parts[layer] & QV_PART_SHARED;
     qv_tensor none = {.data = NULL}, shared = has_shared ? qv_pass_shared(pass) : none;
     qv_moe_input in;
-    QV_TRY(qv_block_moe_in(pass, layer, QV_MLP_RELU2, x, &in));
+    QV_TRY(qv_block_moe_in(pass, layer, QV_ACT_RELU2, x, &in));
     if (has_shared)
         QV_TRY(qv_block_shared_expert(pass, layer, in.hidden, shared));
     QV_TRY(qv_block_route(pass, layer, &router, in.logits));
     if (!(config->layer_parts[layer] & QV_PART_LATENT))
-        return qv_block_experts(pass, layer, QV_MLP_RELU2, x, shared, none, y);
+        return qv_block_experts(pass, layer, QV_ACT_RELU2, x, shared, none, y);
     qv_tensor routed = qv_pass_latent(pass, 1); /* [T, latent] */
-    QV_TRY(qv_block_latent_experts(pass, layer, QV_MLP_RELU2, in.latent, routed));
+    QV_TRY(qv_block_latent_experts(pass, layer, QV_ACT_RELU2, in.latent, routed));
     QV_TRY(qv_linear(pass, layer, QV_PROJ_LATENT_OUT, routed, y));
     return has_shared ? qv_block_moe_sum(pass, layer, shared, y) : QV_OK;
 }
@@ -340,7 +340,7 @@ static qv_status mixer(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
         return qv_block_attention(pass, layer, x, y);
     if (parts & QV_PART_MOE)
         return moe(pass, layer, x, y);
-    return qv_block_mlp(pass, layer, QV_MLP_RELU2, x, y);
+    return qv_block_mlp(pass, layer, QV_ACT_RELU2, x, y);
 }
 
 static qv_status forward(qv_pass *pass)

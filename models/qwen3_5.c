@@ -275,10 +275,10 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
                         .topk_groups = 1};
     qv_tensor shared = qv_pass_shared(pass); /* [T, hidden] F32 */
     qv_moe_input in;
-    QV_TRY(qv_block_moe_in(pass, layer, QV_MLP_SWIGLU, x, &in));
+    QV_TRY(qv_block_moe_in(pass, layer, QV_ACT_SWIGLU, x, &in));
     QV_TRY(qv_block_shared_expert(pass, layer, in.hidden, shared));
     QV_TRY(qv_block_route(pass, layer, &router, in.logits));
-    return qv_block_experts(pass, layer, QV_MLP_SWIGLU, x, shared, in.gate, y);
+    return qv_block_experts(pass, layer, QV_ACT_SWIGLU, x, shared, in.gate, y);
 }
 
 static qv_status forward(qv_pass *pass)
@@ -300,7 +300,7 @@ static qv_status forward(qv_pass *pass)
         if (config->layer_parts[layer] & QV_PART_MOE)
             QV_TRY(moe(pass, layer, normed, delta));
         else
-            QV_TRY(qv_block_mlp(pass, layer, QV_MLP_SWIGLU, normed, delta));
+            QV_TRY(qv_block_mlp(pass, layer, QV_ACT_SWIGLU, normed, delta));
         if (layer + 1 < config->n_layers)
             QV_TRY(qv_block_add_norm(pass, layer + 1, QV_VEC_MIXER_NORM, residual, delta, normed));
         else

@@ -120,15 +120,18 @@ typedef struct {
                                  float scale, qv_tensor q, qv_tensor gate, qv_tensor o);
     /* NULL: two ops. */
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                                qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                                qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                 qv_tensor y);
     /* NULL, both: three ops, as where it does not take a step of at most one token a sequence. */
     bool (*takes_mixer)(qv_backend *be, const qv_mixer_args *args);
     qv_status (*mixer)(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args);
+    /* NULL, both: an op for each part, as where it does not take them. */
+    bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
+                          const qv_linear_part *parts);
+    qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
     /* Whether what stands below, up to the clock, is to be used in a step of so many tokens instead
      * of the ops that each stands for. NULL: never. */
     bool (*joins)(const qv_backend *be, int64_t n_tokens);
-    qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list);
     /* Of a backend without peers. */

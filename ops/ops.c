@@ -59,6 +59,7 @@ qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
     for (size_t i = 0; i < N_BACKENDS; i++)
         if (strcmp(backends[i]->name, name) == 0) {
             QV_TRY(backends[i]->open(options, out));
+            /* some are for few tokens, or for many */
             (*out)->trials = options->deterministic ? 0 : trials;
             return QV_OK;
         }
@@ -489,18 +490,13 @@ qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
     return x.shape[0] ? CALL_SHAPED(linear_f32, w->n_out, w->n_in, be, w, x, rest, y) : QV_OK;
 }
 
-static bool joins(const qv_backend *be, int64_t n_tokens)
-{
-    return n_tokens > 0 && be->table->joins != NULL && be->table->joins(be, n_tokens);
-}
-
 static qv_status check_linear_part(qv_backend *be, qv_tensor x, const qv_linear_part *part)
 {
     qv_dtype act = be->table->activation_dtype;
     const qv_weight *w = part->w;
     const qv_tensor rest = part->rest;
-    QV_ASSERT(part->act == QV_LINEAR_PLAIN || !part->f32);
-    if (part->act == QV_LINEAR_PLAIN)
+    QV_ASSERT(part->act == QV_ACT_NONE || !part->f32);
+    if (part->act == QV_ACT_NONE)
         QV_TRY(check_linear(be, w, x, part->y, part->f32 ? QV_F32 : act));
     else
         QV_TRY(check_linear(be, w, x, part->wide, act));
@@ -511,20 +507,12 @@ static qv_status check_linear_part(qv_backend *be, qv_tensor x, const qv_linear_
 
 static qv_status run_linear_part(qv_backend *be, qv_tensor x, const qv_linear_part *part)
 {
-    int64_t f = part->y.shape[1];
     if (part->f32)
         return qv_op_linear_f32(be, part->w, x, part->rest, part->y);
-    QV_TRY(qv_op_linear(be, part->w, x, part->act != QV_LINEAR_PLAIN ? part->wide : part->y));
-    switch (part->act) {
-    case QV_LINEAR_SWIGLU:
-        return qv_op_swiglu(be, qv_tensor_cols(part->wide, 0, f), qv_tensor_cols(part->wide, f, f),
-                            part->y);
-    case QV_LINEAR_RELU2:
-        return qv_op_relu2(be, part->wide, part->y);
-    case QV_LINEAR_PLAIN:
-        break;
-    }
-    return QV_OK;
+    if (part->act == QV_ACT_NONE)
+        return qv_op_linear(be, part->w, x, part->y);
+    QV_TRY(qv_op_linear(be, part->w, x, part->wide));
+    return qv_op_activate(be, part->act, part->wide, part->y);
 }
 
 /* The activated half or whole of a part's rows. */
@@ -532,12 +520,12 @@ static qv_status check_act(const qv_backend *be, const qv_linear_part *part)
 {
     const qv_tensor y = part->y;
     int64_t n = part->w->n_out;
-    if (part->act == QV_LINEAR_PLAIN)
+    if (part->act == QV_ACT_NONE)
         return QV_OK;
-    if (part->act == QV_LINEAR_SWIGLU && n % 2 != 0)
+    if (part->act == QV_ACT_SWIGLU && n % 2 != 0)
         return qv_fail(QV_ERR_SHAPE, "linears: swiglu of %lld columns", (long long)n);
     EXPECT("linears", y, be->table->activation_dtype, part->wide.shape[0],
-           part->act == QV_LINEAR_SWIGLU ? n / 2 : n);
+           part->act == QV_ACT_SWIGLU ? n / 2 : n);
     return QV_OK;
 }
 
@@ -550,7 +538,8 @@ qv_status qv_op_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_l
         QV_TRY(check_act(be, &parts[i]));
         n_out += parts[i].w->n_out;
     }
-    if (joins(be, x.shape[0]))
+    if (x.shape[0] > 0 && be->table->takes_linears != NULL &&
+        be->table->takes_linears(be, x, n_parts, parts))
         return CALL_ON(be->table, linears, n_out, x.shape[1], be, x, n_parts, parts);
     for (int32_t i = 0; i < n_parts; i++)
         QV_TRY(run_linear_part(be, x, &parts[i]));
@@ -639,6 +628,15 @@ qv_status qv_op_relu2(qv_backend *be, qv_tensor x, qv_tensor y)
     EXPECT("relu2", x, act, ANY, ANY);
     EXPECT("relu2", y, act, x.shape[0], x.shape[1]);
     return qv_tensor_count(&y) ? CALL_SHAPED(relu2, 1, y.shape[1], be, x, y) : QV_OK;
+}
+
+qv_status qv_op_activate(qv_backend *be, qv_act act, qv_tensor wide, qv_tensor y)
+{
+    int64_t f = y.shape[1];
+    QV_ASSERT(act != QV_ACT_NONE);
+    return act == QV_ACT_RELU2
+               ? qv_op_relu2(be, wide, y)
+               : qv_op_swiglu(be, qv_tensor_cols(wide, 0, f), qv_tensor_cols(wide, f, f), y);
 }
 
 /* What qv_op_add adds: delta [n, d] F32, gate [n, 1] or empty. */
@@ -1096,6 +1094,11 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
     return CALL(moe_route, be, ids, list);
 }
 
+static bool joins(const qv_backend *be, int64_t n_tokens)
+{
+    return n_tokens > 0 && be->table->joins != NULL && be->table->joins(be, n_tokens);
+}
+
 qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                        qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
                        const int32_t *seg_slot, qv_moe_list *list)
@@ -1141,10 +1144,10 @@ qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list
 }
 
 qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                               qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                               qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                qv_tensor y)
 {
-    int64_t f = act == QV_MOE_SWIGLU ? w->n_out / 2 : w->n_out;
+    int64_t f = act == QV_ACT_SWIGLU ? w->n_out / 2 : w->n_out;
     QV_TRY(check_moe_linear(be, w, list, x, rows, wide));
     EXPECT("moe_linear", y, be->table->activation_dtype, n_pairs_of(list), f);
     if (be->table->moe_linear_act != NULL)
@@ -1152,9 +1155,7 @@ qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_
                                         x, rows, act, wide, y)
                               : QV_OK;
     QV_TRY(qv_op_moe_linear(be, w, list, x, rows, wide));
-    if (act == QV_MOE_RELU2)
-        return qv_op_relu2(be, wide, y);
-    return qv_op_swiglu(be, qv_tensor_cols(wide, 0, f), qv_tensor_cols(wide, f, f), y);
+    return qv_op_activate(be, act, wide, y);
 }
 
 static qv_status check_moe_site(const char *op, const qv_moe_lora_site *site,

@@ -278,17 +278,21 @@ qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_si
                             int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
                             qv_tensor x, qv_tensor scratch, qv_tensor y, bool f32);
 
-/* What follows a product at once. */
+/* The activation behind a product h. */
 typedef enum {
-    QV_LINEAR_PLAIN,
-    QV_LINEAR_SWIGLU, /* [T, 2 f] to [T, f]: swiglu(h[.., :f], h[.., f:]) */
-    QV_LINEAR_RELU2,  /* relu2(h) */
-} qv_linear_act;
+    QV_ACT_NONE,
+    QV_ACT_SWIGLU, /* [n, 2 f] to [n, f]: swiglu(h[.., :f], h[.., f:]) */
+    QV_ACT_RELU2,  /* relu2(h) */
+} qv_act;
+
+/* y [n, f] = act(wide), which is not QV_ACT_NONE; wide [n, 2 f] or [n, f]; y may be its first
+ * columns. */
+qv_status qv_op_activate(qv_backend *be, qv_act act, qv_tensor wide, qv_tensor y);
 
 typedef struct {
     const qv_weight *w;
     bool f32; /* qv_op_linear_f32, else qv_op_linear, which an act needs */
-    qv_linear_act act;
+    qv_act act;
     qv_tensor rest; /* with f32: as there, or empty; of one part at most */
     qv_tensor wide; /* with an act: [T, n_out], room for h, which may be written or not */
     qv_tensor y;    /* [T, n_out], or what the act leaves; not wide */
@@ -535,16 +539,11 @@ typedef enum {
 qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list, qv_tensor x,
                            qv_moe_rows rows, qv_tensor y);
 
-typedef enum {
-    QV_MOE_SWIGLU, /* [h, 2 f] to [h, f]: swiglu(h[.., :f], h[.., f:]) */
-    QV_MOE_RELU2,  /* relu2(h) */
-} qv_moe_act;
-
 /* qv_op_moe_linear and the activation behind it, for steps without adapters on the projection: the
  * same numbers as by two ops. y [P, f]; wide [P, n_out] is room for h, which may be written or not;
  * y may be its first columns. */
 qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                               qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                               qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                qv_tensor y);
 
 /* One adapter's part of a layer's experts, in memory of its own: experts are many, so slots get it

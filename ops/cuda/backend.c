@@ -163,9 +163,6 @@ static qv_status cuda_open(const qv_backend_options *options, qv_backend **out)
     cuda->device = options->device;
     cuda->deterministic = options->deterministic;
     cuda->sums = read_sums(options->all_reduce);
-    (void)qv_trials_read(options->trials, &cuda->trials); /* qv_backend_open has seen to them */
-    if (cuda->deterministic)
-        cuda->trials = 0; /* some are for few tokens, or for many */
     pthread_mutex_init(&cuda->lock, NULL);
     pthread_cond_init(&cuda->lane_free, NULL);
     qv_status status = open_parts(cuda);
@@ -213,8 +210,9 @@ const qv_backend_table qv_cuda_backend_table = {
     .moe_linear_act = qv_cuda_moe_linear_act,
     .takes_mixer = qv_cuda_takes_mixer,
     .mixer = qv_cuda_mixer,
-    .joins = qv_cuda_joins,
+    .takes_linears = qv_cuda_takes_linears,
     .linears = qv_cuda_linears,
+    .joins = qv_cuda_joins,
     .choose = qv_cuda_choose,
     .combine_add_rms_norm = qv_cuda_combine_add_rms_norm,
     .mark = qv_cuda_mark,

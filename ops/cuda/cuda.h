@@ -77,7 +77,6 @@ typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
-    uint32_t trials;                  /* kernels on trial that are used: qv_trial */
     qv_k_decode_tuning decode_tuning; /* of the trial `decode`; a benchmark sets it */
     qv_cuda_sums sums;
     cudaStream_t stream;
@@ -224,6 +223,8 @@ bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 /* Whether the ops for few tokens that stand for several launches are on trial. */
 bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens);
+bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
+                           const qv_linear_part *parts);
 qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);
 qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
@@ -257,7 +258,7 @@ qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv
                                        qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                        qv_tensor y, qv_tensor rest);
 qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                                 qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                                 qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                  qv_tensor y);
 
 /* --- launch_recurrent.c ------------------------------------------------------------------- */

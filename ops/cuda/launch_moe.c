@@ -91,8 +91,8 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_lis
                                  .y_stride = y.stride[0],
                                  .x_pairs = rows == QV_MOE_PAIRS,
                                  .act = act,
-                                 .form = qv_cuda(be)->trials & QV_TRIAL_GEMM ? QV_K_MOE_ANY
-                                                                             : QV_K_MOE_IN_USE};
+                                 .form =
+                                     be->trials & QV_TRIAL_GEMM ? QV_K_MOE_ANY : QV_K_MOE_IN_USE};
     return qv_k_moe_linear(&l, &args, qv_cuda(be)->stream);
 }
 
@@ -107,11 +107,11 @@ qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_li
  * halves of a row would be summed in another order than the whole. When deterministic, the number
  * of pairs decides nothing. */
 qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
-                                 qv_tensor x, qv_moe_rows rows, qv_moe_act act, qv_tensor wide,
+                                 qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                  qv_tensor y)
 {
     int64_t f = y.shape[1], n_pairs = (int64_t)list->n_tokens * list->top_k;
-    if (act == QV_MOE_RELU2)
+    if (act == QV_ACT_RELU2)
         return run_linear(be, w, list, x, rows, QV_K_MOE_RELU2, y);
     bool few = n_pairs <= 2 * QV_K_MOE_TILE * (int64_t)list->n_experts;
     if (f % 8 == 0 && (few || qv_cuda(be)->deterministic))

@@ -130,7 +130,7 @@ static qv_k_mixer_args mixer_args(const qv_mixer_args *args)
 
 bool qv_cuda_takes_mixer(qv_backend *be, const qv_mixer_args *args)
 {
-    if ((qv_cuda(be)->trials & QV_TRIAL_RECURRENT) == 0)
+    if ((be->trials & QV_TRIAL_RECURRENT) == 0)
         return false;
     qv_k_mixer_args a = mixer_args(args);
     bool groups = args->gdn != NULL || args->y.shape[1] == args->ssd->b.shape[1];

@@ -182,7 +182,7 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args)
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora)
 {
-    return (cuda->trials & QV_TRIAL_GEMM) && cuda->major == 9 && !cuda->deterministic &&
+    return (cuda->base.trials & QV_TRIAL_GEMM) && cuda->major == 9 &&
            args->n_tokens > GEMM_TOKENS &&
            (lora == NULL ||
             args->n_tokens >= GEMM_TOKENS_OF_ADAPTER * (int64_t)lora->segments.n_segs) &&
@@ -191,8 +191,8 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
 
 bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args)
 {
-    return (cuda->trials & QV_TRIAL_DECODE) != 0 && !cuda->deterministic &&
-           args->n_tokens > SKINNY_TOKENS && args->n_tokens <= QV_K_DECODE_TOKENS;
+    return (cuda->base.trials & QV_TRIAL_DECODE) != 0 && args->n_tokens > SKINNY_TOKENS &&
+           args->n_tokens <= QV_K_DECODE_TOKENS;
 }
 
 /* Any number of tokens through the kernel for few, 64 at a time: each the same bits always. */
@@ -246,44 +246,39 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
 
 bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens)
 {
-    return ((const qv_cuda_backend *)be)->trials & QV_TRIAL_EXPERTS &&
-           n_tokens <= QV_K_JOINED_TOKENS;
+    return be->trials & QV_TRIAL_EXPERTS && n_tokens <= QV_K_JOINED_TOKENS;
 }
 
-static qv_status run_part(qv_backend *be, qv_tensor x, const qv_linear_part *part)
+/* The parts of a joined product; whether they go by the streaming kernel. */
+static bool join(const qv_cuda_backend *cuda, qv_tensor x, int32_t n_parts,
+                 const qv_linear_part *parts, qv_k_linear_part *joined)
 {
-    int64_t f = part->y.shape[1];
-    switch (part->act) {
-    case QV_LINEAR_SWIGLU:
-        QV_TRY(qv_cuda_linear(be, part->w, x, part->wide));
-        return qv_cuda_swiglu(be, qv_tensor_cols(part->wide, 0, f),
-                              qv_tensor_cols(part->wide, f, f), part->y);
-    case QV_LINEAR_RELU2:
-        QV_TRY(qv_cuda_linear(be, part->w, x, part->wide));
-        return qv_cuda_relu2(be, part->wide, part->y);
-    case QV_LINEAR_PLAIN:
-        break;
-    }
-    return run_linear(be, part->w, x, part->rest, part->y);
-}
-
-qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts)
-{
-    static const qv_k_linear_act acts[] = {[QV_LINEAR_PLAIN] = QV_K_LINEAR_PLAIN,
-                                           [QV_LINEAR_SWIGLU] = QV_K_LINEAR_SWIGLU,
-                                           [QV_LINEAR_RELU2] = QV_K_LINEAR_RELU2};
-    qv_cuda_backend *cuda = qv_cuda(be);
-    qv_k_linear_part joined[QV_MAX_LINEAR_PARTS] = {0};
+    static const qv_k_linear_act acts[] = {[QV_ACT_NONE] = QV_K_LINEAR_PLAIN,
+                                           [QV_ACT_SWIGLU] = QV_K_LINEAR_SWIGLU,
+                                           [QV_ACT_RELU2] = QV_K_LINEAR_RELU2};
     for (int32_t i = 0; i < n_parts; i++)
         joined[i] = (qv_k_linear_part){
             .args = qv_cuda_linear_args(parts[i].w, x, parts[i].rest, parts[i].y),
             .act = acts[parts[i].act]};
-    bool stream = qv_cuda_streams(cuda, &joined[0].args);
-    if (qv_k_joined_linear_can(joined, n_parts, stream, cuda->n_sms))
-        return qv_k_joined_linear(joined, n_parts, stream, cuda->n_sms, cuda->stream);
-    for (int32_t i = 0; i < n_parts; i++)
-        QV_TRY(run_part(be, x, &parts[i]));
-    return QV_OK;
+    return qv_cuda_streams(cuda, &joined[0].args);
+}
+
+bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
+                           const qv_linear_part *parts)
+{
+    qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
+    if (!qv_cuda_joins(be, x.shape[0]))
+        return false;
+    bool stream = join(qv_cuda(be), x, n_parts, parts, joined);
+    return qv_k_joined_linear_can(joined, n_parts, stream, qv_cuda(be)->n_sms);
+}
+
+qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts)
+{
+    const qv_cuda_backend *cuda = qv_cuda(be);
+    qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
+    bool stream = join(cuda, x, n_parts, parts, joined);
+    return qv_k_joined_linear(joined, n_parts, stream, cuda->n_sms, cuda->stream);
 }
 
 qv_status qv_cuda_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)

@@ -392,7 +392,7 @@ static qv_tensor run_experts(pair *p, const void *what, int32_t n, int32_t place
     qv_tensor scratch = nan_f32(p, n_pairs, 2 * c->max_rank + 1).t[GPU];
     if (up == NULL) {
         PASS(qv_op_moe_linear_act(be, c->up[GPU], list, x, QV_MOE_TOKENS,
-                                  s->gated ? QV_MOE_SWIGLU : QV_MOE_RELU2, wide, inner));
+                                  s->gated ? QV_ACT_SWIGLU : QV_ACT_RELU2, wide, inner));
     } else {
         x1 = qv_tensor_3d(scratch.data, QV_F32, n_pairs, up->n_slices, c->max_rank);
         PASS(qv_op_moe_linear(be, c->up[GPU], list, x, QV_MOE_TOKENS, wide));

@@ -169,7 +169,7 @@ Test(cuda_linear, gives_a_token_the_same_bits_whatever_is_beside_it_while_few)
 typedef struct {
     int64_t n_out;
     bool f32, rest;
-    qv_linear_act act;
+    qv_act act;
 } joined_part;
 
 /* n_out 0 ends the list. Cut down from released models where a product is large. */
@@ -180,38 +180,38 @@ static const struct {
 } joined_cases[] = {
     {"35B: shared expert, gate, router",
      2048,
-     {{512, false, false, QV_LINEAR_SWIGLU},
-      {1, false, false, QV_LINEAR_PLAIN},
-      {256, true, true, QV_LINEAR_PLAIN}}},
+     {{512, false, false, QV_ACT_SWIGLU},
+      {1, false, false, QV_ACT_NONE},
+      {256, true, true, QV_ACT_NONE}}},
     {"Nano: shared expert, router",
      896,
-     {{1240, false, false, QV_LINEAR_RELU2}, {128, true, true, QV_LINEAR_PLAIN}}},
+     {{1240, false, false, QV_ACT_RELU2}, {128, true, true, QV_ACT_NONE}}},
     {"Super: shared expert, router, latent",
      1024,
-     {{1344, false, false, QV_LINEAR_RELU2},
-      {512, true, true, QV_LINEAR_PLAIN},
-      {256, false, false, QV_LINEAR_PLAIN}}},
-    {"dense", 640, {{2080, false, false, QV_LINEAR_SWIGLU}}},
+     {{1344, false, false, QV_ACT_RELU2},
+      {512, true, true, QV_ACT_NONE},
+      {256, false, false, QV_ACT_NONE}}},
+    {"dense", 640, {{2080, false, false, QV_ACT_SWIGLU}}},
     {"groups of three sizes",
      1024,
-     {{64, false, false, QV_LINEAR_PLAIN},
-      {16, true, true, QV_LINEAR_PLAIN},
-      {6400, true, false, QV_LINEAR_PLAIN}}},
+     {{64, false, false, QV_ACT_NONE},
+      {16, true, true, QV_ACT_NONE},
+      {6400, true, false, QV_ACT_NONE}}},
     {"rows end in a tile",
      160,
-     {{82, false, false, QV_LINEAR_SWIGLU},
-      {41, true, true, QV_LINEAR_PLAIN},
-      {3, true, false, QV_LINEAR_PLAIN},
-      {37, false, false, QV_LINEAR_RELU2}}},
+     {{82, false, false, QV_ACT_SWIGLU},
+      {41, true, true, QV_ACT_NONE},
+      {3, true, false, QV_ACT_NONE},
+      {37, false, false, QV_ACT_RELU2}}},
     {"rows that nothing is a multiple of",
      200,
-     {{90, false, false, QV_LINEAR_SWIGLU}, {30, false, false, QV_LINEAR_PLAIN}}},
+     {{90, false, false, QV_ACT_SWIGLU}, {30, false, false, QV_ACT_NONE}}},
     {"a router that cannot be joined",
      200,
-     {{48, false, false, QV_LINEAR_SWIGLU}, {48, true, true, QV_LINEAR_PLAIN}}},
+     {{48, false, false, QV_ACT_SWIGLU}, {48, true, true, QV_ACT_NONE}}},
     {"a gate that cannot be joined",
      129,
-     {{10, false, false, QV_LINEAR_RELU2}, {1, false, false, QV_LINEAR_PLAIN}}},
+     {{10, false, false, QV_ACT_RELU2}, {1, false, false, QV_ACT_NONE}}},
 };
 
 /* Both forms on the device to the bit, and the joined one against the CPU. */
@@ -230,7 +230,7 @@ static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
         if (p->n_out == 0)
             break;
         const qv_linear_shape shape = {"", p->n_out, n_in};
-        int64_t width = p->act == QV_LINEAR_SWIGLU ? p->n_out / 2 : p->n_out;
+        int64_t width = p->act == QV_ACT_SWIGLU ? p->n_out / 2 : p->n_out;
         float *values = random_floats(&d->rng, p->n_out * n_in, 2 / sqrtf((float)n_in));
         round_to_bf16(values, p->n_out * n_in);
         w[0][n_parts] = new_weight(d, d->cpu, values, &shape, QV_BF16);
@@ -259,12 +259,12 @@ static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
     for (int32_t i = 0; i < n_parts; i++) {
         qv_linear_part *p = &one[i];
         int64_t f = p->y.shape[1];
-        qv_tensor to = p->act == QV_LINEAR_PLAIN ? p->y : p->wide;
+        qv_tensor to = p->act == QV_ACT_NONE ? p->y : p->wide;
         PASS(p->f32 ? qv_op_linear_f32(d->dev, p->w, x.dev, p->rest, to)
                     : qv_op_linear(d->dev, p->w, x.dev, to));
-        if (p->act == QV_LINEAR_SWIGLU)
+        if (p->act == QV_ACT_SWIGLU)
             PASS(qv_op_swiglu(d->dev, qv_tensor_cols(to, 0, f), qv_tensor_cols(to, f, f), p->y));
-        else if (p->act == QV_LINEAR_RELU2)
+        else if (p->act == QV_ACT_RELU2)
             PASS(qv_op_relu2(d->dev, to, p->y));
     }
     PASS(qv_op_linears(d->cpu, x.cpu, n_parts, cpu));

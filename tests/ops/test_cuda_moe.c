@@ -115,17 +115,17 @@ static uint16_t *bits_of(pair *p, qv_tensor t)
 
 /* Both at once against one after the other, on the device: bit for bit. */
 static void check_act(pair *p, const char *name, qv_weight *const *w, const lists *l, both x,
-                      bool pairs, qv_moe_act act, int64_t n_pairs, int64_t n_out)
+                      bool pairs, qv_act act, int64_t n_pairs, int64_t n_out)
 {
     qv_backend *be = p->be[GPU];
-    if (act == QV_MOE_SWIGLU && n_out % 2 != 0)
+    if (act == QV_ACT_SWIGLU && n_out % 2 != 0)
         return;
-    int64_t f = act == QV_MOE_SWIGLU ? n_out / 2 : n_out;
+    int64_t f = act == QV_ACT_SWIGLU ? n_out / 2 : n_out;
     both wide = nan_act(p, n_pairs, n_out), once = nan_act(p, n_pairs, f),
          twice = nan_act(p, n_pairs, f);
     qv_moe_rows rows = pairs ? QV_MOE_PAIRS : QV_MOE_TOKENS;
     PASS(qv_op_moe_linear(be, w[GPU], &l->list[GPU], x.t[GPU], rows, wide.t[GPU]));
-    PASS(act == QV_MOE_RELU2 ? qv_op_relu2(be, wide.t[GPU], twice.t[GPU])
+    PASS(act == QV_ACT_RELU2 ? qv_op_relu2(be, wide.t[GPU], twice.t[GPU])
                              : qv_op_swiglu(be, qv_tensor_cols(wide.t[GPU], 0, f),
                                             qv_tensor_cols(wide.t[GPU], f, f), twice.t[GPU]));
     PASS(qv_op_moe_linear_act(be, w[GPU], &l->list[GPU], x.t[GPU], rows, act, wide.t[GPU],
@@ -163,7 +163,7 @@ static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs, const cha
         PASS(qv_op_moe_combine_f32(p->be[side], &l.list[side], weights.t[side], y.t[side], NULL,
                                    (qv_tensor){0}, shared.t[side], gate.t[side], stream.t[side]));
     }
-    for (int act = QV_MOE_SWIGLU; act <= QV_MOE_RELU2; act++)
+    for (int act = QV_ACT_SWIGLU; act <= QV_ACT_RELU2; act++)
         check_act(p, s->name, w, &l, x, pairs, act, n_pairs, n_out);
     char what[96];
     snprintf(what, sizeof what, "moe_linear %s, %d tokens by %s", s->name, n,

@@ -326,13 +326,13 @@ Test(linear, products_of_one_input_are_those_of_one_op_each)
     qv_tensor h = qv_tensor_2d(wide, QV_F32, N, N_WIDE);
     qv_tensor narrow = qv_tensor_2d(wide, QV_F32, N, N_LOGITS);
     qv_linear_part parts[] = {
-        {.w = in, .act = QV_LINEAR_SWIGLU, .wide = h, .y = qv_tensor_2d(act, QV_F32, N, F)},
+        {.w = in, .act = QV_ACT_SWIGLU, .wide = h, .y = qv_tensor_2d(act, QV_F32, N, F)},
         {.w = router,
          .f32 = true,
          .rest = qv_tensor_2d(rest, QV_F32, N, N_IN),
          .y = qv_tensor_2d(logits, QV_F32, N, N_LOGITS)},
         {.w = router,
-         .act = QV_LINEAR_RELU2,
+         .act = QV_ACT_RELU2,
          .wide = narrow,
          .y = qv_tensor_2d(squares, QV_F32, N, N_LOGITS)},
     };

@@ -95,7 +95,7 @@ template <int D, int KEYS>
 __device__ __forceinline__ void start_scores(float (&s)[KEYS / 2], const bf16 *q, const bf16 *k)
 {
     uint64_t a = wgmma_tile(q), b = wgmma_tile(k);
-    wgmma_hold(s);
+    wgmma_keep(s);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < D / 16; i++)
@@ -110,7 +110,7 @@ __device__ __forceinline__ void start_values(float (&o)[D / 2], const uint32_t (
                                              const bf16 *v)
 {
     uint64_t b = wgmma_values_tile(v, KEYS * 128);
-    wgmma_hold(o);
+    wgmma_keep(o);
     wgmma_begin();
 #pragma unroll
     for (int i = 0; i < KEYS / 16; i++)
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(THREADS, 1)
             wait(bars.full_k, tile);
             start_scores<D, KEYS>(s, q, k_of(tile));
             wgmma_wait<0>();
-            wgmma_hold(s);
+            wgmma_keep(s);
             give_back(bars.empty_k, tile);
             softmax<KEYS>(s, rows, tile * KEYS, (tile + 1) * KEYS - 1 > all_see, scale);
 #pragma unroll
@@ -320,7 +320,7 @@ __global__ void __launch_bounds__(THREADS, 1)
                 clear_rows<D, KEYS>(v_of(tile), end - tile * KEYS, own);
             start_values<D, KEYS>(o, p, v_of(tile));
             wgmma_wait<0>();
-            wgmma_hold(o);
+            wgmma_keep(o);
             give_back(bars.empty_v, tile);
         }
 

@@ -20,7 +20,7 @@
 #include "kernels/kernels_gemm.h"
 #include "kernels/ptx_gemm.cuh"
 #include "kernels/tensor_map.cuh"
-#include "kernels/wgmma.cuh"
+#include "kernels/wgmma_shapes.cuh"
 
 namespace
 {
@@ -330,8 +330,8 @@ __device__ __forceinline__ int gemm_multiply(gemm_shared<F> &m, gemm_ring<F> &r,
         for (int k = 0; k < GEMM_STEP / 16; k++)
 #pragma unroll
             for (int u = 0; u < F::UNITS; u++)
-                wgmma_wide<F::COLUMNS>(acc[u], a + u * (GEMM_UNIT * GEMM_STEP * 2 / 16) + 2 * k,
-                                       b + 2 * k);
+                wgmma<F::COLUMNS>(acc[u], a + u * (GEMM_UNIT * GEMM_STEP * 2 / 16) + 2 * k,
+                                  b + 2 * k);
         wgmma_commit();
         if (F::LEAD > 0 && leads && step == F::LEAD - 1)
             named_barrier_arrive<2 * 128>(GEMM_LEAD_BARRIER);

@@ -452,15 +452,6 @@ template <class F> __device__ __forceinline__ void wide_release(wide_shared<F> &
         barrier_arrive_at(&m.empty[at], thread / 32);
 }
 
-template <int N>
-__device__ __forceinline__ void wide_product(float (&d)[N / 2], uint64_t a, uint64_t b)
-{
-    if constexpr (N <= 128)
-        wgmma<N>(d, a, b);
-    else
-        wgmma_wide<N>(d, a, b);
-}
-
 /* A warpgroup's part of an item: UNITS times 64 rows by N pairs. */
 template <class F, int UNITS, int N>
 __device__ __forceinline__ void wide_work(const qv_k_moe_linear_args &c, wide_shared<F> &m,
@@ -480,7 +471,7 @@ __device__ __forceinline__ void wide_work(const qv_k_moe_linear_args &c, wide_sh
         for (int k = 0; k < WIDE_K / 16; k++)
 #pragma unroll
             for (int u = 0; u < UNITS; u++)
-                wide_product<N>(acc[u], a + u * (WIDE_UNIT * WIDE_K * 2 / 16) + 2 * k, b + 2 * k);
+                wgmma<N>(acc[u], a + u * (WIDE_UNIT * WIDE_K * 2 / 16) + 2 * k, b + 2 * k);
         wgmma_commit();
         if (F::LEAD > 0 && leads && step == F::LEAD - 1)
             named_barrier_arrive<WIDE_WORKERS>(WIDE_LEAD_BARRIER);

@@ -4,25 +4,6 @@
 
 #include "kernels/ptx_hopper.cuh"
 
-template <int N> inline void wgmma_wide(float (&d)[N / 2], uint64_t a, uint64_t b)
-{
-    static_assert(N % 16 == 0 && N >= 128 && N <= 256, "columns");
-    emu::product p = {d, N};
-    p.a = a;
-    p.b = b;
-    emu::multiply(p);
-}
-
-template <int KEEP> inline void wgmma_b_trans(float (&d)[32], uint64_t a, uint64_t b)
-{
-    emu::product p = {d, 64};
-    p.a = a;
-    p.b = b;
-    p.b_by_columns = true;
-    p.adds = KEEP;
-    emu::multiply(p);
-}
-
 inline void stmatrix4(void *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 {
     const uint32_t fragments[4] = {a, b, c, d};

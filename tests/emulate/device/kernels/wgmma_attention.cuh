@@ -4,8 +4,6 @@
 
 #include "kernels/wgmma.cuh"
 
-template <int N> inline void wgmma_hold(float (&)[N]) {}
-
 template <int N> inline void wgmma_scores(float (&d)[N / 2], uint64_t a, uint64_t b, int keep)
 {
     emu::product p = {d, N};

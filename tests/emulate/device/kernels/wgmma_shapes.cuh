@@ -6,7 +6,7 @@
 
 template <int N> inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
 {
-    static_assert(N % 16 == 0 && N >= 32 && N <= 128, "columns");
+    static_assert(N % 16 == 0 && N >= 32 && N <= 256, "columns");
     emu::product p = {d, N};
     p.a = a;
     p.b = b;
@@ -19,6 +19,16 @@ inline void wgmma_64_trans(float (&d)[32], uint64_t a, uint64_t b)
     p.a = a;
     p.a_by_columns = true;
     p.b = b;
+    emu::multiply(p);
+}
+
+template <int KEEP> inline void wgmma_b_trans(float (&d)[32], uint64_t a, uint64_t b)
+{
+    emu::product p = {d, 64};
+    p.a = a;
+    p.b = b;
+    p.b_by_columns = true;
+    p.adds = KEEP;
     emu::multiply(p);
 }
 

@@ -11,7 +11,7 @@ extern "C" qv_status qv_k_check_launch(const char *name)
                    cudaGetErrorName(error));
 }
 
-static int find_major(void)
+static int major_of_device(void)
 {
     int device = 0, major = 0;
     if (cudaGetDevice(&device) != cudaSuccess ||
@@ -20,20 +20,10 @@ static int find_major(void)
     return major;
 }
 
-static int major_of_device(void)
-{
-    static const int major = find_major();
-    return major;
-}
-
 extern "C" bool qv_k_is_hopper(void)
 {
-    return major_of_device() == 9;
-}
-
-extern "C" bool qv_k_starts_early(void)
-{
-    return major_of_device() >= 9;
+    static const int major = major_of_device();
+    return major == 9;
 }
 
 __global__ void hold_kernel(uint64_t ns)

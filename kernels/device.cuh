@@ -13,11 +13,11 @@
 /* QV_OK, or what the launch of `name` failed with. */
 extern "C" qv_status qv_k_check_launch(const char *name);
 
-/* Whether the device of the process is of compute capability 9, which has wgmma. */
+/* Whether the device of the process is of compute capability 9, which has wgmma, clusters and
+ * dependent launches. Earlier ones refuse the launch attributes of the latter two, and later ones
+ * run the code for 8.0 (cmake/cuda.cmake), in which nothing waits for a cluster or the launch
+ * before. */
 extern "C" bool qv_k_is_hopper(void);
-
-/* Whether it knows dependent launches; others refuse the attribute that asks for one. */
-extern "C" bool qv_k_starts_early(void);
 
 /* Eight BF16 numbers as one 16-byte access. (Of an array in its place the compiler makes four.) */
 struct bf16x8 {

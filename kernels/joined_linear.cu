@@ -473,7 +473,7 @@ qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool st
     config.blockDim = dim3(THREADS);
     config.stream = (cudaStream_t)on;
     config.attrs = attributes;
-    config.numAttrs = all.cluster > 1 ? 2 : 1;
+    config.numAttrs = !qv_k_is_hopper() ? 0 : all.cluster > 1 ? 2 : 1;
     config.dynamicSmemBytes = (size_t)all.bytes;
     cudaError_t error = cudaFuncSetAttribute(
         joined_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(joined_shared));

@@ -48,7 +48,7 @@ typedef struct {
     const float *x1; /* [n_tokens, n_slices, max_rank]: A x from qv_k_lora_shrink */
 } qv_k_stream_lora;
 
-/* y = W x, and with `lora` + scale B x1 in one rounding, on devices of 9.0 and later. Made for few
+/* y = W x, and with `lora` + scale B x1 in one rounding, on devices of 9.0. Made for few
  * tokens, right for any number: what is computed for a token depends on its own row and adapter
  * alone. W BF16 with n_in a multiple of 8, x rows on 16 bytes; with adapters n_out a multiple of 8
  * and a pool's rank of 4. Errors: DEVICE. */
@@ -75,7 +75,7 @@ typedef struct {
 #define QV_K_JOINED_TOKENS 8
 
 /* Products for at most QV_K_JOINED_TOKENS tokens in one launch, each to the bit what
- * qv_k_any_linear gives for few rows, qv_k_stream_linear where `stream` (9.0 and later) and it can,
+ * qv_k_any_linear gives for few rows, qv_k_stream_linear where `stream` (9.0) and it can,
  * qv_k_skinny_linear otherwise. Where none of them can, the parts cannot be joined. Errors: DEVICE,
  * UNSUPPORTED. */
 bool qv_k_joined_linear_can(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms);

@@ -125,7 +125,7 @@ cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStream_t stream)
     config.blockDim = dim3(few ? 512 : 256);
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs = qv_k_starts_early();
+    config.numAttrs = qv_k_is_hopper();
     config.dynamicSmemBytes = (few ? 16 : 8) * NT * 128 * sizeof(float);
     if (!few)
         return cudaLaunchKernelEx(&config, skinny_kernel<NT, 8, REST>, c);

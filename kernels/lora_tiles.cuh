@@ -48,7 +48,7 @@ void launch_behind(void (*kernel)(Parameters...), dim3 grid, int threads, size_t
     config.attrs = &attribute;
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.numAttrs = qv_k_starts_early();
+    config.numAttrs = qv_k_is_hopper();
     cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -170,7 +170,7 @@ qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor 
 
 bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args)
 {
-    return cuda->major >= 9 && (cuda->deterministic || args->n_tokens <= SKINNY_TOKENS);
+    return cuda->major == 9 && (cuda->deterministic || args->n_tokens <= SKINNY_TOKENS);
 }
 
 /* More tokens than this are prefill. */

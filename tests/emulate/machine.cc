@@ -202,6 +202,11 @@ int capability()
     return value;
 }
 
+int code()
+{
+    return capability() / 10 == 9 ? 90 : 80;
+}
+
 /* --- Reports ------------------------------------------------------------------------------ */
 
 static void print_thread(const thread *t)

@@ -84,6 +84,8 @@ bool chance(unsigned n);
 
 /* 10 * capability of the device that is shown: 90, or 80 with QV_EMULATE_CAPABILITY=8.0. */
 int capability();
+/* The code that it runs, of those that are built: for 9.0 on itself alone, elsewhere for 8.0. */
+int code();
 
 } // namespace emu
 

@@ -236,6 +236,8 @@ static cudaError_t check(const cudaLaunchConfig_t &config, const emu::kernel_cal
         return cudaErrorInvalidConfiguration;
     if (c.x * c.y * c.z > 8 || g.x % c.x != 0 || g.y % c.y != 0 || g.z % c.z != 0)
         return cudaErrorInvalidConfiguration;
+    if (emu::capability() < 90 && (call.early || c.x * c.y * c.z > 1))
+        return cudaErrorNotSupported;
     if (config.dynamicSmemBytes > emu::shared_limit(kernel))
         return cudaErrorInvalidValue;
     return cudaSuccess;

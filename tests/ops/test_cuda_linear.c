@@ -81,6 +81,28 @@ Test(cuda_linear, agrees_with_the_cpu_on_every_shape)
     close_duo(&d);
 }
 
+/* An emulated device of another kind; on one that is there, no difference. */
+static void check_few_tokens(const char *capability)
+{
+    static const int64_t counts[] = {1, 8};
+    setenv("QV_EMULATE_CAPABILITY", capability, 1);
+    duo d = open_duo(1);
+    for (size_t i = 0; i < QV_ROWS(qv_linear_shapes); i++)
+        check_counts(&d, &qv_linear_shapes[i], QV_BF16, counts, QV_ROWS(counts));
+    check_counts(&d, &more_shapes[5], QV_BF16, counts, QV_ROWS(counts));
+    close_duo(&d);
+}
+
+Test(cuda_linear, agrees_with_the_cpu_on_devices_before_clusters)
+{
+    check_few_tokens("8.0");
+}
+
+Test(cuda_linear, agrees_with_the_cpu_on_later_devices_which_run_the_code_of_earlier_ones)
+{
+    check_few_tokens("10.0");
+}
+
 /* --- The kernel for decode, on trial ------------------------------------------------------- */
 
 Test(cuda_linear, agrees_with_the_cpu_with_decode_on_trial, .timeout = 600)
@@ -289,6 +311,15 @@ static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
     }
     free_twin(d, &rest);
     free_twin(d, &xw);
+}
+
+Test(cuda_linear, products_of_one_input_are_joined_on_devices_before_dependent_launches)
+{
+    setenv("QV_EMULATE_CAPABILITY", "8.0", 1);
+    duo d = open_duo_with(3, "experts");
+    for (size_t i = 0; i < QV_ROWS(joined_cases); i++)
+        check_joined(&d, i, 3, 0);
+    close_duo(&d);
 }
 
 Test(cuda_linear, products_of_one_input_are_the_same_bits_together_as_alone)

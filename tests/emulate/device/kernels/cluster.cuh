@@ -6,13 +6,13 @@
 
 inline void cluster_arrive()
 {
-    if (emu::capability() >= 90)
+    if (emu::code() >= 90)
         emu::cluster_arrive();
 }
 
 inline void cluster_wait()
 {
-    if (emu::capability() >= 90)
+    if (emu::code() >= 90)
         emu::cluster_wait();
     else
         emu::barrier(0, 0);
@@ -20,7 +20,7 @@ inline void cluster_wait()
 
 template <typename T> inline void store_there(int rank, T *p, T x)
 {
-    *(emu::capability() >= 90 ? (T *)emu::shared_of(rank, p) : p) = x;
+    *(emu::code() >= 90 ? (T *)emu::shared_of(rank, p) : p) = x;
 }
 
 inline void store_at(int rank, bf16 *p, bf16 x)

@@ -118,7 +118,7 @@ inline void wait_for_previous() {}
 
 inline void cluster_sync()
 {
-    if (emu::capability() >= 90) {
+    if (emu::code() >= 90) {
         emu::cluster_arrive();
         emu::cluster_wait();
     }
@@ -126,7 +126,7 @@ inline void cluster_sync()
 
 inline float4 load_from(const float *p, int rank)
 {
-    if (emu::capability() < 90)
+    if (emu::code() < 90)
         return make_float4(0, 0, 0, 0);
     return *(const float4 *)emu::shared_of(rank, p);
 }

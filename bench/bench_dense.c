@@ -3,12 +3,12 @@
  * matrix product measured in the same run, the time measured, and the ratio of the two.
  *
  *   bench_dense [TABLE...]    linear norm rope attention sample decode; all without arguments
- *   bench_dense forms         products of decode by each form of the kernel on trial, the best
- * first
+ *   bench_dense forms         products of decode by each form of the kernel on trial, best first
  *
  * Times are medians over replays of a graph of many calls, so that neither launches nor the host
  * are in them; calls go round over copies of what a step would have to read from memory.
  */
+#include "bench/gpu_bench.h"
 #include "ops/cuda/cuda.h"
 
 #include <stdio.h>
@@ -16,91 +16,23 @@
 #include <string.h>
 #include <time.h>
 
-enum { ROUNDS = 32, REPLAYS = 9, MAX_COPIES = 64 };
-#define ROTATE_BYTES 256e6 /* several times the L2 cache */
+enum { ROUNDS = 32, MAX_COPIES = ROUNDS };
 
 static qv_backend *be;
-static double copy_rate = 3e12, gemm_rate = 800e12;
-
-static void pass(qv_status status)
-{
-    if (status == QV_OK)
-        return;
-    fprintf(stderr, "bench_dense: %s\n", qv_error());
-    exit(1);
-}
-
-static void check(cudaError_t error)
-{
-    pass(error == cudaSuccess ? QV_OK : qv_cuda_fail(error, "bench"));
-}
-
-static void *made_up(qv_dtype dtype, int64_t n, float scale)
-{
-    static uint64_t seed;
-    void *p;
-    pass(qv_backend_alloc(be, (size_t)n * qv_dtype_size(dtype), &p));
-    pass(qv_backend_fill(be, p, dtype, n, 0, scale, ++seed));
-    return p;
-}
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
-}
-
-typedef void call_fn(void *ctx, int round);
+static bench_rates rates;
 
 /* Median seconds of one call. */
-static double measure(call_fn *call, void *ctx)
+static double measure(bench_call *call, void *ctx)
 {
-    cudaStream_t stream = qv_cuda(be)->stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t start, stop;
-    double times[REPLAYS];
-    call(ctx, 0);
-    check(cudaStreamSynchronize(stream));
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < ROUNDS; i++)
-        call(ctx, i);
-    check(cudaStreamEndCapture(stream, &graph));
-    check(cudaGraphInstantiate(&exec, graph, 0));
-    check(cudaEventCreate(&start));
-    check(cudaEventCreate(&stop));
-    for (int i = -2; i < REPLAYS; i++) {
-        check(cudaEventRecord(start, stream));
-        check(cudaGraphLaunch(exec, stream));
-        check(cudaEventRecord(stop, stream));
-        check(cudaStreamSynchronize(stream));
-        float ms;
-        check(cudaEventElapsedTime(&ms, start, stop));
-        if (i >= 0)
-            times[i] = ms * 1e-3 / ROUNDS;
-    }
-    check(cudaGraphExecDestroy(exec));
-    check(cudaGraphDestroy(graph));
-    check(cudaEventDestroy(start));
-    check(cudaEventDestroy(stop));
-    qsort(times, REPLAYS, sizeof *times, by_value);
-    return times[REPLAYS / 2];
+    return bench_time(qv_cuda(be)->stream, call, ctx, ROUNDS);
 }
 
 static void report(const char *name, double bytes, double flop, double t)
 {
-    double by_bytes = bytes / copy_rate, by_flop = flop / gemm_rate;
-    double floor = by_bytes > by_flop ? by_bytes : by_flop;
+    double floor = bench_floor(&rates, bytes, flop);
     printf("%-44s %9.2f MB %9.2f GFLOP  floor %8.2f us  time %8.2f us  ratio %5.2f\n", name,
            bytes * 1e-6, flop * 1e-9, floor * 1e6, t * 1e6, t / floor);
     fflush(stdout);
-}
-
-/* How many copies of `bytes` to go round over. */
-static int n_copies(double bytes)
-{
-    int n = (int)(ROTATE_BYTES / bytes) + 1;
-    return n > MAX_COPIES ? MAX_COPIES : n < 2 ? 2 : n;
 }
 
 /* --- Linear ------------------------------------------------------------------------------- */
@@ -117,8 +49,8 @@ static void call_linear(void *ctx, int round)
     linear_ctx *c = ctx;
     const qv_weight *w = c->w[round % c->n];
     if (!c->ours) {
-        pass(c->y.dtype == QV_F32 ? qv_op_linear_f32(be, w, c->x, (qv_tensor){0}, c->y)
-                                  : qv_op_linear(be, w, c->x, c->y));
+        bench_pass(c->y.dtype == QV_F32 ? qv_op_linear_f32(be, w, c->x, (qv_tensor){0}, c->y)
+                                        : qv_op_linear(be, w, c->x, c->y));
         return;
     }
     const qv_k_linear_args args = {.w = qv_cuda_weight_of(w)->data,
@@ -130,7 +62,7 @@ static void call_linear(void *ctx, int round)
                                    .x_stride = c->x.stride[0],
                                    .y_stride = c->y.stride[0],
                                    .y_f32 = c->y.dtype == QV_F32};
-    pass(qv_k_skinny_linear(&args, qv_cuda(be)->stream));
+    bench_pass(qv_k_skinny_linear(&args, qv_cuda(be)->stream));
 }
 
 static void bench_linear(void)
@@ -151,13 +83,13 @@ static void bench_linear(void)
                 continue;
             qv_dtype y_dtype = shapes[i].f32 ? QV_F32 : QV_BF16;
             double w_bytes = 2.0 * (double)(n_out * n_in);
-            linear_ctx c = {.n = n > 256 ? 1 : n_copies(w_bytes)};
+            linear_ctx c = {.n = n > 256 ? 1 : bench_copies(w_bytes, MAX_COPIES)};
             for (int k = 0; k < c.n; k++) {
-                pass(qv_weight_new(be, n_out, n_in, QV_BF16, &c.w[k]));
-                pass(qv_weight_fill(be, c.w[k], 0.02f, (uint64_t)k));
+                bench_pass(qv_weight_new(be, n_out, n_in, QV_BF16, &c.w[k]));
+                bench_pass(qv_weight_fill(be, c.w[k], 0.02f, (uint64_t)k));
             }
-            c.x = qv_tensor_2d(made_up(QV_BF16, n * n_in, 1), QV_BF16, n, n_in);
-            c.y = qv_tensor_2d(made_up(y_dtype, n * n_out, 1), y_dtype, n, n_out);
+            c.x = qv_tensor_2d(bench_made_up(QV_BF16, n * n_in, 1), QV_BF16, n, n_in);
+            c.y = qv_tensor_2d(bench_made_up(y_dtype, n * n_out, 1), y_dtype, n, n_out);
             double bytes = w_bytes + 2.0 * (double)(n * n_in) +
                            (double)(n * n_out) * (double)qv_dtype_size(y_dtype);
             double flop = 2.0 * (double)(n * n_out) * (double)n_in;
@@ -170,8 +102,8 @@ static void bench_linear(void)
             }
             for (int k = 0; k < c.n; k++)
                 qv_weight_free(be, c.w[k]);
-            qv_backend_free(be, c.x.data);
-            qv_backend_free(be, c.y.data);
+            bench_free(c.x.data);
+            bench_free(c.y.data);
         }
 }
 
@@ -191,22 +123,23 @@ static void call_norm(void *ctx, int round)
     qv_tensor x = c->x[round % c->n], y = c->y[round % c->n];
     switch (c->what) {
     case RMS_NORM:
-        pass(qv_op_rms_norm(be, x, c->w, 1e-6f, true, y));
+        bench_pass(qv_op_rms_norm(be, x, c->w, 1e-6f, true, y));
         break;
     case ADD_RMS_NORM:
     case ADD_WITH_REST:
-        pass(qv_op_add_rms_norm(be, c->residual[round % c->n], c->delta[round % c->n], c->w, 1e-6f,
-                                true, y, c->what == ADD_WITH_REST ? x : (qv_tensor){0}));
+        bench_pass(qv_op_add_rms_norm(be, c->residual[round % c->n], c->delta[round % c->n], c->w,
+                                      1e-6f, true, y,
+                                      c->what == ADD_WITH_REST ? x : (qv_tensor){0}));
         break;
     case SWIGLU:
-        pass(qv_op_swiglu(be, x, y, y));
+        bench_pass(qv_op_swiglu(be, x, y, y));
         break;
     case SIGMOID_GATE:
-        pass(qv_op_sigmoid_gate(be, qv_tensor_split(y, 1, y.shape[1]),
-                                qv_tensor_split(x, 1, x.shape[1])));
+        bench_pass(qv_op_sigmoid_gate(be, qv_tensor_split(y, 1, y.shape[1]),
+                                      qv_tensor_split(x, 1, x.shape[1])));
         break;
     default:
-        pass(qv_op_relu2(be, x, y));
+        bench_pass(qv_op_relu2(be, x, y));
         break;
     }
 }
@@ -236,23 +169,23 @@ static void bench_norm(void)
         for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
             int64_t n = counts[j], d = ops[i].width;
             norm_ctx c = {.what = ops[i].what, .n = n > 1024 ? 4 : 8};
-            c.w = qv_tensor_1d(made_up(QV_F32, d, 1), QV_F32, d);
+            c.w = qv_tensor_1d(bench_made_up(QV_F32, d, 1), QV_F32, d);
             for (int k = 0; k < c.n; k++) {
-                c.x[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
-                c.y[k] = qv_tensor_2d(made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
-                c.residual[k] = qv_tensor_2d(made_up(QV_F32, n * d, 1), QV_F32, n, d);
-                c.delta[k] = qv_tensor_2d(made_up(QV_F32, n * d, 0), QV_F32, n, d);
+                c.x[k] = qv_tensor_2d(bench_made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
+                c.y[k] = qv_tensor_2d(bench_made_up(QV_BF16, n * d, 1), QV_BF16, n, d);
+                c.residual[k] = qv_tensor_2d(bench_made_up(QV_F32, n * d, 1), QV_F32, n, d);
+                c.delta[k] = qv_tensor_2d(bench_made_up(QV_F32, n * d, 0), QV_F32, n, d);
             }
             char name[96];
             snprintf(name, sizeof name, "%s [%lld, %lld]", ops[i].name, (long long)n, (long long)d);
             report(name, ops[i].streams * 2 * (double)(n * d), 0, measure(call_norm, &c));
             for (int k = 0; k < c.n; k++) {
-                qv_backend_free(be, c.x[k].data);
-                qv_backend_free(be, c.y[k].data);
-                qv_backend_free(be, c.residual[k].data);
-                qv_backend_free(be, c.delta[k].data);
+                bench_free(c.x[k].data);
+                bench_free(c.y[k].data);
+                bench_free(c.residual[k].data);
+                bench_free(c.delta[k].data);
             }
-            qv_backend_free(be, c.w.data);
+            bench_free(c.w.data);
         }
 }
 
@@ -282,16 +215,16 @@ static void call_attention(void *ctx, int round)
     const qv_kv_layer *kv = &c->kv[round % c->n];
     switch (c->kind) {
     case ROPE:
-        pass(qv_op_rope_kv_write(be, &c->batch, 64, 1e7, c->q, c->k, c->v, kv));
+        bench_pass(qv_op_rope_kv_write(be, &c->batch, 64, 1e7, c->q, c->k, c->v, kv));
         break;
     case NORM_ROPE:
-        pass(qv_op_norm_rope_kv_write(be, &c->batch, &c->how, c->q, c->k, c->v, kv));
+        bench_pass(qv_op_norm_rope_kv_write(be, &c->batch, &c->how, c->q, c->k, c->v, kv));
         break;
     case ATTENTION:
-        pass(qv_op_attention(be, &c->batch, kv, 0.0625f, c->q, c->o));
+        bench_pass(qv_op_attention(be, &c->batch, kv, 0.0625f, c->q, c->o));
         break;
     case GATED:
-        pass(qv_op_gated_attention(be, &c->batch, kv, 0.0625f, c->q, c->gate, c->o));
+        bench_pass(qv_op_gated_attention(be, &c->batch, kv, 0.0625f, c->q, c->gate, c->o));
         break;
     }
 }
@@ -348,21 +281,22 @@ static void bench_attention(bool rope)
                               .page_table = table,
                               .page_stride = pages};
             attention_ctx c = {.kind = rope ? ROPE : ATTENTION};
-            pass(qv_backend_put_batch(be, &batch, &c.batch));
+            bench_pass(qv_backend_put_batch(be, &batch, &c.batch));
             int64_t pool = (int64_t)n_seqs * pages * 16 * kv * d;
             double kv_bytes = 4.0 * (double)pool;
-            c.n = n_copies(kv_bytes) > 8 ? 8 : n_copies(kv_bytes);
+            c.n = bench_copies(kv_bytes, 8);
             for (int k = 0; k < c.n; k++)
-                c.kv[k] = (qv_kv_layer){
-                    qv_tensor_4d(made_up(QV_BF16, pool, 1), QV_BF16, n_seqs * pages, 16, kv, d),
-                    qv_tensor_4d(made_up(QV_BF16, pool, 1), QV_BF16, n_seqs * pages, 16, kv, d),
-                    16};
-            c.q = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
-            c.o = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
-            c.k = qv_tensor_3d(made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
-            c.v = qv_tensor_3d(made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
-            c.gate = qv_tensor_3d(made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
-            qv_tensor w = qv_tensor_1d(made_up(QV_F32, d, 1), QV_F32, d);
+                c.kv[k] = (qv_kv_layer){qv_tensor_4d(bench_made_up(QV_BF16, pool, 1), QV_BF16,
+                                                     n_seqs * pages, 16, kv, d),
+                                        qv_tensor_4d(bench_made_up(QV_BF16, pool, 1), QV_BF16,
+                                                     n_seqs * pages, 16, kv, d),
+                                        16};
+            c.q = qv_tensor_3d(bench_made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
+            c.o = qv_tensor_3d(bench_made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
+            c.k = qv_tensor_3d(bench_made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
+            c.v = qv_tensor_3d(bench_made_up(QV_BF16, n * kv * d, 1), QV_BF16, n, kv, d);
+            c.gate = qv_tensor_3d(bench_made_up(QV_BF16, n * heads * d, 1), QV_BF16, n, heads, d);
+            qv_tensor w = qv_tensor_1d(bench_made_up(QV_F32, d, 1), QV_F32, d);
             c.how = (qv_norm_rope){w, w, 1e-6f, true, 64, 1e7};
             char name[96];
             snprintf(name, sizeof name, "%s, %d x %d tokens after %d", models[m].name, n_seqs, now,
@@ -372,15 +306,15 @@ static void bench_attention(bool rope)
             c.kind++; /* the other kind of the table */
             report_attention(name, &c, kv_bytes, seen);
             for (int k = 0; k < c.n; k++) {
-                qv_backend_free(be, c.kv[k].k.data);
-                qv_backend_free(be, c.kv[k].v.data);
+                bench_free(c.kv[k].k.data);
+                bench_free(c.kv[k].v.data);
             }
-            qv_backend_free(be, c.q.data);
-            qv_backend_free(be, c.o.data);
-            qv_backend_free(be, c.k.data);
-            qv_backend_free(be, c.v.data);
-            qv_backend_free(be, c.gate.data);
-            qv_backend_free(be, w.data);
+            bench_free(c.q.data);
+            bench_free(c.o.data);
+            bench_free(c.k.data);
+            bench_free(c.v.data);
+            bench_free(c.gate.data);
+            bench_free(w.data);
             free(host);
         }
 }
@@ -401,7 +335,7 @@ static void upload_logits(qv_tensor t)
         }
         for (int64_t j = 0; j < 40; j++)
             row[(i * 977 + j * 6007) % n] = 10 + 0.2f * (float)j;
-        pass(qv_backend_upload(be, (float *)t.data + i * n, row, (size_t)n * sizeof *row));
+        bench_pass(qv_backend_upload(be, (float *)t.data + i * n, row, (size_t)n * sizeof *row));
     }
     free(row);
 }
@@ -414,25 +348,24 @@ static double time_sample(qv_tensor logits, const qv_sample_row *rows, qv_sample
     for (int i = -2; i < REPS; i++) {
         struct timespec a, b;
         clock_gettime(CLOCK_MONOTONIC, &a);
-        pass(qv_op_sample(be, logits, (int32_t)logits.shape[1], rows, results));
+        bench_pass(qv_op_sample(be, logits, (int32_t)logits.shape[1], rows, results));
         clock_gettime(CLOCK_MONOTONIC, &b);
         if (i >= 0)
             times[i] = (double)(b.tv_sec - a.tv_sec) + (double)(b.tv_nsec - a.tv_nsec) * 1e-9;
     }
-    qsort(times, REPS, sizeof *times, by_value);
-    return times[REPS / 2];
+    return bench_median(times, REPS);
 }
 
 static void bench_sample(void)
 {
     static const int64_t counts[] = {1, 4, 16, 64, 256};
     enum { VOCAB = 248320 };
-    pass(qv_backend_reserve(be, &(qv_backend_limits){.max_logits = 256, .n_vocab = VOCAB}));
+    bench_pass(qv_backend_reserve(be, &(qv_backend_limits){.max_logits = 256, .n_vocab = VOCAB}));
     for (int kind = 0; kind < 3; kind++)
         for (size_t j = 0; j < sizeof counts / sizeof *counts; j++) {
             static const char *const names[] = {"greedy", "temperature", "top-k 50, top-p 0.9"};
             int64_t n = counts[j];
-            qv_tensor logits = qv_tensor_2d(made_up(QV_F32, n * VOCAB, 10), QV_F32, n, VOCAB);
+            qv_tensor logits = qv_tensor_2d(bench_made_up(QV_F32, n * VOCAB, 10), QV_F32, n, VOCAB);
             upload_logits(logits);
             qv_sample_row *rows = calloc((size_t)n, sizeof *rows);
             qv_sample_result *results = calloc((size_t)n, sizeof *results);
@@ -454,7 +387,7 @@ static void bench_sample(void)
             use_trial(QV_TRIAL_SAMPLE, false);
             free(rows);
             free(results);
-            qv_backend_free(be, logits.data);
+            bench_free(logits.data);
         }
 }
 
@@ -493,18 +426,11 @@ static void call_decode(void *ctx, int round)
     decode_ctx *c = ctx;
     const qv_weight *w = c->w[round % c->n];
     if (c->n_adapters == 0)
-        pass(qv_op_linear(be, w, c->x, c->y));
+        bench_pass(qv_op_linear(be, w, c->x, c->y));
     else
-        pass(qv_op_linear_lora(be, w, &c->site[round % c->n], c->n_adapters, c->segments,
-                               c->segments + c->n_adapters + 1, c->x, c->scratch, c->y, false));
-}
-
-static void *sent(const void *host, size_t bytes)
-{
-    void *p;
-    pass(qv_backend_alloc(be, bytes, &p));
-    pass(qv_backend_upload(be, p, host, bytes));
-    return p;
+        bench_pass(qv_op_linear_lora(be, w, &c->site[round % c->n], c->n_adapters, c->segments,
+                                     c->segments + c->n_adapters + 1, c->x, c->scratch, c->y,
+                                     false));
 }
 
 /* Adapters of one rank in every slot of a pool, tokens shared out evenly. */
@@ -521,9 +447,9 @@ static void make_adapters(decode_ctx *c, const decode_shape *s, int64_t n, int64
         host[i] = (int32_t)(n * i / n_slots);
     for (int32_t i = 0; i < n_slots; i++)
         host[n_slots + 1 + i] = i;
-    c->segments = sent(host, (size_t)(2 * n_slots + 1) * sizeof *host);
-    c->scratch =
-        qv_tensor_3d(made_up(QV_F32, n * s->n_slices * rank, 1), QV_F32, n, s->n_slices, rank);
+    c->segments = bench_sent(host, (size_t)(2 * n_slots + 1) * sizeof *host);
+    c->scratch = qv_tensor_3d(bench_made_up(QV_F32, n * s->n_slices * rank, 1), QV_F32, n,
+                              s->n_slices, rank);
     int64_t n_out = c->slice_start[s->n_slices];
     for (int k = 0; k < c->n; k++)
         c->site[k] = (qv_lora_site){
@@ -533,11 +459,11 @@ static void make_adapters(decode_ctx *c, const decode_shape *s, int64_t n, int64
             .n_slots = n_slots,
             .max_rank = (int32_t)rank,
             .slice_start = c->slice_start,
-            .a = qv_tensor_4d(made_up(QV_BF16, n_slots * s->n_slices * rank * s->n_in, 1), QV_BF16,
-                              n_slots, s->n_slices, rank, s->n_in),
-            .b = qv_tensor_3d(made_up(QV_BF16, n_slots * rank * n_out, 1), QV_BF16, n_slots, rank,
-                              n_out),
-            .slices = sent(slices, (size_t)(n_slots * s->n_slices) * sizeof *slices)};
+            .a = qv_tensor_4d(bench_made_up(QV_BF16, n_slots * s->n_slices * rank * s->n_in, 1),
+                              QV_BF16, n_slots, s->n_slices, rank, s->n_in),
+            .b = qv_tensor_3d(bench_made_up(QV_BF16, n_slots * rank * n_out, 1), QV_BF16, n_slots,
+                              rank, n_out),
+            .slices = bench_sent(slices, (size_t)(n_slots * s->n_slices) * sizeof *slices)};
     double weights = (double)(n_slots * rank) * (double)(s->n_planes * s->n_in + n_out);
     c->bytes += 2 * weights;
     c->flop += 2 * (double)(n * rank) * (double)(s->n_planes * s->n_in + n_out);
@@ -553,13 +479,13 @@ static decode_ctx make_decode(const decode_shape *s, int64_t n, int32_t n_adapte
     double w_bytes = 2.0 * (double)(n_out * s->n_in);
     c.bytes = w_bytes + 2.0 * (double)(n * (s->n_in + n_out));
     c.flop = 2.0 * (double)(n * n_out) * (double)s->n_in;
-    c.n = n_copies(w_bytes);
+    c.n = bench_copies(w_bytes, MAX_COPIES);
     for (int k = 0; k < c.n; k++) {
-        pass(qv_weight_new(be, n_out, s->n_in, QV_BF16, &c.w[k]));
-        pass(qv_weight_fill(be, c.w[k], 0.02f, (uint64_t)k));
+        bench_pass(qv_weight_new(be, n_out, s->n_in, QV_BF16, &c.w[k]));
+        bench_pass(qv_weight_fill(be, c.w[k], 0.02f, (uint64_t)k));
     }
-    c.x = qv_tensor_2d(made_up(QV_BF16, n * s->n_in, 1), QV_BF16, n, s->n_in);
-    c.y = qv_tensor_2d(made_up(QV_BF16, n * n_out, 1), QV_BF16, n, n_out);
+    c.x = qv_tensor_2d(bench_made_up(QV_BF16, n * s->n_in, 1), QV_BF16, n, s->n_in);
+    c.y = qv_tensor_2d(bench_made_up(QV_BF16, n * n_out, 1), QV_BF16, n, n_out);
     if (n_adapters > 0)
         make_adapters(&c, s, n, rank);
     return c;
@@ -569,14 +495,14 @@ static void free_decode(decode_ctx *c)
 {
     for (int k = 0; k < c->n; k++) {
         qv_weight_free(be, c->w[k]);
-        qv_backend_free(be, c->site[k].a.data);
-        qv_backend_free(be, c->site[k].b.data);
-        qv_backend_free(be, c->site[k].slices);
+        bench_free(c->site[k].a.data);
+        bench_free(c->site[k].b.data);
+        bench_free(c->site[k].slices);
     }
-    qv_backend_free(be, c->x.data);
-    qv_backend_free(be, c->y.data);
-    qv_backend_free(be, c->scratch.data);
-    qv_backend_free(be, c->segments);
+    bench_free(c->x.data);
+    bench_free(c->y.data);
+    bench_free(c->scratch.data);
+    bench_free(c->segments);
 }
 
 typedef struct {
@@ -586,7 +512,8 @@ typedef struct {
 
 static int by_time(const void *a, const void *b)
 {
-    return by_value(&((const timed_form *)a)->time, &((const timed_form *)b)->time);
+    double x = ((const timed_form *)a)->time, y = ((const timed_form *)b)->time;
+    return (x > y) - (x < y);
 }
 
 /* Every form with room for the tokens and every number of blocks that share k; prints the best. */
@@ -657,74 +584,42 @@ static void bench_decode(bool forms)
 
 /* --- Main --------------------------------------------------------------------------------- */
 
-typedef struct {
-    qv_tensor x, y;
-    const int32_t *rows;
-} copy_ctx;
-
-/* Our own copy of rows: faster than the driver's. */
-static void call_copy(void *ctx, int round)
-{
-    copy_ctx *c = ctx;
-    (void)round;
-    pass(qv_op_gather_rows(be, c->x, c->rows, c->y));
-}
-
 static void measure_ceilings(void)
 {
-    enum { ROWS = 1 << 16, COLS = 8192 }; /* 1 GiB */
-    static int32_t rows[ROWS];
-    for (int32_t i = 0; i < ROWS; i++)
-        rows[i] = i;
-    void *ids;
-    pass(qv_backend_alloc(be, sizeof rows, &ids));
-    pass(qv_backend_upload(be, ids, rows, sizeof rows));
-    copy_ctx copy = {.rows = ids};
-    copy.x = qv_tensor_2d(made_up(QV_BF16, (int64_t)ROWS * COLS, 1), QV_BF16, ROWS, COLS);
-    copy.y = qv_tensor_2d(made_up(QV_BF16, (int64_t)ROWS * COLS, 1), QV_BF16, ROWS, COLS);
-    copy_rate = 4.0 * ROWS * COLS / measure(call_copy, &copy);
-    qv_backend_free(be, copy.x.data);
-    qv_backend_free(be, copy.y.data);
-    qv_backend_free(be, ids);
-    int64_t n = 8192;
+    const int64_t n = 8192;
     linear_ctx c = {.n = 1};
-    pass(qv_weight_new(be, n, n, QV_BF16, &c.w[0]));
-    pass(qv_weight_fill(be, c.w[0], 0.02f, 1));
-    c.x = qv_tensor_2d(made_up(QV_BF16, n * n, 1), QV_BF16, n, n);
-    c.y = qv_tensor_2d(made_up(QV_BF16, n * n, 1), QV_BF16, n, n);
-    gemm_rate = 2.0 * (double)(n * n) * (double)n / measure(call_linear, &c);
+    rates.copy = bench_copy_rate(qv_cuda(be)->stream);
+    bench_pass(qv_weight_new(be, n, n, QV_BF16, &c.w[0]));
+    bench_pass(qv_weight_fill(be, c.w[0], 0.02f, 1));
+    c.x = qv_tensor_2d(bench_made_up(QV_BF16, n * n, 1), QV_BF16, n, n);
+    c.y = qv_tensor_2d(bench_made_up(QV_BF16, n * n, 1), QV_BF16, n, n);
+    rates.gemm = 2.0 * (double)(n * n) * (double)n / measure(call_linear, &c);
     qv_weight_free(be, c.w[0]);
-    qv_backend_free(be, c.x.data);
-    qv_backend_free(be, c.y.data);
-    printf("%s: copy %.2f TB/s, GEMM %.0f TFLOP/s\n", qv_backend_describe(be), copy_rate * 1e-12,
-           gemm_rate * 1e-12);
-}
-
-static bool wanted(int argc, char **argv, const char *table)
-{
-    for (int i = 1; i < argc; i++)
-        if (strcmp(argv[i], table) == 0)
-            return true;
-    return argc == 1;
+    bench_free(c.x.data);
+    bench_free(c.y.data);
+    printf("%s: copy %.2f TB/s, GEMM %.0f TFLOP/s\n", qv_backend_describe(be), rates.copy * 1e-12,
+           rates.gemm * 1e-12);
 }
 
 int main(int argc, char **argv)
 {
-    qv_backend_options options = {.name = "cuda"};
-    pass(qv_backend_open(&options, &be));
+    static const char *const tables[] = {"linear", "norm",   "rope",  "attention",
+                                         "sample", "decode", "forms", NULL};
+    bench_know(argc - 1, argv + 1, tables);
+    bench_pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
     measure_ceilings();
-    if (wanted(argc, argv, "linear"))
+    if (bench_wanted(argc - 1, argv + 1, "linear"))
         bench_linear();
-    if (wanted(argc, argv, "norm"))
+    if (bench_wanted(argc - 1, argv + 1, "norm"))
         bench_norm();
-    if (wanted(argc, argv, "rope"))
+    if (bench_wanted(argc - 1, argv + 1, "rope"))
         bench_attention(true);
-    if (wanted(argc, argv, "attention"))
+    if (bench_wanted(argc - 1, argv + 1, "attention"))
         bench_attention(false);
-    if (wanted(argc, argv, "sample"))
+    if (bench_wanted(argc - 1, argv + 1, "sample"))
         bench_sample();
-    bool forms = argc > 1 && wanted(argc, argv, "forms");
-    if (forms || wanted(argc, argv, "decode"))
+    bool forms = argc > 1 && bench_wanted(argc - 1, argv + 1, "forms");
+    if (forms || bench_wanted(argc - 1, argv + 1, "decode"))
         bench_decode(forms);
     qv_backend_close(be);
     return 0;

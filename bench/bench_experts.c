@@ -8,72 +8,12 @@
  * Times are medians over replays of a graph of many layers, so that neither launches nor the host
  * are in them; layers go round over copies, more than the L2 cache holds.
  */
+#include "bench/gpu_bench.h"
 #include "ops/cuda/cuda.h"
 
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-enum { ROUNDS = 24, REPLAYS = 9, COPIES = 4, TOKENS = 8 };
-
-static void pass(qv_status status)
-{
-    if (status == QV_OK)
-        return;
-    fprintf(stderr, "bench_experts: %s\n", qv_error());
-    exit(1);
-}
-
-static void check(cudaError_t error)
-{
-    pass(error == cudaSuccess ? QV_OK : qv_cuda_fail(error, "bench"));
-}
-
-/* --- Timing ------------------------------------------------------------------------------- */
-
-typedef void call_fn(void *ctx, int round);
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Median seconds of one call. */
-static double measure(qv_backend *be, call_fn *call, void *ctx, int rounds)
-{
-    cudaStream_t stream = qv_cuda(be)->stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t start, stop;
-    double times[REPLAYS];
-    for (int i = 0; i < COPIES; i++)
-        call(ctx, i);
-    check(cudaStreamSynchronize(stream));
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < rounds; i++)
-        call(ctx, i);
-    check(cudaStreamEndCapture(stream, &graph));
-    check(cudaGraphInstantiate(&exec, graph, 0));
-    check(cudaEventCreate(&start));
-    check(cudaEventCreate(&stop));
-    for (int i = -2; i < REPLAYS; i++) {
-        float ms;
-        check(cudaEventRecord(start, stream));
-        check(cudaGraphLaunch(exec, stream));
-        check(cudaEventRecord(stop, stream));
-        check(cudaStreamSynchronize(stream));
-        check(cudaEventElapsedTime(&ms, start, stop));
-        if (i >= 0)
-            times[i] = ms * 1e-3 / rounds;
-    }
-    check(cudaGraphExecDestroy(exec));
-    check(cudaGraphDestroy(graph));
-    check(cudaEventDestroy(start));
-    check(cudaEventDestroy(stop));
-    qsort(times, REPLAYS, sizeof *times, by_value);
-    return times[REPLAYS / 2];
-}
+enum { ROUNDS = 24, COPIES = 4, TOKENS = 8 };
 
 /* --- A layer ------------------------------------------------------------------------------ */
 
@@ -105,28 +45,18 @@ typedef struct {
         out, residual, delta, gain;
 } layer;
 
-static void *made_up(qv_backend *be, qv_dtype dtype, int64_t n, float scale)
+static qv_tensor rows(qv_dtype dtype, int64_t n, int64_t d)
 {
-    static uint64_t seed;
-    void *p;
-    pass(qv_backend_alloc(be, (size_t)n * qv_dtype_size(dtype), &p));
-    if (dtype != QV_I32)
-        pass(qv_backend_fill(be, p, dtype, n, 0, scale, ++seed));
-    return p;
-}
-
-static qv_tensor rows(layer *l, qv_dtype dtype, int64_t n, int64_t d)
-{
-    return qv_tensor_2d(made_up(l->be, dtype, n * d, 1), dtype, n, d);
+    return qv_tensor_2d(bench_made_up(dtype, n * d, 1), dtype, n, d);
 }
 
 static qv_weight *matrix(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in)
 {
     static uint64_t seed = 1000;
     qv_weight *w;
-    pass(n_experts > 0 ? qv_weight_new_experts(be, n_experts, n_out, n_in, QV_BF16, &w)
-                       : qv_weight_new(be, n_out, n_in, QV_BF16, &w));
-    pass(qv_weight_fill(be, w, 0.05f, ++seed));
+    bench_pass(n_experts > 0 ? qv_weight_new_experts(be, n_experts, n_out, n_in, QV_BF16, &w)
+                             : qv_weight_new(be, n_out, n_in, QV_BF16, &w));
+    bench_pass(qv_weight_fill(be, w, 0.05f, ++seed));
     return w;
 }
 
@@ -151,25 +81,24 @@ static void open_layer(layer *l, const model *m, int64_t n)
                          .scale = 1,
                          .n_groups = 1,
                          .topk_groups = 1};
-    pass(qv_backend_alloc(l->be, qv_moe_list_bytes(m->n_experts, m->top_k, TOKENS),
-                          &l->list_memory));
-    pass(qv_moe_list_init(&l->list, m->n_experts, m->top_k, TOKENS, l->list_memory));
-    l->x = rows(l, QV_BF16, n, m->d);
-    l->rest = rows(l, QV_BF16, n, m->d);
-    l->wide = rows(l, QV_BF16, n, wide * m->shared_ffn);
-    l->hidden = rows(l, QV_BF16, n, m->shared_ffn);
-    l->shared = rows(l, QV_F32, n, m->d);
-    l->gate = rows(l, QV_BF16, n, 1);
-    l->logits = rows(l, QV_F32, n, m->n_experts);
-    l->latent = rows(l, QV_BF16, n, in);
-    l->ids = rows(l, QV_I32, n, m->top_k);
-    l->chosen = rows(l, QV_F32, n, m->top_k);
-    l->pairs_wide = rows(l, QV_BF16, n_pairs, wide * m->ffn);
-    l->pairs = rows(l, QV_BF16, n_pairs, m->ffn);
-    l->out = rows(l, QV_BF16, n_pairs, in);
-    l->residual = rows(l, QV_F32, n, m->d);
-    l->delta = rows(l, QV_F32, n, m->d);
-    l->gain = qv_tensor_1d(made_up(l->be, QV_F32, m->d, 1), QV_F32, m->d);
+    l->list_memory = bench_alloc(qv_moe_list_bytes(m->n_experts, m->top_k, TOKENS));
+    bench_pass(qv_moe_list_init(&l->list, m->n_experts, m->top_k, TOKENS, l->list_memory));
+    l->x = rows(QV_BF16, n, m->d);
+    l->rest = rows(QV_BF16, n, m->d);
+    l->wide = rows(QV_BF16, n, wide * m->shared_ffn);
+    l->hidden = rows(QV_BF16, n, m->shared_ffn);
+    l->shared = rows(QV_F32, n, m->d);
+    l->gate = rows(QV_BF16, n, 1);
+    l->logits = rows(QV_F32, n, m->n_experts);
+    l->latent = rows(QV_BF16, n, in);
+    l->ids = rows(QV_I32, n, m->top_k);
+    l->chosen = rows(QV_F32, n, m->top_k);
+    l->pairs_wide = rows(QV_BF16, n_pairs, wide * m->ffn);
+    l->pairs = rows(QV_BF16, n_pairs, m->ffn);
+    l->out = rows(QV_BF16, n_pairs, in);
+    l->residual = rows(QV_F32, n, m->d);
+    l->delta = rows(QV_F32, n, m->d);
+    l->gain = qv_tensor_1d(bench_made_up(QV_F32, m->d, 1), QV_F32, m->d);
 }
 
 static void close_layer(layer *l)
@@ -179,8 +108,8 @@ static void close_layer(layer *l)
                               &l->ids,        &l->chosen,   &l->pairs,  &l->out,
                               &l->pairs_wide, &l->residual, &l->delta,  &l->gain};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
-        qv_backend_free(l->be, all[i]->data);
-    qv_backend_free(l->be, l->list_memory);
+        bench_free(all[i]->data);
+    bench_free(l->list_memory);
     for (int i = 0; i < COPIES; i++) {
         const weights *w = &l->w[i];
         qv_weight *const of[] = {w->shared_in, w->shared_out, w->gate, w->router,
@@ -205,14 +134,14 @@ static void call_products(void *ctx, int round)
         parts[n++] = (qv_linear_part){.w = w->gate, .y = l->gate};
     if (w->latent != NULL)
         parts[n++] = (qv_linear_part){.w = w->latent, .y = l->latent};
-    pass(qv_op_linears(l->be, l->x, n, parts));
+    bench_pass(qv_op_linears(l->be, l->x, n, parts));
 }
 
 static void call_choose(void *ctx, int round)
 {
     layer *l = ctx;
     (void)round;
-    pass(qv_op_choose(l->be, &l->how, l->logits, l->ids, l->chosen, 0, NULL, NULL, &l->list));
+    bench_pass(qv_op_choose(l->be, &l->how, l->logits, l->ids, l->chosen, 0, NULL, NULL, &l->list));
 }
 
 static void call_sum(void *ctx, int round)
@@ -225,14 +154,14 @@ static void call_sum(void *ctx, int round)
                             .shared = l->shared,
                             .gate = l->m->gated ? l->gate : (qv_tensor){.data = NULL}};
     if (l->m->latent > 0) { /* it has a product between the two */
-        pass(qv_op_moe_combine(l->be, &l->list, l->chosen, l->out, NULL, (qv_tensor){.data = NULL},
-                               l->latent));
-        pass(
+        bench_pass(qv_op_moe_combine(l->be, &l->list, l->chosen, l->out, NULL,
+                                     (qv_tensor){.data = NULL}, l->latent));
+        bench_pass(
             qv_op_add_rms_norm(l->be, l->residual, l->delta, l->gain, 1e-6f, false, l->x, l->rest));
         return;
     }
-    pass(qv_op_combine_add_rms_norm(l->be, &sum, l->residual, l->delta, l->gain, 1e-6f, false, l->x,
-                                    l->rest));
+    bench_pass(qv_op_combine_add_rms_norm(l->be, &sum, l->residual, l->delta, l->gain, 1e-6f, false,
+                                          l->x, l->rest));
 }
 
 static void call_layer(void *ctx, int round)
@@ -241,11 +170,12 @@ static void call_layer(void *ctx, int round)
     const weights *w = &l->w[round % COPIES];
     qv_act act = l->m->gated ? QV_ACT_SWIGLU : QV_ACT_RELU2;
     call_products(l, round);
-    pass(qv_op_linear_f32(l->be, w->shared_out, l->hidden, (qv_tensor){.data = NULL}, l->shared));
+    bench_pass(
+        qv_op_linear_f32(l->be, w->shared_out, l->hidden, (qv_tensor){.data = NULL}, l->shared));
     call_choose(l, round);
-    pass(qv_op_moe_linear_act(l->be, w->up, &l->list, l->m->latent > 0 ? l->latent : l->x,
-                              QV_MOE_TOKENS, act, l->pairs_wide, l->pairs));
-    pass(qv_op_moe_linear(l->be, w->down, &l->list, l->pairs, QV_MOE_PAIRS, l->out));
+    bench_pass(qv_op_moe_linear_act(l->be, w->up, &l->list, l->m->latent > 0 ? l->latent : l->x,
+                                    QV_MOE_TOKENS, act, l->pairs_wide, l->pairs));
+    bench_pass(qv_op_moe_linear(l->be, w->down, &l->list, l->pairs, QV_MOE_PAIRS, l->out));
     call_sum(l, round);
 }
 
@@ -255,7 +185,7 @@ enum { PRODUCTS, CHOOSE, SUM, LAYER, N_PIECES };
 
 static const struct {
     const char *name;
-    call_fn *call;
+    bench_call *call;
 } pieces[N_PIECES] = {{"products of the input", call_products},
                       {"router and list", call_choose},
                       {"sum and norm", call_sum},
@@ -284,22 +214,22 @@ static double bytes_of(const model *m, int piece, int64_t n)
     }
 }
 
-static void run_model(const model *m, int64_t n, double copy_rate)
+static void run_model(const model *m, int64_t n, const bench_rates *rates)
 {
     double times[2][N_PIECES];
     for (int trial = 0; trial < 2; trial++) {
         layer l = {.be = NULL};
-        pass(qv_backend_open(
+        bench_pass(qv_backend_open(
             &(qv_backend_options){.name = "cuda", .trials = trial ? "experts" : NULL}, &l.be));
         open_layer(&l, m, n);
         call_layer(&l, 0);
         for (int i = 0; i < N_PIECES; i++)
-            times[trial][i] = measure(l.be, pieces[i].call, &l, ROUNDS);
+            times[trial][i] = bench_time(qv_cuda(l.be)->stream, pieces[i].call, &l, ROUNDS);
         close_layer(&l);
         qv_backend_close(l.be);
     }
     for (int i = 0; i < N_PIECES; i++) {
-        double bytes = bytes_of(m, i, n), floor = bytes / copy_rate;
+        double bytes = bytes_of(m, i, n), floor = bench_floor(rates, bytes, 0);
         printf("%-6s %lld tokens  %-22s %8.2f MB  floor %7.2f  usual %7.2f (%5.2f)  on trial %7.2f "
                "(%5.2f)\n",
                m->name, (long long)n, pieces[i].name, bytes * 1e-6, floor * 1e6, times[0][i] * 1e6,
@@ -308,45 +238,30 @@ static void run_model(const model *m, int64_t n, double copy_rate)
     }
 }
 
-typedef struct {
+/* Copies alone: no piece has FLOP that count. */
+static bench_rates measure_rates(void)
+{
     qv_backend *be;
-    void *from, *to;
-    size_t bytes;
-} copy_ctx;
-
-static void call_copy(void *ctx, int round)
-{
-    copy_ctx *c = ctx;
-    (void)round;
-    pass(qv_backend_copy(c->be, c->to, c->from, c->bytes));
-}
-
-/* Bytes a second, read and written. */
-static double measure_copy(void)
-{
-    copy_ctx c = {.bytes = (size_t)1 << 30};
-    pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &c.be));
-    pass(qv_backend_alloc(c.be, c.bytes, &c.from));
-    pass(qv_backend_alloc(c.be, c.bytes, &c.to));
-    double rate = 2.0 * (double)c.bytes / measure(c.be, call_copy, &c, 4);
-    printf("%s, copies run at %.2f TB/s read and written\n", qv_backend_describe(c.be),
-           rate / 1e12);
-    qv_backend_free(c.be, c.from);
-    qv_backend_free(c.be, c.to);
-    qv_backend_close(c.be);
-    return rate;
+    bench_pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
+    bench_rates rates = {.copy = bench_copy_rate(qv_cuda(be)->stream)};
+    printf("%s, copies run at %.2f TB/s read and written\n", qv_backend_describe(be),
+           rates.copy * 1e-12);
+    qv_backend_close(be);
+    return rates;
 }
 
 int main(int argc, char **argv)
 {
+    enum { N_MODELS = sizeof models / sizeof *models };
     static const int64_t sizes[] = {1, 2, 4, TOKENS};
-    double copy_rate = measure_copy();
-    for (size_t i = 0; i < sizeof models / sizeof *models; i++) {
-        bool wanted = argc < 2;
-        for (int j = 1; j < argc; j++)
-            wanted |= strcmp(argv[j], models[i].name) == 0;
-        for (size_t j = 0; wanted && j < sizeof sizes / sizeof *sizes; j++)
-            run_model(&models[i], sizes[j], copy_rate);
-    }
+    const char *known[N_MODELS + 1] = {NULL};
+    for (size_t i = 0; i < N_MODELS; i++)
+        known[i] = models[i].name;
+    bench_know(argc - 1, argv + 1, known);
+    const bench_rates rates = measure_rates();
+    for (size_t i = 0; i < N_MODELS; i++)
+        for (size_t j = 0; j < sizeof sizes / sizeof *sizes; j++)
+            if (bench_wanted(argc - 1, argv + 1, models[i].name))
+                run_model(&models[i], sizes[j], &rates);
     return 0;
 }

@@ -8,15 +8,14 @@
  * adapters' own FLOP are not counted), each the median over replays of a graph of several calls,
  * which go round over copies of W; `any` is the form that is chosen without a name.
  */
+#include "bench/gpu_bench.h"
 #include "ops/cuda/cuda.h"
 
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
-enum { ROUNDS = 8, REPLAYS = 7, MAX_COPIES = 16, MAX_COUNTS = 8 };
-#define ROTATE_BYTES 128e6 /* more than the L2 cache */
+enum { ROUNDS = 8, MAX_COPIES = ROUNDS, MAX_COUNTS = 8 };
 
 static const struct {
     const char *model, *name;
@@ -43,29 +42,9 @@ static const struct {
     {"square", "8192", 8192, 8192, false},
 };
 
+static const char *const models[] = {"4B", "35B", "Nano", "square", NULL};
+
 static qv_backend *be;
-
-static void pass(qv_status status)
-{
-    if (status == QV_OK)
-        return;
-    fprintf(stderr, "bench_gemm: %s\n", qv_error());
-    exit(1);
-}
-
-static void check(cudaError_t error)
-{
-    pass(error == cudaSuccess ? QV_OK : qv_cuda_fail(error, "bench"));
-}
-
-static void *made_up(qv_dtype dtype, int64_t n, float scale)
-{
-    static uint64_t seed;
-    void *p;
-    pass(qv_backend_alloc(be, (size_t)n * qv_dtype_size(dtype), &p));
-    pass(qv_backend_fill(be, p, dtype, n, 0, scale, ++seed));
-    return p;
-}
 
 /* One matrix, its x and y, and a pool of adapters of one slice. */
 typedef struct {
@@ -109,77 +88,44 @@ static qv_k_stream_lora lora_of(const product *p)
                               .x1 = p->scratch.data};
 }
 
+typedef struct {
+    const product *p;
+    what_to_do what;
+    int form; /* of OURS and OURS_LORA */
+} timed_call;
+
 /* The backend is open without trials, so that its ops are cuBLASLt and the kernels apart. */
-static void call(const product *p, what_to_do what, int form, int round)
+static void call(void *ctx, int round)
 {
+    const timed_call *c = ctx;
+    const product *p = c->p;
     const qv_weight *w = p->w[round % p->n_w];
     const qv_cuda_backend *cuda = qv_cuda(be);
     bool f32 = p->y.dtype == QV_F32;
-    if (what == BLAS) {
-        pass(f32 ? qv_op_linear_f32(be, w, p->x, (qv_tensor){0}, p->y)
-                 : qv_op_linear(be, w, p->x, p->y));
+    if (c->what == BLAS) {
+        bench_pass(f32 ? qv_op_linear_f32(be, w, p->x, (qv_tensor){0}, p->y)
+                       : qv_op_linear(be, w, p->x, p->y));
         return;
     }
-    if (what == BLAS_LORA) {
-        pass(qv_op_linear_lora(be, w, &p->site, p->n_segs, p->seg_start, p->seg_slot, p->x,
-                               p->scratch, p->y, f32));
+    if (c->what == BLAS_LORA) {
+        bench_pass(qv_op_linear_lora(be, w, &p->site, p->n_segs, p->seg_start, p->seg_slot, p->x,
+                                     p->scratch, p->y, f32));
         return;
     }
     const qv_k_linear_args args = args_of(p, w);
     const qv_k_stream_lora lora = lora_of(p);
-    if (what == OURS_LORA)
-        pass(qv_k_lora_shrink(&lora.segments, &lora.site, args.x, args.x_stride, p->scratch.data,
-                              cuda->stream));
-    pass(qv_k_gemm(&args, what == OURS_LORA ? &lora : NULL, form, cuda->n_sms, cuda->stream));
-}
-
-static int by_value(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return x < y ? -1 : x > y;
+    if (c->what == OURS_LORA)
+        bench_pass(qv_k_lora_shrink(&lora.segments, &lora.site, args.x, args.x_stride,
+                                    p->scratch.data, cuda->stream));
+    bench_pass(
+        qv_k_gemm(&args, c->what == OURS_LORA ? &lora : NULL, c->form, cuda->n_sms, cuda->stream));
 }
 
 /* Median seconds of one call. */
 static double measure(const product *p, what_to_do what, int form)
 {
-    cudaStream_t stream = qv_cuda(be)->stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t start, stop;
-    double times[REPLAYS];
-    call(p, what, form, 0);
-    check(cudaStreamSynchronize(stream));
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < ROUNDS; i++)
-        call(p, what, form, i);
-    check(cudaStreamEndCapture(stream, &graph));
-    check(cudaGraphInstantiate(&exec, graph, 0));
-    check(cudaEventCreate(&start));
-    check(cudaEventCreate(&stop));
-    for (int i = -1; i < REPLAYS; i++) {
-        check(cudaEventRecord(start, stream));
-        check(cudaGraphLaunch(exec, stream));
-        check(cudaEventRecord(stop, stream));
-        check(cudaStreamSynchronize(stream));
-        float ms;
-        check(cudaEventElapsedTime(&ms, start, stop));
-        if (i >= 0)
-            times[i] = ms * 1e-3 / ROUNDS;
-    }
-    check(cudaGraphExecDestroy(exec));
-    check(cudaGraphDestroy(graph));
-    check(cudaEventDestroy(start));
-    check(cudaEventDestroy(stop));
-    qsort(times, REPLAYS, sizeof *times, by_value);
-    return times[REPLAYS / 2];
-}
-
-static void *sent(const void *host, size_t bytes)
-{
-    void *p;
-    pass(qv_backend_alloc(be, bytes, &p));
-    pass(qv_backend_upload(be, p, host, bytes));
-    return p;
+    timed_call c = {p, what, form};
+    return bench_time(qv_cuda(be)->stream, call, &c, ROUNDS);
 }
 
 /* Adapters with as many tokens each. */
@@ -198,8 +144,8 @@ static void add_adapters(product *p, int n_adapters, int rank)
             b = (int64_t)n_adapters * spacing * p->n_out;
     p->slice_start[1] = p->n_out;
     p->n_segs = n_adapters;
-    p->seg_start = sent(start, (size_t)(n_adapters + 1) * sizeof *start);
-    p->seg_slot = sent(slot, (size_t)n_adapters * sizeof *slot);
+    p->seg_start = bench_sent(start, (size_t)(n_adapters + 1) * sizeof *start);
+    p->seg_slot = bench_sent(slot, (size_t)n_adapters * sizeof *slot);
     p->site = (qv_lora_site){
         .n_in = p->n_in,
         .n_out = p->n_out,
@@ -207,10 +153,11 @@ static void add_adapters(product *p, int n_adapters, int rank)
         .n_slots = n_adapters,
         .max_rank = spacing,
         .slice_start = p->slice_start,
-        .a = qv_tensor_4d(made_up(QV_BF16, a, 0.02f), QV_BF16, n_adapters, 1, spacing, p->n_in),
-        .b = qv_tensor_3d(made_up(QV_BF16, b, 0.02f), QV_BF16, n_adapters, spacing, p->n_out),
-        .slices = sent(slices, (size_t)n_adapters * sizeof *slices)};
-    p->scratch = qv_tensor_3d(made_up(QV_F32, p->n * spacing, 0), QV_F32, p->n, 1, spacing);
+        .a = qv_tensor_4d(bench_made_up(QV_BF16, a, 0.02f), QV_BF16, n_adapters, 1, spacing,
+                          p->n_in),
+        .b = qv_tensor_3d(bench_made_up(QV_BF16, b, 0.02f), QV_BF16, n_adapters, spacing, p->n_out),
+        .slices = bench_sent(slices, (size_t)n_adapters * sizeof *slices)};
+    p->scratch = qv_tensor_3d(bench_made_up(QV_F32, p->n * spacing, 0), QV_F32, p->n, 1, spacing);
     free(start);
     free(slot);
     free(slices);
@@ -221,14 +168,13 @@ static void run(size_t i, int64_t n, int n_adapters, int rank)
     product p = {.n = n, .n_out = matrices[i].n_out, .n_in = matrices[i].n_in};
     qv_dtype y = matrices[i].f32 ? QV_F32 : QV_BF16;
     double w_bytes = 2.0 * (double)(p.n_out * p.n_in), flop = (double)n * w_bytes;
-    p.n_w = (int)(ROTATE_BYTES / w_bytes) + 1;
-    p.n_w = p.n_w > MAX_COPIES ? MAX_COPIES : p.n_w;
+    p.n_w = bench_copies(w_bytes, MAX_COPIES);
     for (int k = 0; k < p.n_w; k++) {
-        pass(qv_weight_new(be, p.n_out, p.n_in, QV_BF16, &p.w[k]));
-        pass(qv_weight_fill(be, p.w[k], 0.02f, (uint64_t)k + 1));
+        bench_pass(qv_weight_new(be, p.n_out, p.n_in, QV_BF16, &p.w[k]));
+        bench_pass(qv_weight_fill(be, p.w[k], 0.02f, (uint64_t)k + 1));
     }
-    p.x = qv_tensor_2d(made_up(QV_BF16, n * p.n_in, 1), QV_BF16, n, p.n_in);
-    p.y = qv_tensor_2d(made_up(y, n * p.n_out, 1), y, n, p.n_out);
+    p.x = qv_tensor_2d(bench_made_up(QV_BF16, n * p.n_in, 1), QV_BF16, n, p.n_in);
+    p.y = qv_tensor_2d(bench_made_up(y, n * p.n_out, 1), y, n, p.n_out);
     add_adapters(&p, n_adapters, rank);
     for (int lora = 0; lora < 2; lora++) {
         char name[48];
@@ -247,7 +193,7 @@ static void run(size_t i, int64_t n, int n_adapters, int rank)
     void *const memory[] = {p.x.data,      p.y.data,      p.scratch.data, p.site.a.data,
                             p.site.b.data, p.site.slices, p.seg_start,    p.seg_slot};
     for (size_t k = 0; k < sizeof memory / sizeof *memory; k++)
-        qv_backend_free(be, memory[k]);
+        bench_free(memory[k]);
 }
 
 static int read_counts(const char *text, int64_t counts[MAX_COUNTS])
@@ -282,7 +228,8 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-    pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
+    bench_know(argc - optind, argv + optind, models);
+    bench_pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
     printf("%s; TFLOP/s; +A: with %d adapters of rank %d\n", qv_backend_describe(be), n_adapters,
            rank);
     for (int form = 0; form < QV_K_GEMM_FORMS; form++)
@@ -292,9 +239,7 @@ int main(int argc, char **argv)
         printf(" %5d", form);
     printf(" | %5s\n", "any");
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
-        bool wanted = optind == argc;
-        for (int k = optind; k < argc; k++)
-            wanted = wanted || strcmp(argv[k], matrices[i].model) == 0;
+        bool wanted = bench_wanted(argc - optind, argv + optind, matrices[i].model);
         for (int k = 0; wanted && k < n_counts; k++)
             run(i, counts[k], n_adapters, rank);
     }

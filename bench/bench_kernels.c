@@ -9,38 +9,20 @@
  * are in them; launches go round over copies of what a step would have to read from memory, more
  * than the L2 cache holds.
  */
+#include "bench/gpu_bench.h"
 #include "kernels/kernels_dense.h"
 #include "kernels/kernels_moe.h"
 #include "kernels/kernels_recurrent.h"
 
-#include <cuda_runtime_api.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define MB           1e6
-#define GEMM_FLOPS   798e12
-#define MEMORY_RATE  3.0e12
-#define ROTATE_BYTES 256e6 /* five times the L2 cache of an H100 */
+#define MB 1e6
 
+static const bench_rates rates = {.copy = 3.0e12, .gemm = 798e12};
 static cudaStream_t stream;
-
-static void check(cudaError_t error, const char *what)
-{
-    if (error != cudaSuccess) {
-        fprintf(stderr, "bench_kernels: %s: %s\n", what, cudaGetErrorString(error));
-        exit(1);
-    }
-}
-
-static void pass(qv_status status)
-{
-    if (status != QV_OK) {
-        fprintf(stderr, "bench_kernels: %s\n", qv_error());
-        exit(1);
-    }
-}
 
 /* --- Memory: one arena, filled with random numbers, emptied between cases ------------------- */
 
@@ -62,7 +44,7 @@ static void *take(double bytes)
 static void *upload(const void *data, size_t bytes)
 {
     void *p = take((double)bytes);
-    check(cudaMemcpy(p, data, bytes, cudaMemcpyHostToDevice), "upload");
+    bench_check(cudaMemcpy(p, data, bytes, cudaMemcpyHostToDevice), "upload");
     return p;
 }
 
@@ -86,61 +68,25 @@ static void fill_arena(void)
         memcpy(&bits, &x, 4);
         host[i] = (uint16_t)(bits >> 16);
     }
-    check(cudaMemcpy(arena, host, block, cudaMemcpyHostToDevice), "fill");
+    bench_check(cudaMemcpy(arena, host, block, cudaMemcpyHostToDevice), "fill");
     for (size_t at = block; at < arena_size; at += at)
-        check(cudaMemcpy(arena + at, arena, at + at < arena_size ? at : arena_size - at,
-                         cudaMemcpyDeviceToDevice),
-              "fill");
+        bench_check(cudaMemcpy(arena + at, arena, at + at < arena_size ? at : arena_size - at,
+                               cudaMemcpyDeviceToDevice),
+                    "fill");
     free(host);
 }
 
-/* --- Timing ------------------------------------------------------------------------------- */
+/* --- Rows --------------------------------------------------------------------------------- */
 
-typedef void launch_fn(void *ctx, int i);
-
-static int compare_doubles(const void *a, const void *b)
+/* Microseconds of one launch, by a graph of n. */
+static double time_us(bench_call *launch, void *ctx, int n)
 {
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Microseconds of one launch: median over replays of a graph of `n`. */
-static double time_us(launch_fn *fn, void *ctx, int n)
-{
-    enum { REPLAYS = 7 };
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t start, stop;
-    double us[REPLAYS];
-    check(cudaEventCreate(&start), "event");
-    check(cudaEventCreate(&stop), "event");
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < n; i++)
-        fn(ctx, i);
-    check(cudaStreamEndCapture(stream, &graph), "capture");
-    check(cudaGraphInstantiate(&exec, graph, 0), "graph");
-    check(cudaGraphLaunch(exec, stream), "graph");
-    for (int i = 0; i < REPLAYS; i++) {
-        float ms;
-        check(cudaEventRecord(start, stream), "event");
-        check(cudaGraphLaunch(exec, stream), "graph");
-        check(cudaEventRecord(stop, stream), "event");
-        check(cudaEventSynchronize(stop), "replay");
-        check(cudaEventElapsedTime(&ms, start, stop), "event");
-        us[i] = ms * 1e3 / n;
-    }
-    qsort(us, REPLAYS, sizeof *us, compare_doubles);
-    check(cudaGraphExecDestroy(exec), "graph");
-    check(cudaGraphDestroy(graph), "graph");
-    check(cudaEventDestroy(start), "event");
-    check(cudaEventDestroy(stop), "event");
-    return us[REPLAYS / 2];
+    return bench_time(stream, launch, ctx, n) * 1e6;
 }
 
 static void print_row(const char *name, double bytes, double flop, double us)
 {
-    double by_bytes = bytes / MEMORY_RATE * 1e6, by_flop = flop / GEMM_FLOPS * 1e6;
-    double floor = by_bytes > by_flop ? by_bytes : by_flop;
+    double floor = bench_floor(&rates, bytes, flop) * 1e6;
     printf("%-52s %9.2f %9.2f %9.2f %9.2f %7.2f\n", name, bytes / MB, flop / 1e9, floor, us,
            us / floor);
     fflush(stdout);
@@ -150,28 +96,6 @@ static void print_row(const char *name, double bytes, double flop, double us)
 static void print_head(const char *title)
 {
     printf("\n%-52s %9s %9s %9s %9s %7s\n", title, "MB", "GFLOP", "floor us", "us", "ratio");
-}
-
-typedef struct {
-    void *from, *to;
-    size_t bytes;
-} copy_ctx;
-
-static void launch_copy(void *ctx, int i)
-{
-    copy_ctx *c = ctx;
-    (void)i;
-    check(cudaMemcpyAsync(c->to, c->from, c->bytes, cudaMemcpyDeviceToDevice, stream), "copy");
-}
-
-/* Bytes a second, read and written. */
-static double measure_copy(void)
-{
-    copy_ctx c = {.bytes = (size_t)1 << 30};
-    c.from = take((double)c.bytes);
-    c.to = take((double)c.bytes);
-    arena_used = 0;
-    return 2.0 * (double)c.bytes / (time_us(launch_copy, &c, 4) * 1e-6);
 }
 
 /* --- Steps -------------------------------------------------------------------------------- */
@@ -203,12 +127,6 @@ static qv_k_steps new_steps(int n_seqs, int n_each, int first_slot)
 /* Copies of a step whose states lie beside each other. */
 #define MAX_COPIES 512
 
-static int copies_of(double bytes)
-{
-    double n = ceil(ROTATE_BYTES / bytes);
-    return n < 1 ? 1 : n > MAX_COPIES ? MAX_COPIES : (int)n;
-}
-
 typedef struct {
     qv_k_steps steps[MAX_COPIES];
     int n;
@@ -224,7 +142,7 @@ static steps_ctx ctx_steps;
 static void launch_conv(void *ctx, int i)
 {
     steps_ctx *c = ctx;
-    pass(qv_k_conv1d(&c->steps[i % c->n], &c->conv, stream));
+    bench_pass(qv_k_conv1d(&c->steps[i % c->n], &c->conv, stream));
 }
 
 static void conv_case(const char *model, int64_t channels, int n_seqs, int n_each)
@@ -232,7 +150,7 @@ static void conv_case(const char *model, int64_t channels, int n_seqs, int n_eac
     steps_ctx *c = &ctx_steps;
     double n = (double)n_seqs * n_each, state = (double)n_seqs * channels * 3 * 2;
     double bytes = n * channels * 4 + 2 * state;
-    c->n = copies_of(bytes);
+    c->n = bench_copies(bytes, MAX_COPIES);
     if (n_each > 1)
         c->n = 1;
     c->conv = (qv_k_conv1d_args){.x = take(n * channels * 2),
@@ -264,8 +182,8 @@ static void table_conv(void)
 static void launch_recurrent(void *ctx, int i)
 {
     steps_ctx *c = ctx;
-    pass((c->is_gdn ? qv_k_gdn : qv_k_ssd)(&c->steps[i % c->n], &c->recurrent, c->scratch,
-                                           c->scratch_bytes, stream));
+    bench_pass((c->is_gdn ? qv_k_gdn : qv_k_ssd)(&c->steps[i % c->n], &c->recurrent, c->scratch,
+                                                 c->scratch_bytes, stream));
 }
 
 /* Shapes of a recurrence: GDN keys and values, or SSD state and head. */
@@ -282,7 +200,7 @@ static void recurrent_case(const recurrent_shape *s, int n_seqs, int n_each)
     double io = n * (2.0 * s->n_k * s->d_k + 2.0 * s->n_v * s->d_v + 2 * s->n_v) * 2;
     int64_t d = 2 * s->n_k * s->d_k + s->n_v * s->d_v, out = (int64_t)s->n_v * s->d_v;
     c->is_gdn = s->is_gdn;
-    c->n = n_each > 1 ? 1 : copies_of(2 * state + io);
+    c->n = n_each > 1 ? 1 : bench_copies(2 * state + io, MAX_COPIES);
     uint16_t *x = take(n * (double)d * 2), *gates = take(n * 2 * s->n_v * 2);
     c->recurrent = (qv_k_recurrent_args){
         .q = {x, d, s->d_k},
@@ -301,7 +219,7 @@ static void recurrent_case(const recurrent_shape *s, int n_seqs, int n_each)
         .d_k = s->d_k,
         .d_v = s->d_v,
     };
-    check(cudaMemset(c->recurrent.state, 0, (size_t)(state * c->n)), "state");
+    bench_check(cudaMemset(c->recurrent.state, 0, (size_t)(state * c->n)), "state");
     c->scratch_bytes = n_each > 1 ? qv_k_recurrent_scratch((int64_t)n, n_seqs, s->n_v) : 0;
     c->scratch = take((double)c->scratch_bytes + 1);
     for (int i = 0; i < c->n; i++)
@@ -358,16 +276,17 @@ static void launch_apart(void *ctx, int i)
 {
     mixer_ctx *c = ctx;
     const qv_k_steps *steps = &c->steps[i % c->n];
-    pass(qv_k_conv1d(steps, &c->mixer.conv, stream));
-    pass((c->is_gdn ? qv_k_gdn : qv_k_ssd)(steps, &c->mixer.step, NULL, 0, stream));
-    pass(qv_k_norm(c->is_gdn ? QV_K_NORM_THEN_GATE : QV_K_GATE_THEN_NORM, c->norm, c->o, c->z, c->o,
-                   c->mixer.norm, c->mixer.eps, false, stream));
+    bench_pass(qv_k_conv1d(steps, &c->mixer.conv, stream));
+    bench_pass((c->is_gdn ? qv_k_gdn : qv_k_ssd)(steps, &c->mixer.step, NULL, 0, stream));
+    bench_pass(qv_k_norm(c->is_gdn ? QV_K_NORM_THEN_GATE : QV_K_GATE_THEN_NORM, c->norm, c->o, c->z,
+                         c->o, c->mixer.norm, c->mixer.eps, false, stream));
 }
 
 static void launch_mixer(void *ctx, int i)
 {
     mixer_ctx *c = ctx;
-    pass((c->is_gdn ? qv_k_gdn_mixer : qv_k_ssd_mixer)(&c->steps[i % c->n], &c->mixer, stream));
+    bench_pass(
+        (c->is_gdn ? qv_k_gdn_mixer : qv_k_ssd_mixer)(&c->steps[i % c->n], &c->mixer, stream));
 }
 
 /* most_blocks: also with clusters of 1, 2 and 4. */
@@ -380,7 +299,7 @@ static void mixer_case(const recurrent_shape *s, int n, bool most_blocks)
     double window = (double)n * (double)channels * 6;
     double bytes = 2 * (state + window) + (double)n * (double)(wide + values) * 2;
     c->is_gdn = s->is_gdn;
-    c->n = copies_of(bytes);
+    c->n = bench_copies(bytes, MAX_COPIES);
     uint16_t *x = take(n * (double)wide * 2), *mixed = take(n * (double)channels * 2);
     uint16_t *out = take(n * (double)values * 2);
     const uint16_t *v = mixed + (s->is_gdn ? 2 * keys : 0), *k = mixed + (s->is_gdn ? 0 : values);
@@ -417,7 +336,7 @@ static void mixer_case(const recurrent_shape *s, int n, bool most_blocks)
         .norm = take((double)values * 4),
         .eps = 1e-6f,
     };
-    check(cudaMemset(c->mixer.step.state, 0, (size_t)(state * c->n)), "state");
+    bench_check(cudaMemset(c->mixer.step.state, 0, (size_t)(state * c->n)), "state");
     for (int i = 0; i < c->n; i++)
         c->steps[i] = new_steps(n, 1, i * n);
     char name[96];
@@ -538,28 +457,28 @@ static void launch_router(void *ctx, int i)
 {
     moe_ctx *c = ctx;
     (void)i;
-    pass(qv_k_router(&c->router, stream));
+    bench_pass(qv_k_router(&c->router, stream));
 }
 
 static void launch_route(void *ctx, int i)
 {
     moe_ctx *c = ctx;
     (void)i;
-    pass(qv_k_moe_route(c->ids, &c->list, stream));
+    bench_pass(qv_k_moe_route(c->ids, &c->list, stream));
 }
 
 static void launch_moe_linear(void *ctx, int i)
 {
     moe_ctx *c = ctx;
-    pass(qv_k_moe_linear(&c->list, &c->linear[i % c->n], stream));
+    bench_pass(qv_k_moe_linear(&c->list, &c->linear[i % c->n], stream));
 }
 
 static void launch_combine(void *ctx, int i)
 {
     moe_ctx *c = ctx;
     (void)i;
-    pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, NULL, NULL, NULL, c->y, false, c->d,
-                          c->d, stream));
+    bench_pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, NULL, NULL, NULL, c->y, false,
+                                c->d, c->d, stream));
 }
 
 static void route_case(const moe_shape *s, int n)
@@ -616,11 +535,7 @@ static void moe_case(const moe_shape *s, int n, int down)
     double bytes = active * matrix + rows * (double)n_in * 2 + pairs * (double)n_out * 2;
     c->list = new_list(s, n, 0);
     c->ids = upload(ids, (size_t)n * (size_t)s->top_k * sizeof *ids);
-    c->n = all > 8e9 ? 1
-           : active * matrix > ROTATE_BYTES
-               ? 1
-               : (int)fmin(ceil(ROTATE_BYTES / (active * matrix)), 8e9 / all);
-    c->n = c->n < 1 ? 1 : c->n;
+    c->n = bench_copies(active * matrix, (int)fmax(1, 8e9 / all));
     void *x = take(rows * (double)n_in * 2), *y = take(pairs * (double)n_out * 2);
     for (int i = 0; i < c->n; i++)
         c->linear[i] = (qv_k_moe_linear_args){.w = take(all),
@@ -632,7 +547,7 @@ static void moe_case(const moe_shape *s, int n, int down)
                                               .x_stride = n_in,
                                               .y_stride = n_out,
                                               .x_pairs = (uint8_t)down};
-    pass(qv_k_moe_route(c->ids, &c->list, stream));
+    bench_pass(qv_k_moe_route(c->ids, &c->list, stream));
     char name[96];
     snprintf(name, sizeof name, "%s %s, %d tokens, %d experts", s->model, down ? "down" : "up", n,
              active);
@@ -681,8 +596,8 @@ static lora_ctx ctx_lora;
 static void launch_lora(void *ctx, int i)
 {
     lora_ctx *c = ctx;
-    pass(qv_k_lora(&c->segments, &c->site[i % c->n], c->x, c->x_stride, c->scratch, c->y,
-                   c->y_stride, 0, stream));
+    bench_pass(qv_k_lora(&c->segments, &c->site[i % c->n], c->x, c->x_stride, c->scratch, c->y,
+                         c->y_stride, 0, stream));
 }
 
 static void lora_case(const lora_shape *s, int n, int n_adapters, int rank, int max_rank)
@@ -712,7 +627,7 @@ static void lora_case(const lora_shape *s, int n, int n_adapters, int rank, int 
                                   .n_segs = n_adapters,
                                   .seg_start = segments,
                                   .seg_slot = segments + n_adapters + 1};
-    c->n = (int)fmin(copies_of(weights), fmax(1, 8e9 / (a + b)));
+    c->n = (int)fmin(bench_copies(weights, MAX_COPIES), fmax(1, 8e9 / (a + b)));
     c->x_stride = s->n_in;
     c->y_stride = n_out;
     c->x = take(n * (double)s->n_in * 2);
@@ -760,12 +675,12 @@ static void launch_moe_lora(void *ctx, int i)
 {
     moe_ctx *c = ctx;
     (void)i;
-    pass(qv_k_moe_lora(&c->list, &c->up, c->x, c->up.n_in, 0, c->scratch, c->h, c->up.n_out,
-                       stream));
-    pass(qv_k_moe_lora(&c->list, &c->down, c->h, c->down.n_in, 1, c->scratch, c->o, c->down.n_out,
-                       stream));
-    pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, &c->down, c->scratch, NULL, c->y, false,
-                          c->d, c->d, stream));
+    bench_pass(qv_k_moe_lora(&c->list, &c->up, c->x, c->up.n_in, 0, c->scratch, c->h, c->up.n_out,
+                             stream));
+    bench_pass(qv_k_moe_lora(&c->list, &c->down, c->h, c->down.n_in, 1, c->scratch, c->o,
+                             c->down.n_out, stream));
+    bench_pass(qv_k_moe_combine(&c->list, c->weights, c->o, c->d, &c->down, c->scratch, NULL, c->y,
+                                false, c->d, c->d, stream));
 }
 
 static qv_k_moe_lora_site new_site(const moe_shape *s, int down, int n_adapters, int rank,
@@ -825,7 +740,7 @@ static void moe_lora_case(const moe_shape *s, int n, int n_adapters, int rank, i
     c->scratch = take((double)n_pairs * n_slices * rank * 4);
     c->up = new_site(s, 0, n_adapters, rank, shared);
     c->down = new_site(s, 1, n_adapters, rank, shared);
-    pass(qv_k_moe_route(c->ids, &c->list, stream));
+    bench_pass(qv_k_moe_route(c->ids, &c->list, stream));
     char name[96];
     snprintf(name, sizeof name, "%s %s, %d tokens, %d adapters, rank %d", s->model,
              shared ? "shared outer" : "per expert", n, n_adapters, rank);
@@ -856,21 +771,22 @@ static const struct {
 
 int main(int argc, char **argv)
 {
+    const char *known[ROWS(tables) + 1] = {NULL};
     struct cudaDeviceProp device;
     size_t left, whole;
-    check(cudaGetDeviceProperties(&device, 0), "device");
-    check(cudaStreamCreate(&stream), "stream");
-    check(cudaMemGetInfo(&left, &whole), "memory");
+    for (size_t t = 0; t < ROWS(tables); t++)
+        known[t] = tables[t].name;
+    bench_know(argc - 1, argv + 1, known);
+    bench_check(cudaGetDeviceProperties(&device, 0), "no device that can be used");
+    bench_check(cudaStreamCreate(&stream), "stream");
+    double copy_rate = bench_copy_rate(stream);
+    bench_check(cudaMemGetInfo(&left, &whole), "memory");
     arena_size = left > (size_t)34 << 30 ? (size_t)32 << 30 : left / 16 * 15;
-    check(cudaMalloc((void **)&arena, arena_size), "memory");
+    arena = bench_alloc(arena_size);
     fill_arena();
-    printf("%s, copies run at %.2f TB/s read and written\n", device.name, measure_copy() / 1e12);
-    for (size_t t = 0; t < ROWS(tables); t++) {
-        int wanted = argc < 2;
-        for (int i = 1; i < argc; i++)
-            wanted |= strcmp(argv[i], tables[t].name) == 0;
-        if (wanted)
+    printf("%s, copies run at %.2f TB/s read and written\n", device.name, copy_rate * 1e-12);
+    for (size_t t = 0; t < ROWS(tables); t++)
+        if (bench_wanted(argc - 1, argv + 1, tables[t].name))
             tables[t].run();
-    }
     return 0;
 }

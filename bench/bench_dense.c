@@ -470,25 +470,26 @@ static void make_adapters(decode_ctx *c, const decode_shape *s, int64_t n, int64
     free(slices);
 }
 
-static decode_ctx make_decode(const decode_shape *s, int64_t n, int32_t n_adapters, int64_t rank)
+/* In place: sites point at slice_start. */
+static void make_decode(const decode_shape *s, int64_t n, int32_t n_adapters, int64_t rank,
+                        decode_ctx *c)
 {
-    decode_ctx c = {.n_adapters = n_adapters};
+    *c = (decode_ctx){.n_adapters = n_adapters};
     for (int32_t i = 0; i < s->n_slices; i++)
-        c.slice_start[i + 1] = c.slice_start[i] + s->rows[i];
-    int64_t n_out = c.slice_start[s->n_slices];
+        c->slice_start[i + 1] = c->slice_start[i] + s->rows[i];
+    int64_t n_out = c->slice_start[s->n_slices];
     double w_bytes = 2.0 * (double)(n_out * s->n_in);
-    c.bytes = w_bytes + 2.0 * (double)(n * (s->n_in + n_out));
-    c.flop = 2.0 * (double)(n * n_out) * (double)s->n_in;
-    c.n = bench_copies(w_bytes, MAX_COPIES);
-    for (int k = 0; k < c.n; k++) {
-        bench_pass(qv_weight_new(be, n_out, s->n_in, QV_BF16, &c.w[k]));
-        bench_pass(qv_weight_fill(be, c.w[k], 0.02f, (uint64_t)k));
+    c->bytes = w_bytes + 2.0 * (double)(n * (s->n_in + n_out));
+    c->flop = 2.0 * (double)(n * n_out) * (double)s->n_in;
+    c->n = bench_copies(w_bytes, MAX_COPIES);
+    for (int k = 0; k < c->n; k++) {
+        bench_pass(qv_weight_new(be, n_out, s->n_in, QV_BF16, &c->w[k]));
+        bench_pass(qv_weight_fill(be, c->w[k], 0.02f, (uint64_t)k));
     }
-    c.x = qv_tensor_2d(bench_made_up(QV_BF16, n * s->n_in, 1), QV_BF16, n, s->n_in);
-    c.y = qv_tensor_2d(bench_made_up(QV_BF16, n * n_out, 1), QV_BF16, n, n_out);
+    c->x = qv_tensor_2d(bench_made_up(QV_BF16, n * s->n_in, 1), QV_BF16, n, s->n_in);
+    c->y = qv_tensor_2d(bench_made_up(QV_BF16, n * n_out, 1), QV_BF16, n, n_out);
     if (n_adapters > 0)
-        make_adapters(&c, s, n, rank);
-    return c;
+        make_adapters(c, s, n, rank);
 }
 
 static void free_decode(decode_ctx *c)
@@ -560,8 +561,8 @@ static void bench_decode(bool forms)
                 if (adapters[k].n > counts[j] || (forms && k > 1))
                     continue;
                 char name[96], what[128];
-                decode_ctx c =
-                    make_decode(&decode_shapes[i], counts[j], adapters[k].n, adapters[k].rank);
+                decode_ctx c;
+                make_decode(&decode_shapes[i], counts[j], adapters[k].n, adapters[k].rank, &c);
                 int length = snprintf(name, sizeof name, "%s, %lld tokens", decode_shapes[i].name,
                                       (long long)counts[j]);
                 if (adapters[k].n > 0)

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# Builds the programs that bench/gpu.sh runs, so that they need nothing but libc, a driver, cuBLASLt and NCCL, and
-# packs them into one archive for a machine with a GPU on which nothing can be built.
+# Builds the programs that bench/gpu.sh runs, and bench_engine and bench_adapters, so that they need nothing but libc, a
+# driver, cuBLASLt and, for several devices, NCCL; and packs them into one archive for a machine with a GPU on which
+# nothing can be built. There bench/gpu.sh of a checkout runs them (--bin).
 #
-#   tools/pack_gpu.sh [OUT.tar.xz]   default build-portable/gpu.tar.xz
+#   tools/pack_gpu.sh [OUT.tar.xz]   default gpu.tar.xz in the build's folder
 #   BUILD_DIR=dir                    where to build (default build-portable)
 #   ARCHITECTURES=list               of GPUs (default 90a-real; "80;90a-real" for all that we support)
 set -euo pipefail
-cd "$(dirname "$0")/.."
 case ${1:-} in
--h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+-h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
 -*) echo "pack_gpu.sh: unknown option '$1'; see --help" >&2; exit 2 ;;
 esac
+[ $# -le 1 ] || { echo "pack_gpu.sh: one archive, not '$2' too; see --help" >&2; exit 2; }
+out=${1:+$(realpath -m "$1")} # before another folder is the current one
+cd "$(dirname "$0")/.."
 build=${BUILD_DIR:-build-portable}
-out=${1:-$build/gpu.tar.xz}
-programs=(gpu_tests quiver-run bench_model bench_dense bench_gemm bench_kernels bench_experts bench_engine bench_adapters bench_comm)
+out=${out:-$build/gpu.tar.xz}
+programs=(gpu_tests quiver-run bench_model bench_dense bench_gemm bench_kernels bench_experts bench_comm bench_engine
+    bench_adapters)
 tools/install_deps.sh --tests --cuda
 cmake -G Ninja -S . -B "$build" -DQV_WERROR=ON -DQV_PORTABLE=ON -DQV_TESTS=ON -DQV_BENCH=ON \
     -DCMAKE_CUDA_ARCHITECTURES="${ARCHITECTURES:-90a-real}" >/dev/null

@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds, and runs every test that this machine can run.
 #
-#   tools/test.sh              everything: build, tests, address and undefined sanitizers, threads
-#   tools/test.sh --quick      one build, no sanitizers
-#   BUILD_DIR=dir              where to build (default build/)
+#   tools/test.sh              everything: build, tests, CUDA tests on an emulated device, address and undefined
+#                              sanitizers, threads
+#   tools/test.sh --quick      no sanitizers
+#   BUILD_DIR=dir              where to build (default build/; the others beside it)
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 quick=0
 for arg in "$@"; do
     case $arg in
     --quick) quick=1 ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) echo "test.sh: unknown option '$arg'; see --help" >&2; exit 2 ;;
     esac
 done
+cd "$(dirname "$0")/.."
 
 started=$SECONDS
 say() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }

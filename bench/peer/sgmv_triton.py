@@ -11,9 +11,11 @@ replays of CUDA graphs of many launches, which go round over copies of the facto
 """
 
 import argparse
+import atexit
 import importlib
 import pathlib
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,7 +42,8 @@ def load_peer(where):
     """The modules of the dense kernels, without the rest of the package."""
     root = pathlib.Path(where)
     if root.is_file():
-        folder = tempfile.mkdtemp(prefix="sglang-")
+        folder = tempfile.mkdtemp(prefix="sglang-")  # Triton reads the sources until the end
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         with zipfile.ZipFile(root) as wheel:
             for name in wheel.namelist():
                 if name.startswith("sglang/kernels/ops/lora/dense/"):
@@ -191,7 +194,7 @@ def time_us(launch, copies):
 
 def our_rows(bench):
     """(shape, tokens, adapters, rank, floor us, us) of each row that bench_kernels prints."""
-    text = subprocess.run([bench, "lora"], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run([bench, "lora"], check=True, stdout=subprocess.PIPE, text=True).stdout
     for line in text.splitlines():
         if m := ROW.match(line):
             numbers = m[6].split()
@@ -204,6 +207,8 @@ def main():
     parser.add_argument("--bench", required=True, help="our bench_kernels")
     parser.add_argument("--only", default="", help="rows whose name holds this text")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("sgmv_triton.py: no device that can be used")
     peer = load_peer(args.sglang)
     print(f"{torch.cuda.get_device_name()}; us; ratio: the peer's faster one over ours")
     print(f"{'':52} {'floor':>8} {'ours':>8} {'triton':>8} {'csgmv':>8} {'ratio':>6}")

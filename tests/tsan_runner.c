@@ -2,7 +2,7 @@
  * library maps memory where the sanitizer keeps its own, and neither works then. This file defines
  * what a test program takes from the library, and a main that runs each test in a forked child, one
  * after the other. Arguments are names, "suite" or "suite/test"; those that start with '-' (and the
- * value of --jobs) are ignored. */
+ * value of --jobs) are ignored; names that select no test are an error. */
 #include <criterion/criterion.h>
 #include <math.h>
 #include <stdarg.h>
@@ -187,6 +187,10 @@ int main(int argc, char **argv)
                : passed ? "PASS"
                         : "FAIL",
                test->category, test->name);
+    }
+    if (n_tests == 0) {
+        fprintf(stderr, "%s: none of the tests has such a name\n", argv[0]);
+        return 2;
     }
     printf("[====] Tested: %d | Passing: %d | Failing: %d | Skipped: %d\n", n_tests,
            n_tests - n_failed - n_skipped, n_failed, n_skipped);

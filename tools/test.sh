@@ -39,7 +39,7 @@ say "packages"
 tools/install_deps.sh --tests --cuda
 
 say "build in $build/"
-cmake -G Ninja -S . -B "$build" -DQV_WERROR=ON -DQV_TESTS=ON -DQV_BENCH=ON >/dev/null
+cmake -G Ninja -S . -B "$build" -DQV_WERROR=ON -DQV_TESTS=ON -DQV_BENCH=ON -DQV_CUDA=AUTO >/dev/null
 cmake --build "$build"
 
 say "tests"

@@ -97,7 +97,10 @@ if [ $do_build = 1 ]; then
     tools/install_deps.sh ${deps[@]+"${deps[@]}"}
     say "build in $build/"
     log=$(mktemp)
-    cmake -G Ninja -S . -B "$build" -DQV_TESTS=OFF -DQV_BENCH=OFF >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
+    # In a new folder, kernels of CUDA (minutes) only for who uses them.
+    cuda=()
+    if [ "$backend" = cuda ]; then cuda=(-DQV_CUDA=AUTO); elif [ ! -e "$build/CMakeCache.txt" ]; then cuda=(-DQV_CUDA=OFF); fi
+    cmake -G Ninja -S . -B "$build" -DQV_TESTS=OFF -DQV_BENCH=OFF ${cuda[@]+"${cuda[@]}"} >"$log" 2>&1 || { cat "$log" >&2; exit 1; }
     rm -f "$log"
     cmake --build "$build"
 fi

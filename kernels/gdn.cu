@@ -44,16 +44,7 @@ __global__ void __launch_bounds__(128)
         }
         __syncthreads();
         float sum[9];
-        delta_products(cell, q, k, row, sum);
-        if (lane < 8)
-#pragma unroll
-            for (int i = 0; i < 9; i++)
-                sums[warp][lane][i] = sum[i];
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 9; i++)
-            sum[i] = sums[0][thread & 7][i] + sums[1][thread & 7][i] + sums[2][thread & 7][i] +
-                     sums[3][thread & 7][i];
+        delta_sums(cell, q, k, thread, sums, sum);
         float decay = gates[0], e[4];
         delta_error(sum, raw, decay, gates[1], e);
         if (row == 0)

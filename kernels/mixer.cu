@@ -303,21 +303,12 @@ __device__ __forceinline__ void store_cells(float *to, const tile_place &at,
 __device__ __forceinline__ void delta_tile(const mixer_plan &p, const mixer_shared &m,
                                            const tile_place &at, bool last_round, float4 (&cell)[8])
 {
-    int in_team = threadIdx.x % TEAM, lane = threadIdx.x & 31, warp = in_team >> 5;
-    int team = threadIdx.x / TEAM, row = in_team >> 3, column = (in_team & 7) * 4;
+    int in_team = threadIdx.x % TEAM, team = threadIdx.x / TEAM;
+    int row = in_team >> 3, column = (in_team & 7) * 4;
     const float *q = m.unit, *k = m.unit + STEP_D;
     float(*sums)[8][12] = (float(*)[8][12])m.sums + team * 4;
     float sum[9], e[4] = {}, decay = m.gates[at.head];
-    delta_products(cell, q, k, row, sum);
-    if (lane < 8)
-#pragma unroll
-        for (int i = 0; i < 9; i++)
-            sums[warp][lane][i] = sum[i];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < 9; i++)
-        sum[i] = sums[0][in_team & 7][i] + sums[1][in_team & 7][i] + sums[2][in_team & 7][i] +
-                 sums[3][in_team & 7][i];
+    delta_sums(cell, q, k, in_team, sums, sum);
     delta_error(sum, *(const uint2 *)(m.values + team * TILE + column), decay,
                 m.gates[p.n_heads + at.head], e);
     if (in_team < 8 && at.width > 0) {

@@ -140,6 +140,24 @@ __device__ __forceinline__ void delta_products(const float4 (&cell)[8], const fl
     }
 }
 
+/* The same over all rows, to all threads. All 128 threads, of whom it is `thread`, with `sums` of
+ * shared memory of their own; one barrier of the block. */
+__device__ __forceinline__ void delta_sums(const float4 (&cell)[8], const float *q, const float *k,
+                                           int thread, float (*sums)[8][12], float (&sum)[9])
+{
+    int lane = thread & 31;
+    delta_products(cell, q, k, thread >> 3, sum);
+    if (lane < 8)
+#pragma unroll
+        for (int i = 0; i < 9; i++)
+            sums[thread >> 5][lane][i] = sum[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 9; i++)
+        sum[i] = sums[0][thread & 7][i] + sums[1][thread & 7][i] + sums[2][thread & 7][i] +
+                 sums[3][thread & 7][i];
+}
+
 /* e of four columns from the sums over all rows and v, four BF16 numbers. */
 __device__ __forceinline__ void delta_error(const float (&sum)[9], uint2 raw, float decay,
                                             float beta, float (&e)[4])

@@ -27,16 +27,14 @@
  * Bytes: 2 n_out n_in + 2 r n_out an adapter. Of W and B 64 KiB and more are in flight on every
  * multiprocessor; rings of half the shared memory leave room for the next product's.
  */
-#include "kernels/kernels_linear.h"
+#include "kernels/linear_parts.cuh"
 #include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_shapes.cuh"
 
 namespace
 {
 
-constexpr int STEP = 64;                  /* of k, of a stage */
-constexpr int RANKS = 16;                 /* of a unit */
-[[maybe_unused]] constexpr int UNITS = 2; /* of a stage */
+constexpr int STEP = 64; /* of k, of a stage */
 constexpr int MAX_CLUSTER = 8;
 constexpr int HALF_OF_SHARED = 112 * 1024;
 
@@ -151,26 +149,6 @@ __device__ __forceinline__ void find_entries(decode_shared<F> &m, const qv_k_seg
         atomicAdd(&m.n_units, (of.rank + RANKS - 1) / RANKS);
     }
     __syncthreads();
-}
-
-/* A unit: 16 ranks of an entry. */
-struct cursor {
-    int index, rank;
-};
-
-template <class F> __device__ __forceinline__ void advance(const decode_shared<F> &m, cursor &at)
-{
-    at.rank += RANKS;
-    if (at.rank >= m.entries[at.index].rank) {
-        at.rank = 0;
-        at.index++;
-    }
-}
-
-/* x1 of a unit: rows of 16 float32, pieces of 16 bytes permuted. */
-[[maybe_unused]] __device__ __forceinline__ int x1_at(int token, int r)
-{
-    return token * RANKS + (((r >> 2) ^ (token >> 1 & 3)) << 2) + (r & 3);
 }
 
 /* B of a unit. One thread. */
@@ -378,29 +356,6 @@ __device__ __forceinline__ void put(decode_shared<F> &m,
             acc[i / (F::COLUMNS / 2)][i % (F::COLUMNS / 2)];
 }
 
-[[maybe_unused]] __device__ __forceinline__ void store4(const qv_k_linear_args &c, int64_t token,
-                                                        int64_t row, const float4 &v)
-{
-    int64_t at = token * c.y_stride + row;
-    const float f[4] = {v.x, v.y, v.z, v.w};
-    bool whole = row + 4 <= c.n_out;
-    if (c.y_f32) {
-        float *y = (float *)c.y + at;
-        if (whole && (uintptr_t)y % 16 == 0)
-            *(float4 *)y = v;
-        else
-            for (int i = 0; i < 4 && row + i < c.n_out; i++)
-                y[i] = f[i];
-        return;
-    }
-    bf16 *y = (bf16 *)c.y + at;
-    if (whole && (uintptr_t)y % 8 == 0)
-        *(uint2 *)y = make_uint2(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]));
-    else
-        for (int i = 0; i < 4 && row + i < c.n_out; i++)
-            y[i] = __float2bfloat16(f[i]);
-}
-
 /* The shares of a block's outputs, added up in their order: each block of them has as many. */
 template <class F>
 __device__ __forceinline__ void finish(decode_shared<F> &m, const qv_k_linear_args &c,
@@ -420,12 +375,8 @@ __device__ __forceinline__ void finish(decode_shared<F> &m, const qv_k_linear_ar
                 v[share] = load_from(from, first_rank + share);
 #pragma unroll
         for (int share = 1; share < MAX_CLUSTER; share++)
-            if (share < p.n_shares) {
-                v[0].x += v[share].x;
-                v[0].y += v[share].y;
-                v[0].z += v[share].z;
-                v[0].w += v[share].w;
-            }
+            if (share < p.n_shares)
+                add4(v[0], v[share]);
         store4(c, token, p.row0 + row, v[0]);
     }
 }
@@ -593,21 +544,6 @@ int shares_of(const qv_k_linear_args &c, const qv_k_decode_form &f, int n_sms)
            steps >= (shares + 1) * 4)
         shares++;
     return shares;
-}
-
-/* The most slices that `rows` rows from a multiple of so many on touch. */
-int most_slices(const qv_k_slices &s, int rows)
-{
-    int most = 0;
-    for (int i = 0; i < s.n; i++) {
-        int row0 = s.start[i] / rows * rows, first = i, last = i;
-        while (first > 0 && s.start[first] > row0)
-            first--;
-        while (last + 1 < s.n && s.start[last + 1] < row0 + rows)
-            last++;
-        most = last - first + 1 > most ? last - first + 1 : most;
-    }
-    return most;
 }
 
 } // namespace

@@ -19,8 +19,7 @@
  *
  * Memory bound: 2 n_out n_in bytes a part.
  */
-#include "kernels/device.cuh"
-#include "kernels/kernels_linear.h"
+#include "kernels/linear_parts.cuh"
 
 namespace
 {
@@ -58,7 +57,6 @@ struct stream_stage {
 
 /* SKINNY */
 constexpr int SKINNY_TILE = 16;
-constexpr int SKINNY_STEP = 128;
 constexpr int SKINNY_WARPS = 16; /* at most */
 
 union joined_shared {
@@ -105,14 +103,6 @@ __device__ __forceinline__ void store(const part &p, int64_t token, int64_t col,
         ((float *)p.c.y)[at] = v;
     else
         ((bf16 *)p.c.y)[at] = __float2bfloat16(v);
-}
-
-__device__ __forceinline__ void add4(float4 &a, const float4 &b)
-{
-    a.x += b.x;
-    a.y += b.y;
-    a.z += b.z;
-    a.w += b.w;
 }
 
 /* --- STREAM ------------------------------------------------------------------------------- */
@@ -235,29 +225,13 @@ __device__ __forceinline__ void stream_finish(const joined_shared &m, const part
 
 /* --- SKINNY ------------------------------------------------------------------------------- */
 
-/* What one warp takes of W at a time: 16 rows, SKINNY_STEP of k. */
-struct piece {
-    uint4 upper[4], lower[4];
-};
-
-__device__ __forceinline__ void load_piece(piece &to, const bf16 *upper, const bf16 *lower, int k,
-                                           int n_in)
-{
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        bool in = k + j * 32 < n_in; /* n_in is a multiple of 32 */
-        to.upper[j] = in ? load_stream(upper + k + j * 32) : uint4{};
-        to.lower[j] = in ? load_stream(lower + k + j * 32) : uint4{};
-    }
-}
-
 /* The pieces of warp `warp` of `n_warps`, added up one after the other; then those of warp + 8 by
  * themselves. The first is on its way before the kernel waits for the one before it, whose results
  * x and rest are. */
 __device__ __forceinline__ void skinny_sums(joined_shared &m, const part &p, int block)
 {
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    int n_in = (int)p.c.n_in, stride = p.splits * SKINNY_STEP;
+    int n_in = (int)p.c.n_in, stride = p.splits * PIECE;
     int64_t upper = row_of<SKINNY_TILE>(p, block, g), lower = row_of<SKINNY_TILE>(p, block, g + 8);
     /* Rows beyond the end read another one, and are not stored. */
     const bf16 *w0 = (const bf16 *)p.c.w + (upper < 0 ? 0 : upper) * n_in + t * 8;
@@ -267,31 +241,22 @@ __device__ __forceinline__ void skinny_sums(joined_shared &m, const part &p, int
     const bf16 *rest =
         p.c.rest ? (const bf16 *)p.c.rest + token * p.c.rest_stride + t * 8 : nullptr;
     piece now, next;
-    load_piece(now, w0, w1, warp * SKINNY_STEP, n_in);
+    load_piece(now, w0, w1, warp * PIECE, n_in);
     wait_for_previous();
     for (int as = warp; as < p.splits; as += WARPS) {
         float acc[4] = {};
-        for (int k = as * SKINNY_STEP; k < n_in; k += stride) {
+        for (int k = as * PIECE; k < n_in; k += stride) {
             int after = k + stride; /* or the first of the next sum */
             if (after >= n_in)
-                after = as + WARPS < p.splits ? (as + WARPS) * SKINNY_STEP : n_in;
+                after = as + WARPS < p.splits ? (as + WARPS) * PIECE : n_in;
             load_piece(next, w0, w1, after, n_in);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 if (k + j * 32 >= n_in)
                     break;
-                const uint32_t first[4] = {now.upper[j].x, now.lower[j].x, now.upper[j].y,
-                                           now.lower[j].y};
-                const uint32_t second[4] = {now.upper[j].z, now.lower[j].z, now.upper[j].w,
-                                            now.lower[j].w};
-                uint4 b = *(const uint4 *)(x + k + j * 32);
-                mma(acc, first, b.x, b.y);
-                mma(acc, second, b.z, b.w);
-                if (rest) {
-                    b = *(const uint4 *)(rest + k + j * 32);
-                    mma(acc, first, b.x, b.y);
-                    mma(acc, second, b.z, b.w);
-                }
+                multiply_piece(now, j, x + k + j * 32, acc);
+                if (rest)
+                    multiply_piece(now, j, rest + k + j * 32, acc);
             }
             now = next;
         }

@@ -8,14 +8,12 @@
  * 16 rows of W; its 8 warps take pieces of 128 of k in turn and add up in shared memory, in a fixed
  * order.
  */
-#include "kernels/device.cuh"
-#include "kernels/kernels_linear.h"
+#include "kernels/linear_parts.cuh"
 
 namespace
 {
 
 constexpr int ANY_WARPS = 8;
-constexpr int STEP = 128; /* of k, by one warp at a time: 8 loads of W a thread in flight */
 
 __device__ __forceinline__ void store(void *y, bool f32, int64_t at, float v)
 {
@@ -23,22 +21,6 @@ __device__ __forceinline__ void store(void *y, bool f32, int64_t at, float v)
         ((float *)y)[at] = v;
     else
         ((bf16 *)y)[at] = __float2bfloat16(v);
-}
-
-/* What one warp takes of W at a time: 16 rows, STEP of k. */
-struct piece {
-    uint4 a0[4], a1[4];
-};
-
-__device__ __forceinline__ void load_piece(piece &p, const bf16 *w0, const bf16 *w1, int64_t k,
-                                           int64_t n_in)
-{
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        bool in = k + j * 32 < n_in; /* n_in is a multiple of 32 */
-        p.a0[j] = in ? load_stream(w0 + k + j * 32) : uint4{};
-        p.a1[j] = in ? load_stream(w1 + k + j * 32) : uint4{};
-    }
 }
 
 /* NT tiles of 8 tokens, with a rest two products for each piece of W. The first piece is on its way
@@ -66,26 +48,19 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
     }
     float acc[NT][4] = {};
     piece now, next;
-    load_piece(now, w0, w1, (int64_t)warp * STEP, c.n_in);
+    load_piece(now, w0, w1, (int64_t)warp * PIECE, c.n_in);
     wait_for_previous();
-    for (int64_t k = (int64_t)warp * STEP; k < c.n_in; k += WARPS * STEP) {
-        load_piece(next, w0, w1, k + WARPS * STEP, c.n_in);
+    for (int64_t k = (int64_t)warp * PIECE; k < c.n_in; k += WARPS * PIECE) {
+        load_piece(next, w0, w1, k + WARPS * PIECE, c.n_in);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (k + j * 32 >= c.n_in)
                 break;
-            const uint32_t first[4] = {now.a0[j].x, now.a1[j].x, now.a0[j].y, now.a1[j].y};
-            const uint32_t second[4] = {now.a0[j].z, now.a1[j].z, now.a0[j].w, now.a1[j].w};
 #pragma unroll
             for (int i = 0; i < NT; i++) {
-                uint4 b = *(const uint4 *)(x[i] + k + j * 32);
-                mma(acc[i], first, b.x, b.y);
-                mma(acc[i], second, b.z, b.w);
-                if (REST) {
-                    b = *(const uint4 *)(rest[i] + k + j * 32);
-                    mma(acc[i], first, b.x, b.y);
-                    mma(acc[i], second, b.z, b.w);
-                }
+                multiply_piece(now, j, x[i] + k + j * 32, acc[i]);
+                if (REST)
+                    multiply_piece(now, j, rest[i] + k + j * 32, acc[i]);
             }
         }
         now = next;

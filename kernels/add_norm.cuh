@@ -37,20 +37,9 @@ __device__ __forceinline__ void finish_add_norm(const qv_k_add_norm_args &c, int
         int i = (threadIdx.x + j * 256) * 8;
         if (i >= c.d)
             continue;
-        float g[8], out[8], rounded[8];
+        float g[8];
         load8(c.w + i, g);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            out[k] = v[j][k] * scale * (c.plus_one ? 1.0f + g[k] : g[k]);
-        bf16x8 packed = pack8(out);
-        *(bf16x8 *)(y + i) = packed;
-        if (!c.rest)
-            continue;
-        unpack8(packed, rounded);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            out[k] -= rounded[k];
-        *(bf16x8 *)(rest + i) = pack8(out);
+        store_normed(v[j], g, scale, c.plus_one, y + i, rest + i, c.rest != nullptr);
     }
 }
 

@@ -19,6 +19,7 @@
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_comm.h"
+#include "kernels/norm_row.cuh"
 
 namespace
 {
@@ -189,26 +190,13 @@ template <int NC>
 __device__ __forceinline__ void norm_row(const qv_k_exchange &c, int64_t row, const chunk (&v)[NC],
                                          const chunk (&gain)[NC], float squares)
 {
-    float scale = 1.0f / sqrtf(squares / (float)c.n + c.eps);
+    float scale = norm_scale(squares, c.n, c.eps);
     bf16 *y = (bf16 *)c.y + row * c.y_stride, *rest = (bf16 *)c.rest + row * c.rest_stride;
 #pragma unroll
     for (int j = 0; j < NC; j++) {
         int i = ((int)threadIdx.x + j * THREADS) * 8;
-        if (i >= c.n)
-            continue;
-        float out[8], rounded[8];
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            out[k] = v[j].f[k] * scale * (c.plus_one ? 1.0f + gain[j].f[k] : gain[j].f[k]);
-        bf16x8 packed = pack8(out);
-        *(bf16x8 *)(y + i) = packed;
-        if (!c.rest)
-            continue;
-        unpack8(packed, rounded);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            out[k] -= rounded[k];
-        *(bf16x8 *)(rest + i) = pack8(out);
+        if (i < c.n)
+            store_normed(v[j].f, gain[j].f, scale, c.plus_one, y + i, rest + i, c.rest != nullptr);
     }
 }
 

@@ -81,6 +81,26 @@ __device__ __forceinline__ float norm_scale(float squares, int64_t d, float eps)
     return 1.0f / sqrtf(squares / (float)d + eps);
 }
 
+/* Eight numbers of a normed row to y, and with `has_rest` to rest what rounding takes off. */
+__device__ __forceinline__ void store_normed(const float (&v)[8], const float (&gain)[8],
+                                             float scale, bool plus_one, bf16 *y, bf16 *rest,
+                                             bool has_rest)
+{
+    float out[8], rounded[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        out[k] = v[k] * scale * (plus_one ? 1.0f + gain[k] : gain[k]);
+    bf16x8 packed = pack8(out);
+    *(bf16x8 *)y = packed;
+    if (!has_rest)
+        return;
+    unpack8(packed, rounded);
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        out[k] -= rounded[k];
+    *(bf16x8 *)rest = pack8(out);
+}
+
 } // namespace
 
 #endif

@@ -2,6 +2,7 @@
 #include "tests/emulate/machine_host.h"
 
 #include <algorithm>
+#include <errno.h>
 #include <mutex>
 #include <stdarg.h>
 #include <stdio.h>
@@ -146,6 +147,59 @@ struct action {
 thread *current;
 facts answered{""};
 
+/* --- The environment ---------------------------------------------------------------------- */
+
+[[noreturn]] static void refuse(const char *name, const char *text, const char *wanted)
+{
+    fprintf(stderr, "emulated device: %s is '%s', not %s\n", name, text, wanted);
+    exit(2);
+}
+
+static int64_t number_from(const char *name, int64_t otherwise, int64_t most)
+{
+    const char *text = getenv(name);
+    if (!text)
+        return otherwise;
+    char *end;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    char wanted[64];
+    snprintf(wanted, sizeof wanted, "a number from 0 to %lld", (long long)most);
+    if (end == text || *end || errno || value < 0 || value > most)
+        refuse(name, text, wanted);
+    return value;
+}
+
+static int capability_from(const char *name)
+{
+    const char *text = getenv(name);
+    if (!text || strcmp(text, "9.0") == 0)
+        return 90;
+    if (strcmp(text, "8.0") != 0 && strcmp(text, "10.0") != 0)
+        refuse(name, text, "8.0, 9.0 or 10.0");
+    return strcmp(text, "8.0") == 0 ? 80 : 100;
+}
+
+const environment &from_environment()
+{
+    static const environment value = {number_from("QV_EMULATE_SEED", 1, INT64_MAX),
+                                      (int)number_from("QV_EMULATE_DEVICES", 1, MAX_DEVICES),
+                                      capability_from("QV_EMULATE_CAPABILITY")};
+    return value;
+}
+
+int capability()
+{
+    return from_environment().capability;
+}
+
+int code()
+{
+    return capability() == 90 ? 90 : 80;
+}
+
+/* --- The machine -------------------------------------------------------------------------- */
+
 namespace
 {
 
@@ -163,12 +217,7 @@ struct machine {
     uint64_t steady; /* a mask: the more bits, the more rarely it is any fiber's turn */
     uint64_t random;
 
-    machine()
-    {
-        const char *seed = getenv("QV_EMULATE_SEED");
-        steady = 1;
-        random = (seed ? strtoull(seed, NULL, 10) : 1) * 0x9e3779b97f4a7c15u + 1;
-    }
+    machine() : steady(1), random((uint64_t)from_environment().seed * 0x9e3779b97f4a7c15u + 1) {}
 } m;
 
 /* xorshift64: good enough to draw who is next. */
@@ -191,20 +240,6 @@ bool facts::answer() const
 {
     answered = *this;
     return true;
-}
-
-int capability()
-{
-    static const int value = [] {
-        const char *text = getenv("QV_EMULATE_CAPABILITY");
-        return text ? (int)(strtod(text, NULL) * 10 + 0.5) : 90;
-    }();
-    return value;
-}
-
-int code()
-{
-    return capability() / 10 == 9 ? 90 : 80;
 }
 
 /* --- Reports ------------------------------------------------------------------------------ */

@@ -25,7 +25,7 @@ struct allocation {
 struct state {
     std::map<const char *, allocation> allocations; /* by their beginning */
     std::map<const void *, size_t> shared_limits;   /* of kernels */
-    size_t used[64] = {};                           /* of devices */
+    size_t used[emu::MAX_DEVICES] = {};             /* of devices */
 } s;
 
 thread_local int device;
@@ -104,12 +104,7 @@ int emu::current_device()
 
 int emu::n_devices()
 {
-    static const int n = [] {
-        const char *text = getenv("QV_EMULATE_DEVICES");
-        int given = text ? atoi(text) : 1;
-        return given < 0 ? 0 : given > 64 ? 64 : given;
-    }();
-    return n;
+    return from_environment().n_devices;
 }
 
 emu::memory emu::kind_of(const void *p, size_t bytes)

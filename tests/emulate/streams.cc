@@ -170,7 +170,7 @@ void drain(cudaStream_t s, uint64_t number, bool patient = true)
 /* Stream 0, which waits for all others of the device and makes them wait. */
 cudaStream_t default_stream()
 {
-    static std::vector<cudaStream_t> of_devices(64);
+    static std::vector<cudaStream_t> of_devices(emu::MAX_DEVICES);
     cudaStream_t &s = of_devices[(size_t)emu::current_device()];
     if (!s)
         s = new_stream(emu::current_device());

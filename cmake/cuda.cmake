@@ -11,6 +11,10 @@ find_program(QV_NVCC nvcc
   DOC "CUDA compiler")
 set(QV_EMULATED OFF)
 if(QV_CUDA STREQUAL "EMULATED")
+  if(NOT CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    message(FATAL_ERROR "QV_CUDA is EMULATED, which needs x86-64, but the processor is "
+      "${CMAKE_SYSTEM_PROCESSOR}")
+  endif()
   get_filename_component(nvcc_bin "${QV_NVCC}" DIRECTORY)
   find_path(QV_CUDA_INCLUDE cublasLt.h HINTS ${nvcc_bin}/../include
     DOC "Headers of a CUDA toolkit" REQUIRED)

@@ -43,12 +43,6 @@ uint32_t combine(const reduced &how, uint32_t a, uint32_t b)
         return less ? a : b;
     case REDUCE_MAX:
         return less ? b : a;
-    case REDUCE_AND:
-        return a & b;
-    case REDUCE_OR:
-        return a | b;
-    case REDUCE_XOR:
-        return a ^ b;
     }
     fail("no such reduction: %d", (int)how.mode);
 }
@@ -162,27 +156,17 @@ void __syncthreads()
     emu::barrier(0, 0);
 }
 
-int __syncthreads_count(int predicate)
+int __syncthreads_or(int predicate)
 {
     static std::unordered_map<emu::block *, int> votes; /* zero whenever nobody votes */
     int &vote = votes[emu::current->block];
-    vote += predicate != 0;
+    vote |= predicate != 0;
     emu::barrier(0, 0);
-    int count = vote;
+    int any = vote;
     emu::barrier(0, 0); /* all have read it */
     vote = 0;
     emu::barrier(0, 0);
-    return count;
-}
-
-int __syncthreads_or(int predicate)
-{
-    return __syncthreads_count(predicate) != 0;
-}
-
-int __syncthreads_and(int predicate)
-{
-    return __syncthreads_count(!predicate) == 0;
+    return any;
 }
 
 void __trap()

@@ -37,24 +37,9 @@ inline __nv_bfloat16 __float2bfloat16(float f)
     return __nv_bfloat16(f);
 }
 
-inline __nv_bfloat16 __float2bfloat16_rn(float f)
-{
-    return __float2bfloat16(f);
-}
-
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y)
 {
     return {__float2bfloat16(x), __float2bfloat16(y)};
-}
-
-inline float __low2float(__nv_bfloat162 v)
-{
-    return __bfloat162float(v.x);
-}
-
-inline float __high2float(__nv_bfloat162 v)
-{
-    return __bfloat162float(v.y);
 }
 
 #endif

@@ -1,6 +1,7 @@
 /* What CUDA C++ has built in, for kernels that are compiled as C++ for the CPU: where a thread is,
  * barriers, what the lanes of a warp exchange, atomics, arithmetic. Included in front of each
- * translated kernel, with the toolkit's headers for the host, which name the rest.
+ * translated kernel, with the toolkit's headers for the host, which name the rest. Only what some
+ * kernel uses: what the next one needs besides, the compiler names.
  */
 #ifndef QV_EMULATE_CUDA_DEVICE_H
 #define QV_EMULATE_CUDA_DEVICE_H
@@ -47,17 +48,10 @@ constexpr int warpSize = 32;
 void __syncwarp(unsigned mask = 0xffffffffu);
 void __syncthreads();
 int __syncthreads_or(int predicate);
-int __syncthreads_and(int predicate);
-int __syncthreads_count(int predicate);
 [[noreturn]] void __trap();
 
 /* Threads of a launch run on one thread of the host, those of other ranks on others. */
 inline void __threadfence()
-{
-    __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
-
-inline void __threadfence_block()
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
@@ -73,7 +67,7 @@ namespace emu
 {
 
 enum shuffle_mode { SHUFFLE_INDEX, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR };
-enum reduce_mode { REDUCE_ADD, REDUCE_MIN, REDUCE_MAX, REDUCE_AND, REDUCE_OR, REDUCE_XOR };
+enum reduce_mode { REDUCE_ADD, REDUCE_MIN, REDUCE_MAX };
 
 /* The value of the lane that `mode` and `with` name, among `width` neighbours. */
 uint64_t shuffle(shuffle_mode mode, unsigned mask, uint64_t value, int with, int width);
@@ -121,11 +115,6 @@ inline int __any_sync(unsigned mask, int predicate)
     return __ballot_sync(mask, predicate) != 0;
 }
 
-inline int __all_sync(unsigned mask, int predicate)
-{
-    return __ballot_sync(mask, !predicate) == 0;
-}
-
 /* Unsigned or signed, as the device has them. */
 #define EMU_REDUCE(name, mode)                                                                     \
     inline unsigned name(unsigned mask, unsigned value)                                            \
@@ -140,21 +129,6 @@ EMU_REDUCE(__reduce_add_sync, emu::REDUCE_ADD)
 EMU_REDUCE(__reduce_min_sync, emu::REDUCE_MIN)
 EMU_REDUCE(__reduce_max_sync, emu::REDUCE_MAX)
 #undef EMU_REDUCE
-
-inline unsigned __reduce_and_sync(unsigned mask, unsigned value)
-{
-    return emu::reduce(emu::REDUCE_AND, mask, value, false);
-}
-
-inline unsigned __reduce_or_sync(unsigned mask, unsigned value)
-{
-    return emu::reduce(emu::REDUCE_OR, mask, value, false);
-}
-
-inline unsigned __reduce_xor_sync(unsigned mask, unsigned value)
-{
-    return emu::reduce(emu::REDUCE_XOR, mask, value, false);
-}
 
 /* --- Atomics ------------------------------------------------------------------------------ */
 
@@ -185,41 +159,6 @@ template <typename T> T atomicAdd(T *p, emu::same_t<T> v)
     return emu::atomic(p, [=](T x) { return x + v; });
 }
 
-template <typename T> T atomicSub(T *p, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T x) { return x - v; });
-}
-
-template <typename T> T atomicMin(T *p, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T x) { return x < v ? x : v; });
-}
-
-template <typename T> T atomicMax(T *p, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T x) { return x > v ? x : v; });
-}
-
-template <typename T> T atomicAnd(T *p, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T x) { return x & v; });
-}
-
-template <typename T> T atomicOr(T *p, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T x) { return x | v; });
-}
-
-template <typename T> T atomicExch(T *p, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T) { return v; });
-}
-
-template <typename T> T atomicCAS(T *p, emu::same_t<T> expected, emu::same_t<T> v)
-{
-    return emu::atomic(p, [=](T x) { return x == expected ? v : x; });
-}
-
 /* Counts from 0 to `last` and around. */
 inline unsigned atomicInc(unsigned *p, unsigned last)
 {
@@ -244,11 +183,6 @@ template <typename T> T __ldcs(const T *p)
 }
 
 template <typename T> void __stwb(T *p, emu::same_t<T> v)
-{
-    *p = v;
-}
-
-template <typename T> void __stcg(T *p, emu::same_t<T> v)
 {
     *p = v;
 }
@@ -292,19 +226,9 @@ inline int __popc(unsigned x)
     return __builtin_popcount(x);
 }
 
-inline int __popcll(unsigned long long x)
-{
-    return __builtin_popcountll(x);
-}
-
 inline int __clz(int x)
 {
     return x == 0 ? 32 : __builtin_clz((unsigned)x);
-}
-
-inline int __clzll(long long x)
-{
-    return x == 0 ? 64 : __builtin_clzll((unsigned long long)x);
 }
 
 inline int __ffs(int x)
@@ -312,28 +236,9 @@ inline int __ffs(int x)
     return __builtin_ffs(x);
 }
 
-inline int __ffsll(long long x)
-{
-    return __builtin_ffsll(x);
-}
-
-inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector)
-{
-    uint64_t bytes = (uint64_t)y << 32 | x;
-    unsigned out = 0;
-    for (int i = 0; i < 4; i++)
-        out |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
-    return out;
-}
-
 inline unsigned long long __float2ull_rn(float x)
 {
     return (unsigned long long)rintf(x);
-}
-
-inline int __float2int_rn(float x)
-{
-    return (int)rintf(x);
 }
 
 /* Apart, where a compiler could make one operation of two. */
@@ -355,11 +260,6 @@ inline float __fadd_rn(float x, float y)
     return sum;
 }
 
-inline float __fmaf_rn(float x, float y, float z)
-{
-    return fmaf(x, y, z);
-}
-
 /* The device's quick forms, which are less exact there. */
 inline float __fdividef(float x, float y)
 {
@@ -369,11 +269,6 @@ inline float __fdividef(float x, float y)
 inline float __expf(float x)
 {
     return expf(x);
-}
-
-inline float __logf(float x)
-{
-    return logf(x);
 }
 
 inline float rsqrtf(float x)

@@ -3,8 +3,11 @@
  */
 #include "tests/emulate/runtime.h"
 
+#include "common/dtype.h"
+
 #include <algorithm>
 #include <cublasLt.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #include <vector>
@@ -22,21 +25,10 @@ struct operation {
     cublasOperation_t transpose_a;
 };
 
-float from_bf16(uint16_t bits)
-{
-    uint32_t word = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &word, sizeof f);
-    return f;
-}
-
+/* As the device rounds: any NaN becomes 0x7fff. */
 uint16_t to_bf16(float f)
 {
-    uint32_t bits;
-    memcpy(&bits, &f, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return 0x7fff;
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    return isnan(f) ? 0x7fff : qv_f32_to_bf16(f);
 }
 
 struct product {
@@ -55,7 +47,7 @@ std::vector<float> columns_of(const layout &m, const uint16_t *data, uint64_t fi
     std::vector<float> out(n * pitch);
     for (uint64_t col = 0; col < n; col++)
         for (uint64_t row = 0; row < m.rows; row++)
-            out[col * pitch + row] = from_bf16(data[(first + col) * (uint64_t)m.ld + row]);
+            out[col * pitch + row] = qv_bf16_to_f32(data[(first + col) * (uint64_t)m.ld + row]);
     return out;
 }
 
@@ -78,7 +70,7 @@ void store(const product &p, uint64_t row, uint64_t col, float sum)
         *d = p.alpha * sum + (p.beta != 0 ? p.beta * *d : 0);
     } else {
         uint16_t *d = (uint16_t *)p.d_data + at;
-        *d = to_bf16(p.alpha * sum + (p.beta != 0 ? p.beta * from_bf16(*d) : 0));
+        *d = to_bf16(p.alpha * sum + (p.beta != 0 ? p.beta * qv_bf16_to_f32(*d) : 0));
     }
 }
 

@@ -180,17 +180,17 @@ static int capability_from(const char *name)
     return strcmp(text, "8.0") == 0 ? 80 : 100;
 }
 
-const environment &from_environment()
+environment from_environment()
 {
-    static const environment value = {number_from("QV_EMULATE_SEED", 1, INT64_MAX),
-                                      (int)number_from("QV_EMULATE_DEVICES", 1, MAX_DEVICES),
-                                      capability_from("QV_EMULATE_CAPABILITY")};
-    return value;
+    return {number_from("QV_EMULATE_SEED", 1, INT64_MAX),
+            (int)number_from("QV_EMULATE_DEVICES", 1, MAX_DEVICES),
+            capability_from("QV_EMULATE_CAPABILITY")};
 }
 
 int capability()
 {
-    return from_environment().capability;
+    static const int value = from_environment().capability;
+    return value;
 }
 
 int code()

@@ -82,7 +82,7 @@ bool chance(unsigned n);
  */
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* 10 * capability of the device that is shown: 90, or 80 with QV_EMULATE_CAPABILITY=8.0. */
+/* 10 * capability of the device that is shown: 90, or what QV_EMULATE_CAPABILITY says. */
 int capability();
 /* The code that it runs, of those that are built: for 9.0 on itself alone, elsewhere for 8.0. */
 int code();

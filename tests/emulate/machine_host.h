@@ -13,14 +13,14 @@ namespace emu
 
 constexpr int MAX_DEVICES = 64;
 
-/* What QV_EMULATE_SEED, _DEVICES and _CAPABILITY say; read before main(), where a value that is
- * none ends the program with a sentence that names it. */
+/* What QV_EMULATE_SEED, _DEVICES and _CAPABILITY say. A value that is none ends the program before
+ * main() with a sentence that names it; the device is asked for later, so that a test can set it. */
 struct environment {
     int64_t seed;   /* of what is drawn; 1 */
     int n_devices;  /* 0 to MAX_DEVICES; 1 */
     int capability; /* 10 * 8.0, 9.0 or 10.0; 9.0 is what there is without one */
 };
-const environment &from_environment();
+environment from_environment();
 
 /* What a kernel says of itself: translate.py writes the question into its first line. */
 struct facts {

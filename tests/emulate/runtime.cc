@@ -104,7 +104,8 @@ int emu::current_device()
 
 int emu::n_devices()
 {
-    return from_environment().n_devices;
+    static const int n = from_environment().n_devices;
+    return n;
 }
 
 emu::memory emu::kind_of(const void *p, size_t bytes)

@@ -4,9 +4,8 @@
  */
 #include "tests/emulate/tensor_core.h"
 
+#include "common/dtype.h"
 #include "tests/emulate/machine.h"
-
-#include <string.h>
 
 namespace emu
 {
@@ -18,18 +17,12 @@ constexpr unsigned ALL = 0xffffffffu;
 
 float low(uint32_t pair)
 {
-    pair <<= 16;
-    float f;
-    memcpy(&f, &pair, sizeof f);
-    return f;
+    return qv_f32_from_bits(pair << 16);
 }
 
 float high(uint32_t pair)
 {
-    pair &= 0xffff0000u;
-    float f;
-    memcpy(&f, &pair, sizeof f);
-    return f;
+    return qv_f32_from_bits(pair & 0xffff0000u);
 }
 
 void need_all(void **lanes, const char *what)
@@ -87,38 +80,37 @@ struct tile_move {
     bool transposed;
 };
 
-/* Where the two numbers of a lane's part of tile `tile` are. */
-void find_pair(void **lanes, int lane, int tile, uint16_t *&first, uint16_t *&second)
+/* move(fragment, first, second): for each lane's fragment of each tile, and where its two numbers
+ * are in shared memory. */
+template <typename F> void each_pair(void **lanes, const char *what, const F &move)
 {
-    int g = lane / 4, t2 = lane % 4 * 2;
-    bool transposed = ((const tile_move *)lanes[lane])->transposed;
-    auto row = [&](int i) { return ((const tile_move *)lanes[tile * 8 + i])->row; };
-    first = transposed ? row(t2) + g : row(g) + t2;
-    second = transposed ? row(t2 + 1) + g : row(g) + t2 + 1;
+    need_all(lanes, what);
+    for (int lane = 0; lane < 32; lane++) {
+        const tile_move &mine = *(const tile_move *)lanes[lane];
+        int g = lane / 4, t2 = lane % 4 * 2;
+        for (int tile = 0; tile < 4; tile++) {
+            auto row = [&](int i) { return ((const tile_move *)lanes[tile * 8 + i])->row; };
+            if (mine.transposed)
+                move(mine.fragments[tile], row(t2)[g], row(t2 + 1)[g]);
+            else
+                move(mine.fragments[tile], row(g)[t2], row(g)[t2 + 1]);
+        }
+    }
 }
 
 void load_all(void **lanes, void *)
 {
-    need_all(lanes, "ldmatrix");
-    for (int lane = 0; lane < 32; lane++)
-        for (int tile = 0; tile < 4; tile++) {
-            uint16_t *first, *second;
-            find_pair(lanes, lane, tile, first, second);
-            ((tile_move *)lanes[lane])->fragments[tile] = *first | (uint32_t)*second << 16;
-        }
+    each_pair(lanes, "ldmatrix", [](uint32_t &fragment, uint16_t first, uint16_t second) {
+        fragment = first | (uint32_t)second << 16;
+    });
 }
 
 void store_all(void **lanes, void *)
 {
-    need_all(lanes, "stmatrix");
-    for (int lane = 0; lane < 32; lane++)
-        for (int tile = 0; tile < 4; tile++) {
-            uint16_t *first, *second;
-            find_pair(lanes, lane, tile, first, second);
-            uint32_t pair = ((tile_move *)lanes[lane])->fragments[tile];
-            *first = (uint16_t)pair;
-            *second = (uint16_t)(pair >> 16);
-        }
+    each_pair(lanes, "stmatrix", [](uint32_t fragment, uint16_t &first, uint16_t &second) {
+        first = (uint16_t)fragment;
+        second = (uint16_t)(fragment >> 16);
+    });
 }
 
 tile_move move_of(const void *row, const uint32_t *fragments, bool transposed, const char *what)

@@ -1,5 +1,6 @@
 #include "tests/emulate/wgmma.h"
 
+#include "common/dtype.h"
 #include "tests/emulate/machine.h"
 #include "tests/emulate/thread_state.h"
 
@@ -13,14 +14,6 @@ namespace
 {
 
 constexpr int THREADS = 128, ROWS = 64, DEPTH = 16, MAX_COLS = 256;
-
-float from_bf16(uint16_t bits)
-{
-    uint32_t word = (uint32_t)bits << 16;
-    float f;
-    memcpy(&f, &word, sizeof f);
-    return f;
-}
 
 /* --- Operands ----------------------------------------------------------------------------- */
 
@@ -50,7 +43,7 @@ void read_piece(const char *shared, size_t size, size_t at, float *to, int step)
     uint16_t bits[8];
     memcpy(bits, shared + at, sizeof bits);
     for (int i = 0; i < 8; i++)
-        to[i * step] = from_bf16(bits[i]);
+        to[i * step] = qv_bf16_to_f32(bits[i]);
 }
 
 /* An operand of `n` rows (or columns, of b) with 16 numbers each, which are beside each other, or,
@@ -109,8 +102,8 @@ void read_a_registers(void **threads, size_t i, matrices &m)
         int row = thread / 32 * 16 + thread % 32 / 4, col = thread % 4 * 2;
         for (int j = 0; j < 4; j++) {
             float *to = &m.a[row + j % 2 * 8][col + j / 2 * 8];
-            to[0] = from_bf16((uint16_t)p.a_registers[j]);
-            to[1] = from_bf16((uint16_t)(p.a_registers[j] >> 16));
+            to[0] = qv_bf16_to_f32((uint16_t)p.a_registers[j]);
+            to[1] = qv_bf16_to_f32((uint16_t)(p.a_registers[j] >> 16));
         }
     }
 }

@@ -6,22 +6,17 @@
 
 template <int N> inline void wgmma_scores(float (&d)[N / 2], uint64_t a, uint64_t b, int keep)
 {
-    emu::product p = {d, N};
-    p.a = a;
-    p.b = b;
-    p.adds = keep != 0;
-    emu::multiply(p);
+    emu::multiply({.d = d, .n = N, .a = a, .b = b, .adds = keep != 0});
 }
 
 template <int N> inline void wgmma_values(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b)
 {
-    emu::product p = {d, N};
-    p.a_in_registers = true;
-    for (int i = 0; i < 4; i++)
-        p.a_registers[i] = a[i];
-    p.b = b;
-    p.b_by_columns = true;
-    emu::multiply(p);
+    emu::multiply({.d = d,
+                   .n = N,
+                   .b = b,
+                   .a_in_registers = true,
+                   .a_registers = {a[0], a[1], a[2], a[3]},
+                   .b_by_columns = true});
 }
 
 #endif

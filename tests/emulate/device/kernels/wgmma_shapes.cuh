@@ -7,29 +7,17 @@
 template <int N> inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
 {
     static_assert(N % 16 == 0 && N >= 32 && N <= 256, "columns");
-    emu::product p = {d, N};
-    p.a = a;
-    p.b = b;
-    emu::multiply(p);
+    emu::multiply({.d = d, .n = N, .a = a, .b = b});
 }
 
 inline void wgmma_64_trans(float (&d)[32], uint64_t a, uint64_t b)
 {
-    emu::product p = {d, 64};
-    p.a = a;
-    p.a_by_columns = true;
-    p.b = b;
-    emu::multiply(p);
+    emu::multiply({.d = d, .n = 64, .a = a, .b = b, .a_by_columns = true});
 }
 
 template <int KEEP> inline void wgmma_b_trans(float (&d)[32], uint64_t a, uint64_t b)
 {
-    emu::product p = {d, 64};
-    p.a = a;
-    p.b = b;
-    p.b_by_columns = true;
-    p.adds = KEEP;
-    emu::multiply(p);
+    emu::multiply({.d = d, .n = 64, .a = a, .b = b, .b_by_columns = true, .adds = KEEP != 0});
 }
 
 #endif

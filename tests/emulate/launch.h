@@ -17,7 +17,7 @@
 namespace emu
 {
 
-/* runtime.cc: puts it into the stream, or into the graph that the stream is recorded to. The error
+/* streams.cc: puts it into the stream, or into the graph that the stream is recorded to. The error
  * is also the thread's last. */
 cudaError_t submit(const cudaLaunchConfig_t &config, std::shared_ptr<kernel_call> call,
                    const void *kernel);

@@ -65,6 +65,12 @@ struct launch;
 void enter();
 void leave();
 
+/* Holds the machine while it is in scope. */
+struct inside {
+    inside() { enter(); }
+    ~inside() { leave(); }
+};
+
 /* These hold the machine. */
 std::shared_ptr<launch> start(std::shared_ptr<const kernel_call> call);
 bool has_ended(const launch &run);

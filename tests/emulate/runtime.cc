@@ -36,16 +36,11 @@ size_t most_shared()
     return emu::capability() >= 90 ? 227 << 10 : 163 << 10;
 }
 
-struct inside {
-    inside() { emu::enter(); }
-    ~inside() { emu::leave(); }
-};
-
 cudaError_t allocate(void **out, size_t bytes, emu::memory kind)
 {
     if (emu::is_recording())
         return emu::result(cudaErrorStreamCaptureUnsupported);
-    inside lock;
+    emu::inside lock;
     *out = NULL;
     bool on_device = kind == emu::memory::DEVICE;
     if (on_device && s.used[device] + bytes > MEMORY_BYTES)
@@ -67,7 +62,7 @@ cudaError_t release(void *p, emu::memory kind)
         return cudaSuccess;
     if (emu::is_recording())
         return emu::result(cudaErrorStreamCaptureUnsupported);
-    inside lock;
+    emu::inside lock;
     auto found = s.allocations.find((const char *)p);
     if (found == s.allocations.end() || found->second.kind != kind)
         return emu::result(cudaErrorInvalidValue);
@@ -254,7 +249,7 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, enum cudaFuncAttribute attr
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
         (size_t)value > most_shared())
         return emu::result(cudaErrorInvalidValue);
-    inside lock;
+    emu::inside lock;
     size_t &limit = s.shared_limits[kernel];
     limit = (size_t)value > DEFAULT_SHARED ? (size_t)value : DEFAULT_SHARED;
     return cudaSuccess;
@@ -300,7 +295,7 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *host, unsigned)
 
 cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total)
 {
-    inside lock;
+    emu::inside lock;
     *free_bytes = MEMORY_BYTES - s.used[device];
     *total = MEMORY_BYTES;
     return cudaSuccess;

@@ -3,7 +3,8 @@
  * launches).
  *
  * A stream is a queue. What is in it runs when a host thread waits for it or asks how far it is,
- * sometimes before, never while it is put there: what forgets to wait finds nothing done.
+ * or, one time in four, at once: what forgets to wait mostly finds nothing done, and what counts on
+ * that is wrong as well.
  */
 #ifndef QV_EMULATE_RUNTIME_H
 #define QV_EMULATE_RUNTIME_H

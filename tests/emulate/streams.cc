@@ -38,11 +38,6 @@ struct graph {
     std::vector<cudaStream_t> streams; /* that are recorded; the first one began */
 };
 
-struct inside {
-    inside() { emu::enter(); }
-    ~inside() { emu::leave(); }
-};
-
 } // namespace
 
 struct CUstream_st {
@@ -220,7 +215,7 @@ bool emu::is_recording()
 
 cudaError_t emu::enqueue(cudaStream_t stream, std::function<void()> work)
 {
-    inside lock;
+    emu::inside lock;
     put_anywhere(stream, {.work = std::move(work)});
     return cudaSuccess;
 }
@@ -246,7 +241,7 @@ static cudaError_t check(const cudaLaunchConfig_t &config, const emu::kernel_cal
 cudaError_t emu::submit(const cudaLaunchConfig_t &config, std::shared_ptr<kernel_call> call,
                         const void *kernel)
 {
-    inside lock;
+    emu::inside lock;
     call->body(); /* outside of a launch the kernel only answers */
     call->what = answered;
     call->grid = config.gridDim;
@@ -301,7 +296,7 @@ static cudaError_t copy(void *to, const void *from, const rows &r, enum cudaMemc
     size_t from_bytes = (r.n - 1) * r.from_pitch + r.width;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-    inside lock;
+    emu::inside lock;
     if (!is_possible(to, to_bytes, to_device) || !is_possible(from, from_bytes, from_device))
         return emu::result(cudaErrorInvalidValue);
     bool recorded = is_recorded(stream);
@@ -343,7 +338,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream)
 {
-    inside lock;
+    emu::inside lock;
     if (bytes == 0)
         return cudaSuccess;
     if (!is_possible(to, bytes, true))
@@ -361,7 +356,7 @@ cudaError_t cudaMemset(void *to, int value, size_t bytes)
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned)
 {
-    inside lock;
+    emu::inside lock;
     *out = new_stream(emu::current_device());
     return cudaSuccess;
 }
@@ -373,7 +368,7 @@ cudaError_t cudaStreamCreate(cudaStream_t *out)
 
 cudaError_t cudaStreamDestroy(cudaStream_t s)
 {
-    inside lock;
+    emu::inside lock;
     drain(s, s->n_put);
     streams.erase(std::find(streams.begin(), streams.end(), s));
     delete s;
@@ -382,7 +377,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t s)
 
 cudaError_t cudaStreamSynchronize(cudaStream_t s)
 {
-    inside lock;
+    emu::inside lock;
     if (is_recorded(s))
         return emu::result(cudaErrorStreamCaptureUnsupported);
     if (s)
@@ -394,7 +389,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t s)
 
 cudaError_t cudaStreamQuery(cudaStream_t s)
 {
-    inside lock;
+    emu::inside lock;
     if (is_recorded(s))
         return emu::result(cudaErrorStreamCaptureUnsupported);
     if (!is_at(s, s->n_put) && emu::chance(2))
@@ -417,14 +412,14 @@ cudaError_t cudaEventCreate(cudaEvent_t *out)
 
 cudaError_t cudaEventDestroy(cudaEvent_t event)
 {
-    inside lock;
+    emu::inside lock;
     delete event;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
 {
-    inside lock;
+    emu::inside lock;
     if (!s)
         s = default_stream();
     auto now = std::make_shared<moment>(moment{s, s->n_put + 1, false, 0, s->recorded_to});
@@ -436,7 +431,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s)
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned)
 {
-    inside lock;
+    emu::inside lock;
     auto last = event->last;
     if (!last)
         return cudaSuccess;
@@ -457,7 +452,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t event, unsigned)
 /* Whether what the event stands for has happened, after waiting for it if that is wanted. */
 static cudaError_t look_at(cudaEvent_t event, bool wait)
 {
-    inside lock;
+    emu::inside lock;
     auto last = event->last;
     if (!last || last->reached)
         return cudaSuccess;
@@ -480,7 +475,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t stop)
 {
-    inside lock;
+    emu::inside lock;
     if (!start->last || !stop->last)
         return emu::result(cudaErrorInvalidResourceHandle);
     if (!start->last->reached || !stop->last->reached)
@@ -493,7 +488,7 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t stop)
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode)
 {
-    inside lock;
+    emu::inside lock;
     if (s->recorded_to)
         return emu::result(cudaErrorStreamCaptureUnsupported);
     s->recorded_to = new CUgraph_st();
@@ -504,7 +499,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode)
 
 cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *out)
 {
-    inside lock;
+    emu::inside lock;
     *out = NULL;
     if (!s->recorded_to || s->recorded_to->streams[0] != s)
         return emu::result(cudaErrorInvalidValue);
@@ -536,7 +531,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec)
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t s)
 {
-    inside lock;
+    emu::inside lock;
     for (const operation &op : exec->operations)
         put_anywhere(s, op);
     return cudaSuccess;

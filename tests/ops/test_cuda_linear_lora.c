@@ -133,6 +133,25 @@ Test(cuda_linear_lora, agrees_with_the_cpu_with_decode_on_trial, .timeout = 600)
 }
 
 #ifdef QV_WITH_CUDA
+/* That it is the kernel for decode: no other refuses a form. */
+static void expect_decode(pair *p, const rig *r, int n_forms)
+{
+    enum { T = 9 };
+    static const int32_t start[] = {0, T}, slot[] = {0};
+    if (strcmp(qv_backend_name(p->be[GPU]), "cuda") != 0 || qv_cuda(p->be[GPU])->major != 9)
+        return;
+    both_memory starts = upload_both(p, start, sizeof start),
+                slots = upload_both(p, slot, sizeof slot);
+    both y = nan_act(p, T, r->n_out);
+    qv_tensor scratch =
+        qv_tensor_3d(r->scratch.t[GPU].data, QV_F32, T, r->shape->n_slices, r->max_rank);
+    qv_cuda(p->be[GPU])->decode_tuning.form = n_forms + 1;
+    FAIL_WITH(QV_ERR_LIMIT, "decode_linear: form",
+              qv_op_linear_lora(p->be[GPU], r->w[GPU], &r->site[GPU], 1, starts.at[GPU],
+                                slots.at[GPU], qv_tensor_rows(r->x.t[GPU], 0, T), scratch, y.t[GPU],
+                                false));
+}
+
 Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 600)
 {
     static const qv_lora_shape shape = {"qkv", 456, 3, {136, 64, 56}};
@@ -151,6 +170,7 @@ Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 600)
                         (qv_k_decode_tuning){form, shares[k], k == 1};
                     check_count(p, r, counts[j], k == 0 ? 60 : 7, k == 1);
                 }
+        expect_decode(p, r, n_forms);
         free_rig(p, r);
         close_pair(p);
     }

@@ -164,7 +164,8 @@ Test(cuda_golden, a_long_prompt_on_trial_gives_what_the_kernels_in_use_give)
         const fx_case *c = NULL;
         for (int i = 0; c == NULL && i < g.n; i++)
             c = g.cases[i].n_prompt >= LONG ? &g.cases[i] : NULL;
-        cr_assert(c != NULL && fx_golden_open(&trial, models[m].name, &on_trial), "%s", qv_error());
+        cr_assert(c != NULL, "%s: no prompt of %d tokens", models[m].name, LONG);
+        cr_assert(fx_golden_open(&trial, models[m].name, &on_trial), "%s", qv_error());
         const char *name = g.n_adapters > 0 ? g.adapters[0] : "";
         float *want = fx_golden_logprobs(&g, c, fx_golden_slot(&g, name), 0);
         float *got = fx_golden_logprobs(&trial, c, fx_golden_slot(&trial, name), 0);

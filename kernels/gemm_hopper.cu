@@ -33,8 +33,10 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
     if (thread == 0) {
         for (int i = 0; i < F::STAGES; i++) {
             barrier_init(&m.full[i], 1);
-            barrier_init(&m.empty[i], (F::TURNS ? 1 : GEMM_GROUPS) * F::CLUSTER);
+            barrier_init(&m.empty[i], GEMM_GROUPS * F::CLUSTER);
         }
+        barrier_init(&m.x_issued, 1);
+        barrier_init(&m.lora_issued, 1);
         for (int i = 0; i < 2; i++) {
             barrier_init(&m.plan_full[i], 1);
             barrier_init(&m.plan_empty[i], 4 * GEMM_GROUPS + 1); /* warps, and who fetches */
@@ -67,17 +69,15 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
 
 /* --- Forms -------------------------------------------------------------------------------- */
 
-/* Name, units of 64 rows a warpgroup, columns, stages, blocks of a cluster, whether warpgroups take
- * turns, steps that the first is ahead; the share of the best rate that one expects. */
+/* Name, units of 64 rows a warpgroup, columns, stages, blocks of a cluster, steps that the first
+ * warpgroup is ahead; the share of the best rate that one expects. */
 #define GEMM_FORMS(X)                                                                              \
-    X("128 x 256, pairs, lead of 2", 1, 256, 4, 2, false, 2, 1.00)                                 \
-    X("128 x 256, pairs", 1, 256, 4, 2, false, 0, 0)                                               \
-    X("128 x 256, lead of 2", 1, 256, 4, 1, false, 2, 0)                                           \
-    X("256 x 128, pairs, lead of 2", 2, 128, 4, 2, false, 2, 0)                                    \
-    X("128 x 192, lead of 2", 1, 192, 4, 1, false, 2, 0.94)                                        \
-    X("128 x 128, pairs, lead of 3", 1, 128, 6, 2, false, 3, 0.85)                                 \
-    X("128 x 128, turns, pairs", 2, 128, 6, 2, true, 0, 0)                                         \
-    X("128 x 128, turns", 2, 128, 6, 1, true, 0, 0)
+    X("128 x 256, pairs, lead of 2", 1, 256, 4, 2, 2, 1.00)                                        \
+    X("128 x 256, pairs", 1, 256, 4, 2, 0, 0)                                                      \
+    X("128 x 256, lead of 2", 1, 256, 4, 1, 2, 0)                                                  \
+    X("256 x 128, pairs, lead of 2", 2, 128, 4, 2, 2, 0)                                           \
+    X("128 x 192, lead of 2", 1, 192, 4, 1, 2, 0.94)                                               \
+    X("128 x 128, pairs, lead of 3", 1, 128, 6, 2, 3, 0.85)
 
 struct form_facts {
     const char *name;
@@ -86,8 +86,8 @@ struct form_facts {
 };
 
 constexpr form_facts FORMS[] = {
-#define GEMM_FACTS(name, units, columns, stages, cluster, turns, lead, share)                      \
-    {name, gemm_form<units, columns, stages, cluster, turns, lead>::ROWS, columns, cluster, share},
+#define GEMM_FACTS(name, units, columns, stages, cluster, lead, share)                             \
+    {name, gemm_form<units, columns, stages, cluster, lead>::ROWS, columns, cluster, share},
     GEMM_FORMS(GEMM_FACTS)
 #undef GEMM_FACTS
 };
@@ -207,7 +207,7 @@ bool qv_k_gemm_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
     bool can = qv_k_is_hopper() && !c->w_f32 && c->n_in % 8 == 0 && c->x_stride % 8 == 0 &&
                c->y_stride % y_unit == 0 && (uintptr_t)c->w % 16 == 0 &&
                (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0 && c->n_tokens <= INT32_MAX &&
-               c->n_out <= INT32_MAX;
+               c->n_out <= INT32_MAX && c->n_out % y_unit == 0; /* stores are of 16 bytes */
     if (c->rest)
         can = can && c->rest_stride % 8 == 0 && (uintptr_t)c->rest % 16 == 0;
     if (!can || !lora)
@@ -220,10 +220,10 @@ qv_status qv_k_gemm(const qv_k_linear_args *c, const qv_k_stream_lora *lora, int
                     void *stream)
 {
     int i = form >= 0 && form < QV_K_GEMM_FORMS ? form : choose_form(*c, n_sms), n = 0;
-#define GEMM_LAUNCH(name, units, columns, stages, cluster, turns, lead, share)                     \
+#define GEMM_LAUNCH(name, units, columns, stages, cluster, lead, share)                            \
     if (i == n++)                                                                                  \
-        return launch<gemm_form<units, columns, stages, cluster, turns, lead>>(                    \
-            *c, lora, n_sms, (cudaStream_t)stream);
+        return launch<gemm_form<units, columns, stages, cluster, lead>>(*c, lora, n_sms,           \
+                                                                        (cudaStream_t)stream);
     GEMM_FORMS(GEMM_LAUNCH)
 #undef GEMM_LAUNCH
     return QV_OK;

@@ -37,20 +37,17 @@ constexpr int GEMM_OUT_BYTES = GEMM_UNIT * 128; /* results on their way: 64 rows
 constexpr int GEMM_LEAD_BARRIER = 3;
 constexpr int GEMM_FETCH_BARRIER = 4;
 
-/* UNITS: times 64 rows that a warpgroup has, by all COLUMNS. With TURNS each warpgroup has tiles of
- * its own, every second one, so that one stores while the other multiplies; else both share each
- * tile, and with LEAD the first is so many steps ahead of the second, for the same purpose. */
-template <int UNITS_, int COLUMNS_, int STAGES_, int CLUSTER_, bool TURNS_, int LEAD_>
-struct gemm_form {
+/* UNITS: times 64 rows that a warpgroup has, by all COLUMNS. With LEAD the first warpgroup is so
+ * many steps ahead of the second, so that one stores while the other multiplies. */
+template <int UNITS_, int COLUMNS_, int STAGES_, int CLUSTER_, int LEAD_> struct gemm_form {
     static constexpr int UNITS = UNITS_, COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_,
                          LEAD = LEAD_;
-    static constexpr bool TURNS = TURNS_;
-    static constexpr int ROWS = UNITS * GEMM_UNIT * (TURNS ? 1 : GEMM_GROUPS);
+    static constexpr int ROWS = UNITS * GEMM_UNIT * GEMM_GROUPS;
     static constexpr int X = ROWS * GEMM_STEP, W = COLUMNS * GEMM_STEP; /* numbers */
     static constexpr int STAGE_BYTES = (X + W) * (int)sizeof(bf16);
     static_assert(ROWS <= 256 && COLUMNS <= 256, "a box of the copy engine");
     static_assert(COLUMNS % (64 * CLUSTER) == 0, "parts of W begin at multiples of 1024 bytes");
-    static_assert(LEAD < STAGES && !(TURNS && LEAD > 0), "a lead is within the ring");
+    static_assert(LEAD < STAGES, "a lead is within the ring");
 };
 
 /* Whom a step of adapters is for: tokens [first, end) of this block's tile and around it. */
@@ -64,6 +61,8 @@ template <class F> struct gemm_shared {
     } stage[F::STAGES];
     char out[GEMM_GROUPS][2][GEMM_OUT_BYTES];
     uint64_t full[F::STAGES], empty[F::STAGES];
+    uint64_t x_issued;    /* a phase a tile: the copies of its x and W are all on their way */
+    uint64_t lora_issued; /* the same of its adapters */
     uint64_t plan_full[2], plan_empty[2];
     int32_t plan[2]; /* steps of adapters, of this tile and the next */
     gemm_step_info info[F::STAGES];
@@ -119,6 +118,10 @@ __device__ __forceinline__ gemm_tile find_tile(const gemm_args &c, int number, i
 
 /* --- Fetch -------------------------------------------------------------------------------- */
 
+/* Who waits for a stage by the parity of its phase must not be a whole round of the ring ahead of
+ * what has been read: the phase before the last has the same parity. Who fetches step after step
+ * never is. So who leaves steps to others goes on only when they have come so far. */
+
 /* One thread: all of x and W. */
 template <class F, bool LORA>
 [[maybe_unused]] __device__ void
@@ -145,9 +148,13 @@ gemm_fetch(const gemm_args &c, gemm_shared<F> &m, const CUtensorMap *x, const CU
                     copy_box(to, w, step * GEMM_STEP, row, 0, &m.full[r.at], ALL);
             }
         if (LORA) {
+            barrier_arrive(&m.x_issued);
             barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
-            r.skip(m.plan[turn & 1]);
+            int n_steps = m.plan[turn & 1];
             barrier_arrive(&m.plan_empty[turn & 1]);
+            if (n_steps >= F::STAGES)
+                barrier_wait(&m.lora_issued, turn & 1);
+            r.skip(n_steps);
         }
     }
 }
@@ -264,10 +271,12 @@ template <class F>
             lora, all_row0, F::CLUSTER * F::ROWS, tile.col0, F::COLUMNS,
             [&](const gemm_entry &e) { n_steps += (e.slice.rank + GEMM_RANKS - 1) / GEMM_RANKS; });
         if (thread == 0) {
+            barrier_wait(&m.x_issued, turn & 1);
             barrier_wait(&m.plan_empty[turn & 1], (turn >> 1 & 1) ^ 1);
             m.plan[turn & 1] = n_steps;
             barrier_arrive(&m.plan_full[turn & 1]);
         }
+        named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
         r.skip(c.passes * c.steps);
         for_each_entry(
             lora, all_row0, F::CLUSTER * F::ROWS, tile.col0, F::COLUMNS, [&](const gemm_entry &e) {
@@ -287,6 +296,8 @@ template <class F>
                     }
                 }
             });
+        if (thread == 0)
+            barrier_arrive(&m.lora_issued);
     }
 }
 
@@ -454,7 +465,7 @@ template <class F, bool LORA>
                                            const CUtensorMap *y, int cluster, int n_clusters,
                                            int rank)
 {
-    int group = warpgroup(), row = F::TURNS ? 0 : group * F::UNITS * GEMM_UNIT;
+    int group = warpgroup(), row = group * F::UNITS * GEMM_UNIT;
     int steps = c.passes * c.steps, turn = 0, n_stored = 0;
     bool leads = steps >= F::STAGES; /* or the first would be ahead by more than a tile */
     gemm_ring<F> r;
@@ -466,10 +477,6 @@ template <class F, bool LORA>
         return n;
     };
     for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
-        if (F::TURNS && (turn & 1) != group) {
-            r.skip(steps + (LORA ? adapters_of_tile() : 0));
-            continue;
-        }
         gemm_tile tile = find_tile<F>(c, number, rank);
         float acc[F::UNITS][F::COLUMNS / 2] = {};
         if (F::LEAD > 0 && leads && group == 1)

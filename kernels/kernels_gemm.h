@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-enum { QV_K_GEMM_FORMS = 8, QV_K_GEMM_ANY = -1 };
+enum { QV_K_GEMM_FORMS = 6, QV_K_GEMM_ANY = -1 };
 
 /* What a form is, in a few words. */
 const char *qv_k_gemm_form_name(int form);

@@ -278,8 +278,10 @@ template <int PAIRS_, int STAGES_, int LEAD_, int CHUNK_, bool COUNTS_> struct w
     static constexpr int PAIRS = PAIRS_, STAGES = STAGES_, LEAD = LEAD_, CHUNK = CHUNK_;
     static constexpr bool COUNTS = COUNTS_;
     static constexpr int WORKER_REGISTERS = PAIRS > 128 ? 224 : 216;
-    static constexpr int FETCHER_REGISTERS = PAIRS > 128 ? 64 : 72;
+    static constexpr int FETCHER_REGISTERS = PAIRS > 128 ? 56 : 72;
     static_assert(WORKER_REGISTERS % 8 == 0 && FETCHER_REGISTERS % 8 == 0, "as setmaxnreg takes");
+    static_assert(2 * WORKER_REGISTERS + FETCHER_REGISTERS <= 3 * LAUNCH_REGISTERS,
+                  "who asks for more than there are waits for ever");
     static_assert(COUNTS || PAIRS == 2 * QV_K_MOE_TILE, "what the list counts");
     static_assert(LEAD < STAGES && CHUNK % 16 == 0, "within the ring, and of whole fragments");
 };

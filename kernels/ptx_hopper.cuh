@@ -50,7 +50,10 @@ __device__ __forceinline__ void stmatrix4_trans(void *to, uint32_t a, uint32_t b
                  : "memory");
 }
 
-/* Registers of a warpgroup's threads, from what the launch gave them. */
+/* Registers of a warpgroup's threads, from what the launch gave them: of the 65536, as many for
+ * each of 384 threads as a multiple of 8 allows. */
+constexpr int LAUNCH_REGISTERS = 65536 / 384 / 8 * 8;
+
 template <int N> __device__ __forceinline__ void more_registers()
 {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(N));

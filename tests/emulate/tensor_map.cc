@@ -74,7 +74,7 @@ void take_box(const tensor_map &m, box_position to, const char *from, size_t off
     each_piece(m, to, offset, [&](int64_t x, const char *row, size_t at) {
         const char *piece = from - offset + swizzled(at);
         for (int64_t i = 0; row != nullptr && i < PIECE; i += step)
-            if (x + i >= 0 && x + i < size)
+            if (x + i >= 0 && x < size) /* a piece is stored whole: past the row's end, too */
                 memcpy(const_cast<char *>(row) + x + i, piece + i, (size_t)step);
     });
 }

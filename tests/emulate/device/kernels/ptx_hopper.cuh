@@ -34,6 +34,8 @@ inline void stmatrix4_trans(void *to, uint32_t a, uint32_t b, uint32_t c, uint32
     emu::store_tiles(to, fragments, true);
 }
 
+constexpr int LAUNCH_REGISTERS = 65536 / 384 / 8 * 8;
+
 template <int N> inline void more_registers()
 {
     static_assert(N % 8 == 0 && N >= 24 && N <= 256, "registers of a thread");

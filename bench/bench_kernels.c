@@ -3,14 +3,13 @@
  * H100's memory and tensor cores at their best in large copies and matrix products), the time
  * measured and the ratio of the two.
  *
- *   bench_kernels [TABLE...]    conv gdn ssd mixer route moe lora moe_lora; all without arguments
+ *   bench_kernels [TABLE...]    conv gdn ssd route moe lora moe_lora; all without arguments
  *
  * Times are medians of replays of a graph of many launches, so that neither launches nor the host
  * are in them; launches go round over copies of what a step would have to read from memory, more
  * than the L2 cache holds.
  */
 #include "bench/gpu_bench.h"
-#include "kernels/kernels_dense.h"
 #include "kernels/kernels_moe.h"
 #include "kernels/kernels_recurrent.h"
 
@@ -258,113 +257,6 @@ static void table_ssd(void)
     table_recurrent(&(recurrent_shape){"Nano", 0, 8, 64, 128, 64}, "Mamba-2");
     recurrent_case(&(recurrent_shape){"Super", 0, 8, 128, 128, 64}, 64, 1);
     recurrent_case(&(recurrent_shape){"Super", 0, 8, 128, 128, 64}, 1, 8192);
-}
-
-/* --- A mixer of decode: three kernels and one ----------------------------------------------- */
-
-typedef struct {
-    qv_k_steps steps[MAX_COPIES];
-    int n, is_gdn;
-    qv_k_mixer_args mixer;
-    qv_k_rows o, z; /* rows of the norm */
-    qv_k_extent norm;
-} mixer_ctx;
-
-static mixer_ctx ctx_mixer;
-
-static void launch_apart(void *ctx, int i)
-{
-    mixer_ctx *c = ctx;
-    const qv_k_steps *steps = &c->steps[i % c->n];
-    bench_pass(qv_k_conv1d(steps, &c->mixer.conv, stream));
-    bench_pass((c->is_gdn ? qv_k_gdn : qv_k_ssd)(steps, &c->mixer.step, NULL, 0, stream));
-    bench_pass(qv_k_norm(c->is_gdn ? QV_K_NORM_THEN_GATE : QV_K_GATE_THEN_NORM, c->norm, c->o, c->z,
-                         c->o, c->mixer.norm, c->mixer.eps, false, stream));
-}
-
-static void launch_mixer(void *ctx, int i)
-{
-    mixer_ctx *c = ctx;
-    bench_pass(
-        (c->is_gdn ? qv_k_gdn_mixer : qv_k_ssd_mixer)(&c->steps[i % c->n], &c->mixer, stream));
-}
-
-/* most_blocks: also with clusters of 1, 2 and 4. */
-static void mixer_case(const recurrent_shape *s, int n, bool most_blocks)
-{
-    mixer_ctx *c = &ctx_mixer;
-    int64_t keys = (int64_t)s->n_k * s->d_k, values = (int64_t)s->n_v * s->d_v;
-    int64_t channels = 2 * keys + values, wide = channels + values + 2 * s->n_v;
-    double cells = (double)s->n_v * s->d_k * s->d_v, state = n * cells * 4;
-    double window = (double)n * (double)channels * 6;
-    double bytes = 2 * (state + window) + (double)n * (double)(wide + values) * 2;
-    c->is_gdn = s->is_gdn;
-    c->n = bench_copies(bytes, MAX_COPIES);
-    uint16_t *x = take(n * (double)wide * 2), *mixed = take(n * (double)channels * 2);
-    uint16_t *out = take(n * (double)values * 2);
-    const uint16_t *v = mixed + (s->is_gdn ? 2 * keys : 0), *k = mixed + (s->is_gdn ? 0 : values);
-    int64_t rows = s->is_gdn ? s->n_v : s->n_k;
-    c->norm = (qv_k_extent){.n_tokens = n, .n = rows, .d = values / rows};
-    c->z = (qv_k_rows){x + channels, wide, values / rows};
-    c->o = (qv_k_rows){out, values, values / rows};
-    c->mixer = (qv_k_mixer_args){
-        .conv = {.x = x,
-                 .y = mixed,
-                 .state = take(window * c->n),
-                 .w = take((double)channels * 16),
-                 .bias = s->is_gdn ? NULL : take((double)channels * 4),
-                 .x_stride = wide,
-                 .y_stride = channels,
-                 .n_channels = channels,
-                 .n_taps = 4},
-        .step = {.q = {(void *)k, channels, s->d_k},
-                 .k = {(void *)(k + keys), channels, s->d_k},
-                 .v = {(void *)v, channels, s->d_v},
-                 .o = {out, values, s->d_v},
-                 .a = {x + channels + values, wide, 1},
-                 .b = {x + channels + values + s->n_v, wide, 1},
-                 .a_log = take(s->n_v * 4.0),
-                 .dt_bias = take(s->n_v * 4.0),
-                 .d_skip = take(s->n_v * 4.0),
-                 .dt_max = INFINITY,
-                 .state = take(state * c->n),
-                 .n_k_heads = s->n_k,
-                 .n_v_heads = s->n_v,
-                 .d_k = s->d_k,
-                 .d_v = s->d_v},
-        .z = {x + channels, wide, values / rows},
-        .norm = take((double)values * 4),
-        .eps = 1e-6f,
-    };
-    bench_check(cudaMemset(c->mixer.step.state, 0, (size_t)(state * c->n)), "state");
-    for (int i = 0; i < c->n; i++)
-        c->steps[i] = new_steps(n, 1, i * n);
-    char name[96];
-    snprintf(name, sizeof name, "%s, %d heads, %d x 1, three kernels", s->model, s->n_v, n);
-    print_row(name, bytes, 0, time_us(launch_apart, c, 100));
-    c->mixer.step.o.head = values / rows;
-    snprintf(name, sizeof name, "%s, %d heads, %d x 1, one kernel", s->model, s->n_v, n);
-    print_row(name, bytes, 0, time_us(launch_mixer, c, 100));
-    for (int blocks = most_blocks ? 4 : 0; blocks > 0; blocks /= 2) {
-        c->mixer.most_blocks = blocks;
-        snprintf(name, sizeof name, "%s, %d x 1, one kernel, up to %d blocks a group", s->model, n,
-                 blocks);
-        print_row(name, bytes, 0, time_us(launch_mixer, c, 100));
-    }
-}
-
-static void table_mixer(void)
-{
-    static const recurrent_shape shapes[] = {
-        {"4B gdn", 1, 16, 32, 128, 128},   {"Nano ssd", 0, 8, 64, 128, 64},
-        {"0.8B gdn", 1, 16, 16, 128, 128}, {"27B gdn", 1, 16, 48, 128, 128},
-        {"122B gdn", 1, 16, 64, 128, 128}, {"Nano-4B ssd", 0, 8, 96, 128, 80},
-        {"Super ssd", 0, 8, 128, 128, 64},
-    };
-    print_head("convolution, recurrent step and gated norm of decode");
-    for (size_t m = 0; m < ROWS(shapes); m++)
-        for (size_t i = 0; i < ROWS(decode_sizes); i++)
-            mixer_case(&shapes[m], decode_sizes[i], m < 2);
 }
 
 /* --- Experts ------------------------------------------------------------------------------ */
@@ -765,8 +657,9 @@ static const struct {
     const char *name;
     void (*run)(void);
 } tables[] = {
-    {"conv", table_conv},   {"gdn", table_gdn}, {"ssd", table_ssd},   {"mixer", table_mixer},
-    {"route", table_route}, {"moe", table_moe}, {"lora", table_lora}, {"moe_lora", table_moe_lora},
+    {"conv", table_conv},         {"gdn", table_gdn}, {"ssd", table_ssd},
+    {"route", table_route},       {"moe", table_moe}, {"lora", table_lora},
+    {"moe_lora", table_moe_lora},
 };
 
 int main(int argc, char **argv)

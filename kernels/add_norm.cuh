@@ -4,6 +4,7 @@
 #ifndef QV_KERNELS_ADD_NORM_CUH
 #define QV_KERNELS_ADD_NORM_CUH
 
+#include "kernels/kernels_dense.h"
 #include "kernels/norm_row.cuh"
 
 namespace

@@ -69,30 +69,6 @@ qv_status qv_k_ssd(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
 /* Bytes of scratch with which a step of such sizes takes the fewest launches. */
 size_t qv_k_recurrent_scratch(int64_t n_tokens, int64_t n_seqs, int64_t n_v_heads);
 
-/* A step of at most one token a sequence: qv_k_conv1d, then qv_k_gdn or qv_k_ssd of the channels of
- * its y, then qv_k_norm of what that gives, with the gate z: in one launch and with the same bits.
- * y is not written; o is what the norm gives, and may not overlap x or z.
- *
- * Delta rule: a row of the norm is a head, the gate comes behind it (QV_K_NORM_THEN_GATE).
- *
- * SSD: a row is a group of heads, the gate enters it (QV_K_GATE_THEN_NORM); z and o are
- * [T, n_k_heads, heads of a group x d_v] here. */
-typedef struct {
-    qv_k_conv1d_args conv;
-    qv_k_recurrent_args step; /* q, k, v: all columns of conv.y, the heads of each in a row */
-    qv_k_heads z;             /* o of `step` has the same shape */
-    const float *norm;        /* delta rule [d_v], SSD [n_k_heads, heads of a group x d_v] */
-    float eps;
-    int32_t most_blocks; /* that share a group, up to 8; 0: 8. For benchmarks */
-} qv_k_mixer_args;
-
-/* Whether there is such a kernel for these shapes and places. */
-bool qv_k_gdn_mixer_fits(const qv_k_mixer_args *args);
-bool qv_k_ssd_mixer_fits(const qv_k_mixer_args *args);
-/* Errors: UNSUPPORTED (there is none), DEVICE. */
-qv_status qv_k_gdn_mixer(const qv_k_steps *steps, const qv_k_mixer_args *args, void *stream);
-qv_status qv_k_ssd_mixer(const qv_k_steps *steps, const qv_k_mixer_args *args, void *stream);
-
 #ifdef __cplusplus
 }
 #endif

@@ -23,6 +23,17 @@ __device__ __forceinline__ bf16 *row_of(const qv_k_rows &r, int64_t token, int64
     return (bf16 *)r.data + token * r.token + head * r.head;
 }
 
+/* What enters the sum of squares. */
+template <qv_k_norm_kind KIND> __device__ __forceinline__ float enter(float x, float z)
+{
+    return KIND == QV_K_GATE_THEN_NORM ? x * silu(z) : x;
+}
+
+template <qv_k_norm_kind KIND> __device__ __forceinline__ float leave(float v, float w, float z)
+{
+    return KIND == QV_K_NORM_THEN_GATE ? v * w * silu(z) : v * w;
+}
+
 template <qv_k_norm_kind KIND>
 __device__ __forceinline__ const float *gain_of(const norm_args &c, int64_t head)
 {
@@ -167,14 +178,13 @@ bool aligned(const qv_k_rows &r)
 template <qv_k_norm_kind KIND> void launch(const norm_args &c, bool vector, cudaStream_t stream)
 {
     unsigned rows = (unsigned)c.n_rows;
-    int lanes = vector && c.n_rows <= INT32_MAX ? norm_lanes(c.d) : 0;
-    if (lanes == 0)
+    if (!vector || c.n_rows > INT32_MAX || c.d > 8192)
         norm_any_kernel<KIND><<<rows, 256, 0, stream>>>(c);
-    else if (lanes == 16)
+    else if (c.d <= 128)
         norm_vector_kernel<KIND, 1, 16><<<(rows + 15) / 16, 256, 0, stream>>>(c);
-    else if (lanes == 32 && c.d <= 256)
+    else if (c.d <= 256)
         norm_vector_kernel<KIND, 1, 8><<<(rows + 7) / 8, 256, 0, stream>>>(c);
-    else if (lanes == 32)
+    else if (c.d <= 512)
         norm_vector_kernel<KIND, 2, 8><<<(rows + 7) / 8, 256, 0, stream>>>(c);
     else if (c.d <= 2048)
         norm_vector_kernel<KIND, 1, 1><<<rows, 256, 0, stream>>>(c);

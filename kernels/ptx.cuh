@@ -1,7 +1,7 @@
 /* Instructions that CUDA C++ has no name for, one small function each: what 8.0 has, and what
- * kernels for it may call and only 9.0 does anything for. cluster.cuh, ptx_hopper.cuh,
- * ptx_gemm.cuh, wgmma_shapes.cuh and wgmma_attention.cuh hold the rest; no other file has inline
- * assembly. They contain nothing else, because tests/emulate has a second form of each for the CPU.
+ * kernels for it may call and only 9.0 does anything for. ptx_hopper.cuh, ptx_gemm.cuh,
+ * wgmma_shapes.cuh and wgmma_attention.cuh hold the rest; no other file has inline assembly. They
+ * contain nothing else, because tests/emulate has a second form of each for the CPU.
  */
 #ifndef QV_KERNELS_PTX_CUH
 #define QV_KERNELS_PTX_CUH

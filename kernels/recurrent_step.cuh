@@ -1,6 +1,5 @@
-/* One token of a recurrent layer, in the parts that the kernels of decode share (gdn.cu, ssd.cu,
- * the form for any shape in recurrent.cuh, mixer.cu): each sum is made in one order, so that they
- * give the same bits.
+/* One token of a recurrent layer, in the parts that the kernels of decode are made of: gdn.cu,
+ * ssd.cu, and recurrent.cuh for any shape.
  */
 #ifndef QV_KERNELS_RECURRENT_STEP_CUH
 #define QV_KERNELS_RECURRENT_STEP_CUH

@@ -7,6 +7,7 @@
  * ops would have stored in between is rounded as if they had, and the sum runs in the order of
  * norm.cu, so the numbers are the same to the bit.
  */
+#include "kernels/kernels_dense.h"
 #include "kernels/norm_row.cuh"
 
 namespace

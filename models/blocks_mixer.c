@@ -83,32 +83,10 @@ qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tenso
     return QV_OK;
 }
 
-/* --- Recurrent mixers ------------------------------------------------------------------------- */
-
-/* What the parts of a mixer are called when somebody looks at them. */
-typedef struct {
-    const char *conv, *heads, *gated;
-} mixer_names;
-
-static qv_status run_mixer(const qv_pass *pass, int64_t layer, const mixer_names *names,
-                           const qv_mixer_args *m)
-{
-    const bool is_ssd = m->gdn == NULL;
-    if (pass->probe == NULL)
-        return qv_op_mixer(pass->be, pass->batch, m);
-    QV_TRY(qv_op_conv1d(pass->be, pass->batch, m->x, m->conv, m->bias, m->conv_state, m->mixed));
-    probe(pass, layer, names->conv, m->mixed);
-    QV_TRY(is_ssd ? qv_op_ssd(pass->be, pass->batch, m->ssd)
-                  : qv_op_gdn(pass->be, pass->batch, m->gdn));
-    probe(pass, layer, names->heads, is_ssd ? m->ssd->y : m->gdn->o);
-    QV_TRY(qv_op_gated_rms_norm(pass->be, m->y, m->z, m->norm, m->eps, is_ssd, m->y));
-    probe(pass, layer, names->gated, m->y);
-    return QV_OK;
-}
+/* --- Gated DeltaNet --------------------------------------------------------------------------- */
 
 qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 {
-    static const mixer_names names = {"gdn_conv", "gdn_heads", "gdn_gated"};
     const qv_model_config *c = pass->config;
     const qv_layer_state *state = &pass->state->layers[layer];
     int64_t n_key = c->gdn_k_heads * c->gdn_k_dim, n_value = c->gdn_v_heads * c->gdn_v_dim;
@@ -116,76 +94,85 @@ qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 
     qv_tensor in = view(pass, QV_BUF_WIDE, n_conv + n_value + 2 * n_heads);
     QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_IN, x, in));
+    qv_tensor qkv = qv_tensor_cols(in, 0, n_conv);
+    qv_tensor z = qv_tensor_split(qv_tensor_cols(in, n_conv, n_value), n_heads, c->gdn_v_dim);
+    qv_tensor b = qv_tensor_cols(in, n_conv + n_value, n_heads);
+    qv_tensor a = qv_tensor_cols(in, n_conv + n_value + n_heads, n_heads);
 
     qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
+    QV_TRY(qv_op_conv1d(pass->be, pass->batch, qkv, qv_pass_vec(pass, layer, QV_VEC_CONV),
+                        (qv_tensor){0}, state->conv, mixed));
+    probe(pass, layer, "gdn_conv", mixed);
+
     qv_tensor q = qv_tensor_cols(mixed, 0, n_key), k = qv_tensor_cols(mixed, n_key, n_key);
     qv_tensor v = qv_tensor_cols(mixed, 2 * n_key, n_value);
     qv_tensor out = view(pass, QV_BUF_INNER, n_value);
     qv_tensor heads = qv_tensor_split(out, n_heads, c->gdn_v_dim);
-    const qv_gdn_args gdn = {.q = qv_tensor_split(q, c->gdn_k_heads, c->gdn_k_dim),
-                             .k = qv_tensor_split(k, c->gdn_k_heads, c->gdn_k_dim),
-                             .v = qv_tensor_split(v, n_heads, c->gdn_v_dim),
-                             .a = qv_tensor_cols(in, n_conv + n_value + n_heads, n_heads),
-                             .b = qv_tensor_cols(in, n_conv + n_value, n_heads),
-                             .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
-                             .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
-                             .state = state->recurrent,
-                             .o = heads};
-    qv_tensor z = qv_tensor_cols(in, n_conv, n_value);
-    QV_TRY(run_mixer(pass, layer, &names,
-                     &(qv_mixer_args){.x = qv_tensor_cols(in, 0, n_conv),
-                                      .conv = qv_pass_vec(pass, layer, QV_VEC_CONV),
-                                      .conv_state = state->conv,
-                                      .mixed = mixed,
-                                      .gdn = &gdn,
-                                      .y = heads,
-                                      .z = qv_tensor_split(z, n_heads, c->gdn_v_dim),
-                                      .norm = qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
-                                      .eps = (float)c->norm_eps}));
+    QV_TRY(qv_op_gdn(pass->be, pass->batch,
+                     &(qv_gdn_args){.q = qv_tensor_split(q, c->gdn_k_heads, c->gdn_k_dim),
+                                    .k = qv_tensor_split(k, c->gdn_k_heads, c->gdn_k_dim),
+                                    .v = qv_tensor_split(v, n_heads, c->gdn_v_dim),
+                                    .a = a,
+                                    .b = b,
+                                    .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
+                                    .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
+                                    .state = state->recurrent,
+                                    .o = heads}));
+    probe(pass, layer, "gdn_heads", heads);
+    QV_TRY(qv_op_gated_rms_norm(pass->be, heads, z, qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
+                                (float)c->norm_eps, false, heads));
+    probe(pass, layer, "gdn_gated", heads);
     QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_OUT, out, y));
     probe(pass, layer, "gdn_out", y);
     return QV_OK;
 }
 
+/* --- Mamba-2 ---------------------------------------------------------------------------------- */
+
 qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 {
-    static const mixer_names names = {"ssm_conv", "ssm_heads", "ssm_gated"};
     const qv_model_config *c = pass->config;
     const qv_layer_state *state = &pass->state->layers[layer];
     int64_t n_inner = c->ssm_heads * c->ssm_head_dim, n_bc = c->ssm_groups * c->ssm_state;
-    int64_t n_conv = n_inner + 2 * n_bc, n_group = n_inner / c->ssm_groups;
+    int64_t n_conv = n_inner + 2 * n_bc;
 
     qv_tensor in = view(pass, QV_BUF_WIDE, n_inner + n_conv + c->ssm_heads);
     QV_TRY(qv_linear(pass, layer, QV_PROJ_SSM_IN, x, in));
+    qv_tensor z = qv_tensor_cols(in, 0, n_inner);
+    qv_tensor xbc = qv_tensor_cols(in, n_inner, n_conv);
+    qv_tensor dt = qv_tensor_cols(in, n_inner + n_conv, c->ssm_heads);
 
     qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
-    qv_tensor inner = qv_tensor_cols(mixed, 0, n_inner), b = qv_tensor_cols(mixed, n_inner, n_bc);
+    QV_TRY(qv_op_conv1d(pass->be, pass->batch, xbc, qv_pass_vec(pass, layer, QV_VEC_CONV),
+                        qv_pass_vec(pass, layer, QV_VEC_CONV_BIAS), state->conv, mixed));
+    probe(pass, layer, "ssm_conv", mixed);
+
+    qv_tensor b = qv_tensor_cols(mixed, n_inner, n_bc);
+    qv_tensor inner = qv_tensor_cols(mixed, 0, n_inner);
     qv_tensor out = view(pass, QV_BUF_INNER, n_inner);
-    const qv_ssd_args ssd = {.x = qv_tensor_split(inner, c->ssm_heads, c->ssm_head_dim),
-                             .b = qv_tensor_split(b, c->ssm_groups, c->ssm_state),
-                             .c = qv_tensor_split(qv_tensor_cols(mixed, n_inner + n_bc, n_bc),
-                                                  c->ssm_groups, c->ssm_state),
-                             .dt = qv_tensor_cols(in, n_inner + n_conv, c->ssm_heads),
-                             .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
-                             .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
-                             .d_skip = qv_pass_vec(pass, layer, QV_VEC_D_SKIP),
-                             .dt_min = (float)c->dt_min,
-                             .dt_max = (float)c->dt_max,
-                             .state = state->recurrent,
-                             .y = qv_tensor_split(out, c->ssm_heads, c->ssm_head_dim)};
+    qv_tensor heads = qv_tensor_split(out, c->ssm_heads, c->ssm_head_dim);
+    QV_TRY(
+        qv_op_ssd(pass->be, pass->batch,
+                  &(qv_ssd_args){.x = qv_tensor_split(inner, c->ssm_heads, c->ssm_head_dim),
+                                 .b = qv_tensor_split(b, c->ssm_groups, c->ssm_state),
+                                 .c = qv_tensor_split(qv_tensor_cols(mixed, n_inner + n_bc, n_bc),
+                                                      c->ssm_groups, c->ssm_state),
+                                 .dt = dt,
+                                 .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
+                                 .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
+                                 .d_skip = qv_pass_vec(pass, layer, QV_VEC_D_SKIP),
+                                 .dt_min = (float)c->dt_min,
+                                 .dt_max = (float)c->dt_max,
+                                 .state = state->recurrent,
+                                 .y = heads}));
+    probe(pass, layer, "ssm_heads", heads);
+
     /* The gate first, then a norm over each group of heads. */
-    qv_tensor z = qv_tensor_cols(in, 0, n_inner);
-    QV_TRY(run_mixer(pass, layer, &names,
-                     &(qv_mixer_args){.x = qv_tensor_cols(in, n_inner, n_conv),
-                                      .conv = qv_pass_vec(pass, layer, QV_VEC_CONV),
-                                      .bias = qv_pass_vec(pass, layer, QV_VEC_CONV_BIAS),
-                                      .conv_state = state->conv,
-                                      .mixed = mixed,
-                                      .ssd = &ssd,
-                                      .y = qv_tensor_split(out, c->ssm_groups, n_group),
-                                      .z = qv_tensor_split(z, c->ssm_groups, n_group),
-                                      .norm = qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
-                                      .eps = (float)c->norm_eps}));
+    qv_tensor groups = qv_tensor_split(out, c->ssm_groups, n_inner / c->ssm_groups);
+    QV_TRY(qv_op_gated_rms_norm(
+        pass->be, groups, qv_tensor_split(z, c->ssm_groups, n_inner / c->ssm_groups),
+        qv_pass_vec(pass, layer, QV_VEC_GATE_NORM), (float)c->norm_eps, true, groups));
+    probe(pass, layer, "ssm_gated", groups);
     QV_TRY(qv_linear(pass, layer, QV_PROJ_SSM_OUT, out, y));
     probe(pass, layer, "ssm_out", y);
     return QV_OK;

@@ -122,9 +122,6 @@ typedef struct {
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                 qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                 qv_tensor y);
-    /* NULL, both: three ops, as where it does not take a step of at most one token a sequence. */
-    bool (*takes_mixer)(qv_backend *be, const qv_mixer_args *args);
-    qv_status (*mixer)(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args);
     /* NULL, both: an op for each part, as where it does not take them. */
     bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);

@@ -585,21 +585,14 @@ qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta
                : QV_OK;
 }
 
-static qv_status check_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w,
-                                      bool gate_first, qv_tensor y)
+qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
+                               bool gate_first, qv_tensor y)
 {
     qv_dtype act = be->table->activation_dtype;
     EXPECT("gated_rms_norm", x, act, ANY, ANY, ANY);
     EXPECT("gated_rms_norm", z, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("gated_rms_norm", y, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("gated_rms_norm", w, QV_F32, gate_first ? x.shape[1] * x.shape[2] : x.shape[2]);
-    return QV_OK;
-}
-
-qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
-                               bool gate_first, qv_tensor y)
-{
-    QV_TRY(check_gated_rms_norm(be, x, z, w, gate_first, y));
     return qv_tensor_count(&x) ? CALL_SHAPED(gated_rms_norm, x.shape[1], x.shape[2], be, x, z, w,
                                              eps, gate_first, y)
                                : QV_OK;
@@ -889,8 +882,8 @@ qv_status qv_op_gated_attention(qv_backend *be, const qv_batch *batch, const qv_
 
 /* --- Recurrent layers --------------------------------------------------------------------- */
 
-static qv_status check_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
-                              qv_tensor bias, qv_tensor state, qv_tensor y)
+qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
+                       qv_tensor bias, qv_tensor state, qv_tensor y)
 {
     qv_dtype act = be->table->activation_dtype;
     EXPECT("conv1d", x, act, batch->n_tokens, ANY);
@@ -901,17 +894,10 @@ static qv_status check_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x
     EXPECT_CONTIGUOUS("conv1d", state, act, ANY, x.shape[1], w.shape[1] - 1);
     if (bias.data)
         EXPECT("conv1d", bias, QV_F32, x.shape[1]);
-    return QV_OK;
-}
-
-qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
-                       qv_tensor bias, qv_tensor state, qv_tensor y)
-{
-    QV_TRY(check_conv1d(be, batch, x, w, bias, state, y));
     return qv_tensor_count(&x) ? CALL(conv1d, be, batch, x, w, bias, state, y) : QV_OK;
 }
 
-static qv_status check_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
+qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
 {
     qv_dtype act = be->table->activation_dtype;
     int64_t n_tokens = batch->n_tokens;
@@ -926,16 +912,11 @@ static qv_status check_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_a
     EXPECT("gdn", a_log, QV_F32, v.shape[1]);
     EXPECT("gdn", dt_bias, QV_F32, v.shape[1]);
     EXPECT_CONTIGUOUS("gdn", state, QV_F32, ANY, v.shape[1], q.shape[2], v.shape[2]);
-    return check_head_groups("gdn", v.shape[1], q.shape[1]);
+    QV_TRY(check_head_groups("gdn", v.shape[1], q.shape[1]));
+    return qv_tensor_count(&v) ? CALL(gdn, be, batch, args) : QV_OK;
 }
 
-qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
-{
-    QV_TRY(check_gdn(be, batch, args));
-    return qv_tensor_count(&args->v) ? CALL(gdn, be, batch, args) : QV_OK;
-}
-
-static qv_status check_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
+qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
 {
     qv_dtype act = be->table->activation_dtype;
     int64_t n_tokens = batch->n_tokens;
@@ -955,40 +936,7 @@ static qv_status check_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_a
     if (!(args->dt_min >= 0 && args->dt_min <= args->dt_max))
         return qv_fail(QV_ERR_ARG, "ssd: dt from %g to %g", (double)args->dt_min,
                        (double)args->dt_max);
-    return QV_OK;
-}
-
-qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
-{
-    QV_TRY(check_ssd(be, batch, args));
-    return qv_tensor_count(&args->x) ? CALL(ssd, be, batch, args) : QV_OK;
-}
-
-/* Whether the rows of y are the recurrence's output, whole heads each. */
-static bool norms_output(const qv_tensor *y, const qv_tensor *out)
-{
-    int64_t heads = y->shape[2] / out->shape[2];
-    return y->data == out->data && y->stride[0] == out->stride[0] &&
-           y->shape[1] * heads == out->shape[1] && heads * out->shape[2] == y->shape[2] &&
-           (y->shape[1] == 1 || y->stride[1] == heads * out->stride[1]) && y->stride[2] == 1;
-}
-
-qv_status qv_op_mixer(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args)
-{
-    const qv_tensor y = args->y, *out = args->gdn != NULL ? &args->gdn->o : &args->ssd->y;
-    const bool gate_first = args->gdn == NULL;
-    QV_TRY(check_conv1d(be, batch, args->x, args->conv, args->bias, args->conv_state, args->mixed));
-    QV_TRY(gate_first ? check_ssd(be, batch, args->ssd) : check_gdn(be, batch, args->gdn));
-    QV_TRY(check_gated_rms_norm(be, y, args->z, args->norm, gate_first, y));
-    if (qv_tensor_count(&y) != qv_tensor_count(out) ||
-        (qv_tensor_count(&y) > 0 && !norms_output(&y, out)))
-        return qv_fail(QV_ERR_SHAPE, "mixer: what is normed is not what the recurrence gives");
-    bool one_each = batch->n_tokens == 1 || (batch->n_tokens > 0 && batch->max_seq_tokens == 1);
-    if (be->table->takes_mixer != NULL && one_each && be->table->takes_mixer(be, args))
-        return CALL_ON(be->table, mixer, 0, 0, be, batch, args);
-    QV_TRY(qv_op_conv1d(be, batch, args->x, args->conv, args->bias, args->conv_state, args->mixed));
-    QV_TRY(gate_first ? qv_op_ssd(be, batch, args->ssd) : qv_op_gdn(be, batch, args->gdn));
-    return qv_op_gated_rms_norm(be, y, args->z, args->norm, args->eps, gate_first, y);
+    return qv_tensor_count(&x) ? CALL(ssd, be, batch, args) : QV_OK;
 }
 
 /* --- Mixture of experts ------------------------------------------------------------------- */

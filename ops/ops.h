@@ -422,24 +422,6 @@ typedef struct {
  * Source: Dao and Gu, "Transformers are SSMs", 2024, as in Nemotron-3. Errors: SHAPE, ARG. */
 qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args);
 
-typedef struct {
-    /* qv_op_conv1d */
-    qv_tensor x, conv, bias, conv_state; /* [T, C]; [C, K] F32; [C] F32 or empty; its state */
-    qv_tensor mixed;                     /* [T, C] room for what it gives */
-    /* One of the two, over columns of `mixed` */
-    const qv_gdn_args *gdn;
-    const qv_ssd_args *ssd;
-    /* qv_op_gated_rms_norm of what that gives, in place, the gate first with SSD */
-    qv_tensor y;    /* [T, n, d] the same memory as o or y of the recurrence */
-    qv_tensor z;    /* [T, n, d] gate */
-    qv_tensor norm; /* F32, its weight */
-    float eps;
-} qv_mixer_args;
-
-/* The three after each other, in one where the backend can: the same numbers, but `mixed` may be
- * written or not. Errors: SHAPE, ARG. */
-qv_status qv_op_mixer(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args);
-
 /* --- Mixture of experts ---------------------------------------------------------------------
  *
  * A token goes through k of E experts; token t and its j-th expert are the pair t * k + j. One

@@ -11,8 +11,6 @@
 
 /* What is on trial: constant, name in options, what it does. */
 #define QV_TRIALS(X)                                                                               \
-    X(RECURRENT, "recurrent",                                                                      \
-      "convolution, recurrent step and gated norm of decode in one kernel")                        \
     X(EXPERTS, "experts",                                                                          \
       "router and list of experts in one kernel, products of one input together")                  \
     X(ATTENTION, "attention", "norms of q and k, RoPE and the write of pages in one kernel")       \

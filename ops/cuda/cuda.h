@@ -261,11 +261,6 @@ qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_mo
                                  qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                  qv_tensor y);
 
-/* --- launch_recurrent.c ------------------------------------------------------------------- */
-
-bool qv_cuda_takes_mixer(qv_backend *be, const qv_mixer_args *args);
-qv_status qv_cuda_mixer(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args);
-
 /* --- clock.c ------------------------------------------------------------------------------ */
 
 qv_status qv_cuda_mark(qv_backend *be, int32_t i);

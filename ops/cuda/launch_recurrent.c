@@ -25,23 +25,33 @@ static qv_k_heads numbers_of(qv_tensor t)
     return (qv_k_heads){.data = t.data, .token = t.stride[0], .head = 1};
 }
 
-static qv_k_conv1d_args conv1d_args(qv_tensor x, qv_tensor w, qv_tensor bias, qv_tensor state,
-                                    qv_tensor y)
+qv_status qv_cuda_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
+                         qv_tensor bias, qv_tensor state, qv_tensor y)
 {
-    return (qv_k_conv1d_args){.x = x.data,
-                              .y = y.data,
-                              .state = state.data,
-                              .w = w.data,
-                              .bias = bias.data,
-                              .x_stride = x.stride[0],
-                              .y_stride = y.stride[0],
-                              .n_channels = x.shape[1],
-                              .n_taps = (int32_t)w.shape[1]};
+    qv_k_steps steps = steps_of(be, batch);
+    qv_k_conv1d_args args = {.x = x.data,
+                             .y = y.data,
+                             .state = state.data,
+                             .w = w.data,
+                             .bias = bias.data,
+                             .x_stride = x.stride[0],
+                             .y_stride = y.stride[0],
+                             .n_channels = x.shape[1],
+                             .n_taps = (int32_t)w.shape[1]};
+    return qv_k_conv1d(&steps, &args, qv_cuda(be)->stream);
 }
 
-static qv_k_recurrent_args gdn_args(const qv_gdn_args *args)
+/* Chunks take what scratch there is; it grows only to what one chunk of every head needs. */
+static qv_status require_scratch(qv_cuda_backend *cuda, int32_t n_heads, void **out)
 {
-    return (qv_k_recurrent_args){
+    return qv_cuda_scratch_require(cuda, qv_k_recurrent_scratch(1, 1, n_heads), out);
+}
+
+qv_status qv_cuda_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    qv_k_steps steps = steps_of(be, batch);
+    qv_k_recurrent_args a = {
         .q = heads_of(args->q),
         .k = heads_of(args->k),
         .v = heads_of(args->v),
@@ -56,11 +66,16 @@ static qv_k_recurrent_args gdn_args(const qv_gdn_args *args)
         .d_k = (int32_t)args->q.shape[2],
         .d_v = (int32_t)args->v.shape[2],
     };
+    void *scratch;
+    QV_TRY(require_scratch(cuda, a.n_v_heads, &scratch));
+    return qv_k_gdn(&steps, &a, scratch, cuda->scratch_bytes, cuda->stream);
 }
 
-static qv_k_recurrent_args ssd_args(const qv_ssd_args *args)
+qv_status qv_cuda_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
 {
-    return (qv_k_recurrent_args){
+    qv_cuda_backend *cuda = qv_cuda(be);
+    qv_k_steps steps = steps_of(be, batch);
+    qv_k_recurrent_args a = {
         .q = heads_of(args->c),
         .k = heads_of(args->b),
         .v = heads_of(args->x),
@@ -77,69 +92,7 @@ static qv_k_recurrent_args ssd_args(const qv_ssd_args *args)
         .d_k = (int32_t)args->b.shape[2],
         .d_v = (int32_t)args->x.shape[2],
     };
-}
-
-qv_status qv_cuda_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
-                         qv_tensor bias, qv_tensor state, qv_tensor y)
-{
-    qv_k_steps steps = steps_of(be, batch);
-    qv_k_conv1d_args args = conv1d_args(x, w, bias, state, y);
-    return qv_k_conv1d(&steps, &args, qv_cuda(be)->stream);
-}
-
-/* Chunks take what scratch there is; it grows only to what one chunk of every head needs. */
-static qv_status require_scratch(qv_cuda_backend *cuda, int32_t n_heads, void **out)
-{
-    return qv_cuda_scratch_require(cuda, qv_k_recurrent_scratch(1, 1, n_heads), out);
-}
-
-qv_status qv_cuda_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
-{
-    qv_cuda_backend *cuda = qv_cuda(be);
-    qv_k_steps steps = steps_of(be, batch);
-    qv_k_recurrent_args a = gdn_args(args);
-    void *scratch;
-    QV_TRY(require_scratch(cuda, a.n_v_heads, &scratch));
-    return qv_k_gdn(&steps, &a, scratch, cuda->scratch_bytes, cuda->stream);
-}
-
-qv_status qv_cuda_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
-{
-    qv_cuda_backend *cuda = qv_cuda(be);
-    qv_k_steps steps = steps_of(be, batch);
-    qv_k_recurrent_args a = ssd_args(args);
     void *scratch;
     QV_TRY(require_scratch(cuda, a.n_v_heads, &scratch));
     return qv_k_ssd(&steps, &a, scratch, cuda->scratch_bytes, cuda->stream);
-}
-
-/* --- All of decode in one ------------------------------------------------------------------ */
-
-static qv_k_mixer_args mixer_args(const qv_mixer_args *args)
-{
-    qv_k_mixer_args a = {
-        .conv = conv1d_args(args->x, args->conv, args->bias, args->conv_state, args->mixed),
-        .step = args->gdn != NULL ? gdn_args(args->gdn) : ssd_args(args->ssd),
-        .z = heads_of(args->z),
-        .norm = args->norm.data,
-        .eps = args->eps,
-    };
-    a.step.o = heads_of(args->y);
-    return a;
-}
-
-bool qv_cuda_takes_mixer(qv_backend *be, const qv_mixer_args *args)
-{
-    if ((be->trials & QV_TRIAL_RECURRENT) == 0)
-        return false;
-    qv_k_mixer_args a = mixer_args(args);
-    bool groups = args->gdn != NULL || args->y.shape[1] == args->ssd->b.shape[1];
-    return groups && (args->gdn != NULL ? qv_k_gdn_mixer_fits : qv_k_ssd_mixer_fits)(&a);
-}
-
-qv_status qv_cuda_mixer(qv_backend *be, const qv_batch *batch, const qv_mixer_args *args)
-{
-    qv_k_steps steps = steps_of(be, batch);
-    qv_k_mixer_args a = mixer_args(args);
-    return (args->gdn != NULL ? qv_k_gdn_mixer : qv_k_ssd_mixer)(&steps, &a, qv_cuda(be)->stream);
 }

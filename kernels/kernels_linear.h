@@ -82,34 +82,6 @@ bool qv_k_joined_linear_can(const qv_k_linear_part *parts, int n_parts, bool str
 qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms,
                              void *on);
 
-/* What qv_k_stream_linear does, for more tokens, up to so many: y = W x, with `lora` + scale B x1,
- * on devices of 9.0 with wgmma. Conditions as above. The sums of an output are taken in the same
- * order whatever its adapter, but in one that depends on the number of tokens. */
-#define QV_K_DECODE_TOKENS 256
-
-/* The forms that the kernel exists in: room for so many tokens, rows of W of a block, stages of its
- * ring, and whether two blocks fetch x together. */
-typedef struct {
-    int tokens, rows, stages;
-    bool pair;
-} qv_k_decode_form;
-
-/* What a benchmark varies: a form, counted from 1 (if it has no room for the tokens the next one
- * that has), and blocks that share k, at most 8 with their pairs. 0: the kernel chooses. Late: with
- * adapters it reads x without waiting for the kernel launched right ahead of it, which must be
- * qv_k_lora_shrink_few, late as well. */
-typedef struct {
-    int form, shares;
-    bool late;
-} qv_k_decode_tuning;
-
-const qv_k_decode_form *qv_k_decode_forms(int *n);
-
-/* Errors: LIMIT (form, tokens), DEVICE. */
-bool qv_k_decode_linear_can(const qv_k_linear_args *args, const qv_k_stream_lora *lora);
-qv_status qv_k_decode_linear(const qv_k_linear_args *args, const qv_k_stream_lora *lora,
-                             const qv_k_decode_tuning *tuning, int n_sms, void *stream);
-
 /* Any shape, alignment and dtype, slowly. */
 qv_status qv_k_any_linear(const qv_k_linear_args *args, void *stream);
 

@@ -16,9 +16,7 @@
     X(ATTENTION, "attention", "norms of q and k, RoPE and the write of pages in one kernel")       \
     X(GEMM, "gemm",                                                                                \
       "matrix products of prefill, experts too, by a kernel of our own that adds adapters")        \
-    X(SAMPLE, "sample", "sampling of a row by several blocks")                                     \
-    X(DECODE, "decode",                                                                            \
-      "matrix products of 9 to 256 tokens with their adapters by a kernel of our own")
+    X(SAMPLE, "sample", "sampling of a row by several blocks")
 
 typedef enum {
 #define QV_TRIAL_INDEX(constant, name, what) QV_TRIAL_INDEX_##constant,

@@ -77,7 +77,6 @@ typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
-    qv_k_decode_tuning decode_tuning; /* of the trial `decode`; a benchmark sets it */
     qv_cuda_sums sums;
     cudaStream_t stream;
     qv_cuda_lane lanes[QV_CUDA_LANES];
@@ -218,8 +217,6 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
  */
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
-/* Whether qv_k_decode_linear is to do one that it can do: 9 to 256 tokens, where it is on trial. */
-bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 /* Whether the ops for few tokens that stand for several launches are on trial. */
 bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens);

@@ -74,9 +74,7 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
     const qv_k_linear_args c = qv_cuda_linear_args(w, x, none, y);
     qv_k_stream_lora lora = {.x1 = scratch.data};
     QV_TRY(describe(be, site, n_segs, seg_start, seg_slot, x, &lora.site, &lora.segments));
-    bool streams = qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, &lora);
-    bool decodes = !streams && qv_cuda_decodes(cuda, &c) && qv_k_decode_linear_can(&c, &lora);
-    if (streams) {
+    if (qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, &lora)) {
         QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
                                 cuda->stream));
         return qv_k_stream_linear(&c, &lora, cuda->n_sms, cuda->stream);
@@ -85,11 +83,6 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
         QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
                                 cuda->stream));
         return qv_k_gemm(&c, &lora, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
-    }
-    if (decodes) {
-        QV_TRY(qv_k_lora_shrink_few(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
-                                    cuda->decode_tuning.late, cuda->n_sms, cuda->stream));
-        return qv_k_decode_linear(&c, &lora, &cuda->decode_tuning, cuda->n_sms, cuda->stream);
     }
     QV_TRY(y.dtype == QV_F32 ? qv_cuda_linear_f32(be, w, x, none, y) : qv_cuda_linear(be, w, x, y));
     return qv_k_lora(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data, c.y, c.y_stride,

@@ -189,12 +189,6 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
            qv_k_gemm_can(args, lora);
 }
 
-bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args)
-{
-    return (cuda->base.trials & QV_TRIAL_DECODE) != 0 && args->n_tokens > SKINNY_TOKENS &&
-           args->n_tokens <= QV_K_DECODE_TOKENS;
-}
-
 /* Any number of tokens through the kernel for few, 64 at a time: each the same bits always. */
 static qv_status run_by_64(qv_cuda_backend *cuda, const qv_k_linear_args *c)
 {
@@ -227,8 +221,6 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
         return run_by_64(cuda, &c);
     if (qv_cuda_gemms(cuda, &c, NULL))
         return qv_k_gemm(&c, NULL, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
-    if (qv_cuda_decodes(cuda, &c) && qv_k_decode_linear_can(&c, NULL))
-        return qv_k_decode_linear(&c, NULL, &cuda->decode_tuning, cuda->n_sms, cuda->stream);
     bool skinny = qv_k_skinny_linear_can(&c);
     if (skinny && c.n_tokens <= SKINNY_TOKENS)
         return qv_k_skinny_linear(&c, cuda->stream);

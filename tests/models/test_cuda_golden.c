@@ -25,15 +25,13 @@ enum { N_MODELS = 4 };
 #define MARGIN 0.3f
 
 static const qv_backend_options cuda = {.name = "cuda"};
-static const qv_backend_options decode_on_trial = {.name = "cuda", .trials = "decode"};
 
-#define EACH_MODEL(g) EACH_MODEL_ON(g, &cuda)
-#define EACH_MODEL_ON(g, options)                                                                  \
+#define EACH_MODEL(g)                                                                              \
     for (int m = 0, found = 0; m <= N_MODELS; m++)                                                 \
         if (m == N_MODELS) {                                                                       \
             if (found == 0)                                                                        \
                 cr_skip_test("no CUDA device, or no golden models: %s", qv_error());               \
-        } else if (fx_golden_open(&(g), models[m].name, options) && ++found)
+        } else if (fx_golden_open(&(g), models[m].name, &cuda) && ++found)
 
 /* Of an adapter's cases: the mean over all tokens, the mean without the worst TRIMMED of them, and
  * how the cases that the reference also has in BF16 compare with that. */
@@ -140,17 +138,6 @@ Test(cuda_golden, every_case_is_as_near_as_bf16_comes)
     }
 }
 
-/* Chunks of a size that this kernel is made for. */
-Test(cuda_golden, every_case_is_as_near_with_decode_on_trial)
-{
-    fx_golden g;
-    EACH_MODEL_ON(g, &decode_on_trial)
-    {
-        check_cases(&g, m, 100);
-        fx_golden_close(&g);
-    }
-}
-
 /* A prompt long enough for the products of prefill that are on trial, with an adapter: as near to
  * what the kernels in use give as that is to the reference. */
 Test(cuda_golden, a_long_prompt_on_trial_gives_what_the_kernels_in_use_give)
@@ -230,15 +217,13 @@ Test(cuda_golden, greedy_answers_agree_where_the_reference_is_sure)
     }
 }
 
-enum { N = 13 };
-
-/* One decode step of up to `most` sequences, at most N, base and adapters mixed: recorded, padded
- * and sorted. */
-static void check_mixed(const qv_backend_options *options, int most)
+/* One decode step of several sequences, base and adapters mixed: recorded, padded and sorted. */
+Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
 {
     fx_golden g;
-    EACH_MODEL_ON(g, options)
+    EACH_MODEL(g)
     {
+        enum { N = 7 };
         float *alone[N];
         fx_seq seqs[N];
         int32_t pages[N][64];
@@ -253,7 +238,7 @@ static void check_mixed(const qv_backend_options *options, int most)
                                .adapter = i % 3 - 1 < g.n_adapters ? i % 3 - 1 : -1,
                                .logits = 1};
         }
-        int n = most < g.n ? most : g.n;
+        int n = N < g.n ? N : g.n;
         for (int pass = 0; pass < 2; pass++) {
             for (int i = 0; i < n; i++) {
                 seqs[i].start = 0;
@@ -284,11 +269,6 @@ static void check_mixed(const qv_backend_options *options, int most)
             free(alone[i]);
         fx_golden_close(&g);
     }
-}
-
-Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
-{
-    check_mixed(&cuda, 7);
 }
 
 /* --- Kernels on trial --------------------------------------------------------------------- */
@@ -349,9 +329,4 @@ Test(cuda_golden, experts_on_trial_give_the_bits_of_those_that_are_not)
         }
         fx_golden_close(&g);
     }
-}
-
-Test(cuda_golden, mixed_decode_steps_agree_with_decode_on_trial)
-{
-    check_mixed(&decode_on_trial, N);
 }

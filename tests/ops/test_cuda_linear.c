@@ -1,10 +1,6 @@
 /* qv_op_linear on the device: every path of it against the CPU. */
 #include "tests/ops/cuda_test.h"
 
-#ifdef QV_WITH_CUDA
-#include "ops/cuda/cuda.h"
-#endif
-
 /* Beyond the shared table: rows of whole vectors, and some layers of released models, cut down. */
 static const qv_linear_shape more_shapes[] = {
     {"skinny, one block", 16, 32}, {"rows end in a tile", 41, 64},
@@ -14,7 +10,6 @@ static const qv_linear_shape more_shapes[] = {
 };
 
 static const int64_t all_counts[] = {1, 3, 8, 9, 16, 17, 33, 64, 65, 130};
-static const int64_t decode_counts[] = {9, 65, 256};
 
 static qv_weight *new_weight(duo *d, qv_backend *be, const float *values, const qv_linear_shape *s,
                              qv_dtype dtype)
@@ -102,68 +97,6 @@ Test(cuda_linear, agrees_with_the_cpu_on_later_devices_which_run_the_code_of_ear
 {
     check_few_tokens("10.0");
 }
-
-/* --- The kernel for decode, on trial ------------------------------------------------------- */
-
-Test(cuda_linear, agrees_with_the_cpu_with_decode_on_trial, .timeout = 600)
-{
-    duo d = open_duo_with(3, "decode");
-    for (size_t i = 0; i < QV_ROWS(qv_linear_shapes); i++)
-        if (qv_linear_shapes[i].n_in % 8 == 0)
-            check_counts(&d, &qv_linear_shapes[i], QV_BF16, decode_counts, QV_ROWS(decode_counts));
-    for (size_t i = 0; i < QV_ROWS(more_shapes); i++)
-        check_counts(&d, &more_shapes[i], QV_BF16, decode_counts, QV_ROWS(decode_counts));
-    close_duo(&d);
-}
-
-#ifdef QV_WITH_CUDA
-/* Rows that end in a tile, with steps of k that the blocks of a cluster cannot share evenly. */
-static void check_forms(duo *d, qv_weight *const w[2], const qv_linear_shape *s, int64_t n)
-{
-    int n_forms;
-    const qv_k_decode_form *forms = qv_k_decode_forms(&n_forms);
-    twin xw = wide_twin(d, n, s->n_in, 8, 1), x = cols_of(xw, 8, s->n_in);
-    twin yw = wide_twin(d, n, s->n_out, 3, 1), y = cols_of(yw, 3, s->n_out);
-    PASS(qv_op_linear(d->cpu, w[0], x.cpu, y.cpu));
-    for (int form = 1; form <= n_forms; form++)
-        for (int shares = 1; shares <= 8; shares += shares < 3 ? 1 : 5) {
-            char what[128];
-            snprintf(what, sizeof what, "%s, %lld tokens, %d rows, %d stages%s, %d shares", s->name,
-                     (long long)n, forms[form - 1].rows, forms[form - 1].stages,
-                     forms[form - 1].pair ? ", pairs" : "", shares);
-            if (forms[form - 1].tokens < n)
-                break;
-            qv_cuda(d->dev)->decode_tuning = (qv_k_decode_tuning){form, shares, false};
-            PASS(qv_op_linear(d->dev, w[1], x.dev, y.dev));
-            check_twin(d, what, &yw, CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
-        }
-    /* No other kernel refuses a form. */
-    qv_cuda(d->dev)->decode_tuning.form = n_forms + 1;
-    if (qv_cuda(d->dev)->major == 9)
-        FAIL_WITH(QV_ERR_LIMIT, "decode_linear: form", qv_op_linear(d->dev, w[1], x.dev, y.dev));
-    free_twin(d, &xw);
-    free_twin(d, &yw);
-}
-
-Test(cuda_linear, every_form_of_decode_agrees_with_the_cpu, .timeout = 600)
-{
-    static const qv_linear_shape shapes[] = {{"rows end in a tile", 200, 1112}, {"few", 24, 200}};
-    duo d = open_duo_with(4, "decode");
-    for (size_t i = 0; i < QV_ROWS(shapes); i++) {
-        const qv_linear_shape *s = &shapes[i];
-        float *values = random_floats(&d.rng, s->n_out * s->n_in, 1);
-        round_to_bf16(values, s->n_out * s->n_in);
-        qv_weight *const w[2] = {new_weight(&d, d.cpu, values, s, QV_BF16),
-                                 new_weight(&d, d.dev, values, s, QV_BF16)};
-        for (int64_t n = 9; n <= 256; n = n < 50 ? 50 : n < 100 ? 100 : n < 256 ? 256 : 257)
-            check_forms(&d, w, s, n);
-        qv_weight_free(d.cpu, w[0]);
-        qv_weight_free(d.dev, w[1]);
-        free(values);
-    }
-    close_duo(&d);
-}
-#endif
 
 Test(cuda_linear, gives_a_token_the_same_bits_whatever_is_beside_it_while_few)
 {

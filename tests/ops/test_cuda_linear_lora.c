@@ -3,10 +3,6 @@
  */
 #include "tests/ops/linear_lora_test.h"
 
-#ifdef QV_WITH_CUDA
-#include "ops/cuda/cuda.h"
-#endif
-
 /* Beyond the shared table: blocks of a cluster that share k, slices that end within a block's rows,
  * k that ends within a step. */
 static const qv_lora_shape more_shapes[] = {
@@ -115,68 +111,6 @@ Test(cuda_linear_lora, agrees_with_the_cpu_when_deterministic, .timeout = 600)
     check_all(true);
 }
 
-Test(cuda_linear_lora, agrees_with_the_cpu_with_decode_on_trial, .timeout = 600)
-{
-    static const struct {
-        int32_t n, most; /* tokens, of an adapter */
-        bool f32;
-    } batches[] = {{9, 1, false}, {33, 9, true}, {130, 80, false}, {256, 1, true}};
-    for (size_t i = 0; i < N_SHAPES; i++)
-        for (size_t j = 0; j < 2; j++) {
-            pair *p = open_pair_with(false, "decode");
-            rig *r = new_rig(p, shape_at(i), pools[j].max_rank, pools[j].ranks);
-            for (size_t k = 0; k < QV_ROWS(batches); k++)
-                check_count(p, r, batches[k].n, batches[k].most, batches[k].f32);
-            free_rig(p, r);
-            close_pair(p);
-        }
-}
-
-#ifdef QV_WITH_CUDA
-/* That it is the kernel for decode: no other refuses a form. */
-static void expect_decode(pair *p, const rig *r, int n_forms)
-{
-    enum { T = 9 };
-    static const int32_t start[] = {0, T}, slot[] = {0};
-    if (strcmp(qv_backend_name(p->be[GPU]), "cuda") != 0 || qv_cuda(p->be[GPU])->major != 9)
-        return;
-    both_memory starts = upload_both(p, start, sizeof start),
-                slots = upload_both(p, slot, sizeof slot);
-    both y = nan_act(p, T, r->n_out);
-    qv_tensor scratch =
-        qv_tensor_3d(r->scratch.t[GPU].data, QV_F32, T, r->shape->n_slices, r->max_rank);
-    qv_cuda(p->be[GPU])->decode_tuning.form = n_forms + 1;
-    FAIL_WITH(QV_ERR_LIMIT, "decode_linear: form",
-              qv_op_linear_lora(p->be[GPU], r->w[GPU], &r->site[GPU], 1, starts.at[GPU],
-                                slots.at[GPU], qv_tensor_rows(r->x.t[GPU], 0, T), scratch, y.t[GPU],
-                                false));
-}
-
-Test(cuda_linear_lora, every_form_of_decode_agrees_with_the_cpu, .timeout = 600)
-{
-    static const qv_lora_shape shape = {"qkv", 456, 3, {136, 64, 56}};
-    static const int32_t counts[] = {9, 64, 100, 256};
-    static const int shares[] = {1, 3};
-    int n_forms;
-    const qv_k_decode_form *forms = qv_k_decode_forms(&n_forms);
-    for (size_t i = 0; i < QV_ROWS(pools); i++) {
-        pair *p = open_pair_with(false, "decode");
-        rig *r = new_rig(p, &shape, pools[i].max_rank, pools[i].ranks);
-        for (int form = 1; form <= n_forms; form++)
-            for (size_t j = 0; j < QV_ROWS(counts); j++)
-                for (size_t k = 0; k < QV_ROWS(shares) && counts[j] <= forms[form - 1].tokens;
-                     k++) {
-                    qv_cuda(p->be[GPU])->decode_tuning =
-                        (qv_k_decode_tuning){form, shares[k], k == 1};
-                    check_count(p, r, counts[j], k == 0 ? 60 : 7, k == 1);
-                }
-        expect_decode(p, r, n_forms);
-        free_rig(p, r);
-        close_pair(p);
-    }
-}
-#endif
-
 /* --- The same bits ------------------------------------------------------------------------ */
 
 /* Some tokens of n by themselves, and base tokens through the product without adapters. */
@@ -223,11 +157,11 @@ Test(cuda_linear_lora, a_token_has_the_same_bits_in_any_batch_when_deterministic
 }
 
 /* An adapter of infinities and NaNs beside another. */
-static void check_nans(const char *trials)
+Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
 {
     enum { T = 12 };
     static const int32_t start[] = {0, 3, 7, 9, 12}, slot[] = {0, 3, 1, -1};
-    pair *p = open_pair_with(false, trials);
+    pair *p = open_pair();
     rig *r = new_rig(p, &more_shapes[1], 16, (int32_t[]){16, 5, 7});
     r->active[3] = 1;
     qv_lora_slice bad[2] = {{.plane = 0, .rank = 16, .scale = 1},
@@ -246,37 +180,4 @@ static void check_nans(const char *trials)
     free(got);
     free_rig(p, r);
     close_pair(p);
-}
-
-Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
-{
-    check_nans(NULL);
-    check_nans("decode");
-}
-
-/* --- The kernel for decode, on trial ------------------------------------------------------- */
-
-/* Tokens of no adapter have the bits of the product alone. */
-Test(cuda_linear_lora, base_tokens_have_the_bits_of_the_product_with_decode_on_trial)
-{
-    enum { T = 70 };
-    int32_t start[T + 8], slot[T + 8];
-    for (size_t i = 0; i < N_SHAPES; i++) {
-        pair *p = open_pair_with(false, "decode");
-        rig *r = new_rig(p, shape_at(i), 16, (int32_t[]){16, 5, 7});
-        int32_t n_segs = make_segments(T, 5, start, slot);
-        both_memory starts = upload_both(p, start, (size_t)(n_segs + 1) * 4),
-                    slots = upload_both(p, slot, (size_t)n_segs * 4);
-        both y = nan_act(p, T, r->n_out), base = nan_act(p, T, r->n_out);
-        run(p, GPU, r, 0, T, n_segs, &starts, &slots, y.t[GPU], false);
-        PASS(qv_op_linear(p->be[GPU], r->w[GPU], qv_tensor_rows(r->x.t[GPU], 0, T), base.t[GPU]));
-        float *got = fetch(p, GPU, y.t[GPU]), *want = fetch(p, GPU, base.t[GPU]);
-        for (int32_t seg = 0; seg < n_segs; seg++)
-            for (int32_t t = start[seg]; t < start[seg + 1] && slot[seg] < 0; t++)
-                check_same(r->shape->name, got + t * r->n_out, want + t * r->n_out, r->n_out);
-        free(got);
-        free(want);
-        free_rig(p, r);
-        close_pair(p);
-    }
 }

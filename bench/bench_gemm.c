@@ -1,6 +1,6 @@
-/* bench_gemm: the matrix products of prefill, cuBLASLt's beside every form of our own, at the
- * matrices of released models; and with adapters, as product, shrink and expand in a row, beside
- * shrink and a product that adds them.
+/* bench_gemm: the matrix products of prefill with adapters, at the matrices of released models: as
+ * product by cuBLASLt, shrink and expand in a row, beside shrink and every form of the product that
+ * adds them; and cuBLASLt's product alone.
  *
  *   bench_gemm [--tokens N,N,...] [--adapters N] [--rank R] [MODEL...]
  *
@@ -57,7 +57,7 @@ typedef struct {
     int32_t n_segs, *seg_start, *seg_slot; /* on the device */
 } product;
 
-typedef enum { BLAS, OURS, BLAS_LORA, OURS_LORA } what_to_do;
+typedef enum { BLAS, BLAS_LORA, OURS } what_to_do;
 
 static qv_k_linear_args args_of(const product *p, const qv_weight *w)
 {
@@ -91,34 +91,28 @@ static qv_k_stream_lora lora_of(const product *p)
 typedef struct {
     const product *p;
     what_to_do what;
-    int form; /* of OURS and OURS_LORA */
+    int form; /* of OURS */
 } timed_call;
 
-/* The backend is open without trials, so that its ops are cuBLASLt and the kernels apart. */
 static void call(void *ctx, int round)
 {
     const timed_call *c = ctx;
     const product *p = c->p;
     const qv_weight *w = p->w[round % p->n_w];
     const qv_cuda_backend *cuda = qv_cuda(be);
-    bool f32 = p->y.dtype == QV_F32;
-    if (c->what == BLAS) {
-        bench_pass(f32 ? qv_op_linear_f32(be, w, p->x, (qv_tensor){0}, p->y)
-                       : qv_op_linear(be, w, p->x, p->y));
-        return;
-    }
-    if (c->what == BLAS_LORA) {
-        bench_pass(qv_op_linear_lora(be, w, &p->site, p->n_segs, p->seg_start, p->seg_slot, p->x,
-                                     p->scratch, p->y, f32));
-        return;
-    }
     const qv_k_linear_args args = args_of(p, w);
     const qv_k_stream_lora lora = lora_of(p);
-    if (c->what == OURS_LORA)
+    if (c->what == OURS) {
         bench_pass(qv_k_lora_shrink(&lora.segments, &lora.site, args.x, args.x_stride,
                                     p->scratch.data, cuda->stream));
-    bench_pass(
-        qv_k_gemm(&args, c->what == OURS_LORA ? &lora : NULL, c->form, cuda->n_sms, cuda->stream));
+        bench_pass(qv_k_gemm(&args, &lora, c->form, cuda->n_sms, cuda->stream));
+        return;
+    }
+    bench_pass(args.y_f32 ? qv_op_linear_f32(be, w, p->x, (qv_tensor){0}, p->y)
+                          : qv_op_linear(be, w, p->x, p->y));
+    if (c->what == BLAS_LORA)
+        bench_pass(qv_k_lora(&lora.segments, &lora.site, args.x, args.x_stride, p->scratch.data,
+                             args.y, args.y_stride, args.y_f32, cuda->stream));
 }
 
 /* Median seconds of one call. */
@@ -176,18 +170,15 @@ static void run(size_t i, int64_t n, int n_adapters, int rank)
     p.x = qv_tensor_2d(bench_made_up(QV_BF16, n * p.n_in, 1), QV_BF16, n, p.n_in);
     p.y = qv_tensor_2d(bench_made_up(y, n * p.n_out, 1), y, n, p.n_out);
     add_adapters(&p, n_adapters, rank);
-    for (int lora = 0; lora < 2; lora++) {
-        char name[48];
-        snprintf(name, sizeof name, "%s %s%s", matrices[i].model, matrices[i].name,
-                 lora ? " +A" : "");
-        printf("%-24s %5lld %6.0f |", name, (long long)n,
-               flop / measure(&p, lora ? BLAS_LORA : BLAS, 0) * 1e-12);
-        for (int form = 0; form < QV_K_GEMM_FORMS; form++)
-            printf(" %5.0f", flop / measure(&p, lora ? OURS_LORA : OURS, form) * 1e-12);
-        double t = measure(&p, lora ? OURS_LORA : OURS, QV_K_GEMM_ANY);
-        printf(" | %5.0f %8.1f us\n", flop / t * 1e-12, t * 1e6);
-        fflush(stdout);
-    }
+    char name[48];
+    snprintf(name, sizeof name, "%s %s", matrices[i].model, matrices[i].name);
+    printf("%-24s %5lld %6.0f %6.0f |", name, (long long)n, flop / measure(&p, BLAS, 0) * 1e-12,
+           flop / measure(&p, BLAS_LORA, 0) * 1e-12);
+    for (int form = 0; form < QV_K_GEMM_FORMS; form++)
+        printf(" %5.0f", flop / measure(&p, OURS, form) * 1e-12);
+    double t = measure(&p, OURS, QV_K_GEMM_ANY);
+    printf(" | %5.0f %8.1f us\n", flop / t * 1e-12, t * 1e6);
+    fflush(stdout);
     for (int k = 0; k < p.n_w; k++)
         qv_weight_free(be, p.w[k]);
     void *const memory[] = {p.x.data,      p.y.data,      p.scratch.data, p.site.a.data,
@@ -230,11 +221,11 @@ int main(int argc, char **argv)
     }
     bench_know(argc - optind, argv + optind, models);
     bench_pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
-    printf("%s; TFLOP/s; +A: with %d adapters of rank %d\n", qv_backend_describe(be), n_adapters,
-           rank);
+    printf("%s; TFLOP/s; all but the first with %d adapters of rank %d\n", qv_backend_describe(be),
+           n_adapters, rank);
     for (int form = 0; form < QV_K_GEMM_FORMS; form++)
         printf("form %d: %s\n", form, qv_k_gemm_form_name(form));
-    printf("%-24s %5s %6s |", "matrix", "T", "blas");
+    printf("%-24s %5s %6s %6s |", "matrix", "T", "alone", "apart");
     for (int form = 0; form < QV_K_GEMM_FORMS; form++)
         printf(" %5d", form);
     printf(" | %5s\n", "any");

@@ -1,5 +1,5 @@
-/* y = x W^T for many tokens on Hopper, with adapters inside: 2 n_tokens n_out n_in FLOP, bound by
- * the tensor cores.
+/* y = x W^T and the adapters of the tokens, for many tokens on Hopper: 2 n_tokens n_out n_in FLOP,
+ * bound by the tensor cores.
  *
  * Blocks that stay, one to a multiprocessor, each with a ring of stages of shared memory that one
  * thread fills through the copy engine, on into the next tile while results are stored, and two
@@ -17,13 +17,18 @@
 namespace
 {
 
+constexpr int FETCH_REGISTERS = 104, WORK_REGISTERS = 200; /* of a thread */
+static_assert(GEMM_GROUPS * WORK_REGISTERS + FETCH_REGISTERS <=
+                  (GEMM_GROUPS + 1) * LAUNCH_REGISTERS,
+              "who asks for more than there are waits for ever");
+
 /* Grid (cluster x clusters). Threads: two warpgroups that multiply, a warp of which one thread
  * fetches, three warps that fetch for adapters. */
-template <class F, bool LORA>
+template <class F>
 __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ gemm_args c, const __grid_constant__ qv_k_stream_lora lora,
-                const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap rest,
-                const __grid_constant__ CUtensorMap w, const __grid_constant__ CUtensorMap y)
+                const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
+                const __grid_constant__ CUtensorMap y)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char gemm_memory[];
@@ -48,46 +53,42 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
         cluster_sync();
 
     if (warpgroup() == GEMM_GROUPS) {
-        fewer_registers<LORA ? 104 : 40>();
+        fewer_registers<FETCH_REGISTERS>();
         if (thread == GEMM_GROUPS * 128)
-            gemm_fetch<F, LORA>(c, m, &x, &rest, &w, cluster, n_clusters, rank);
-        else if (LORA && thread >= GEMM_THREADS - GEMM_FETCHERS)
+            gemm_fetch<F>(c, m, &x, &w, cluster, n_clusters, rank);
+        else if (thread >= GEMM_THREADS - GEMM_FETCHERS)
             gemm_fetch_adapters<F>(c, m, lora, cluster, n_clusters, rank);
     } else {
-        more_registers<LORA ? 200 : 232>();
-        gemm_work<F, LORA>(c, m, &y, cluster, n_clusters, rank);
+        more_registers<WORK_REGISTERS>();
+        gemm_work<F>(c, m, &y, cluster, n_clusters, rank);
     }
     if (F::CLUSTER > 1) {
         __syncwarp();
         cluster_sync(); /* the other block's arrivals come here until its last step */
     }
 #else
-    (void)c, (void)lora, (void)x, (void)rest, (void)w, (void)y;
+    (void)c, (void)lora, (void)x, (void)w, (void)y;
     __trap(); /* not launched on other devices */
 #endif
 }
 
 /* --- Forms -------------------------------------------------------------------------------- */
 
-/* Name, units of 64 rows a warpgroup, columns, stages, blocks of a cluster, steps that the first
- * warpgroup is ahead; the share of the best rate that one expects. */
+/* Name, columns of a tile, stages, blocks of a cluster, steps that the first warpgroup is ahead;
+ * the share of the best rate that one expects. */
 #define GEMM_FORMS(X)                                                                              \
-    X("128 x 256, pairs, lead of 2", 1, 256, 4, 2, 2, 1.00)                                        \
-    X("128 x 256, pairs", 1, 256, 4, 2, 0, 0)                                                      \
-    X("128 x 256, lead of 2", 1, 256, 4, 1, 2, 0)                                                  \
-    X("256 x 128, pairs, lead of 2", 2, 128, 4, 2, 2, 0)                                           \
-    X("128 x 192, lead of 2", 1, 192, 4, 1, 2, 0.94)                                               \
-    X("128 x 128, pairs, lead of 3", 1, 128, 6, 2, 3, 0.85)
+    X("128 x 256, pairs, lead of 2", 256, 4, 2, 2, 1.00)                                           \
+    X("128 x 192, lead of 2", 192, 4, 1, 2, 0.94)                                                  \
+    X("128 x 128, pairs, lead of 3", 128, 6, 2, 3, 0.85)
 
 struct form_facts {
     const char *name;
-    int rows, columns, cluster;
-    double share; /* 0: chosen by name only */
+    int columns, cluster;
+    double share;
 };
 
 constexpr form_facts FORMS[] = {
-#define GEMM_FACTS(name, units, columns, stages, cluster, lead, share)                             \
-    {name, gemm_form<units, columns, stages, cluster, lead>::ROWS, columns, cluster, share},
+#define GEMM_FACTS(name, columns, stages, cluster, lead, share) {name, columns, cluster, share},
     GEMM_FORMS(GEMM_FACTS)
 #undef GEMM_FACTS
 };
@@ -100,12 +101,10 @@ int choose_form(const qv_k_linear_args &c, int n_sms)
     double least = 0;
     for (int i = 0; i < QV_K_GEMM_FORMS; i++) {
         const form_facts &f = FORMS[i];
-        if (f.share == 0)
-            continue;
-        int64_t rows = (int64_t)f.rows * f.cluster, clusters = n_sms / f.cluster;
+        int64_t rows = (int64_t)GEMM_ROWS * f.cluster, clusters = n_sms / f.cluster;
         int64_t tiles = (c.n_tokens + rows - 1) / rows * ((c.n_out + f.columns - 1) / f.columns);
-        double time = (double)((tiles + clusters - 1) / clusters * f.rows * f.columns) / f.share;
-        if (least == 0 || time < least) {
+        double time = (double)((tiles + clusters - 1) / clusters * f.columns) / f.share;
+        if (i == 0 || time < least) {
             least = time;
             best = i;
         }
@@ -136,24 +135,19 @@ qv_status make_y_map(const qv_k_linear_args &c, CUtensorMap *map)
         sizes, strides, box, map);
 }
 
-template <class F, bool LORA>
-qv_status launch_form(const qv_k_linear_args &c, const qv_k_stream_lora *lora, int n_sms,
-                      cudaStream_t stream)
+template <class F>
+qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int n_sms,
+                 cudaStream_t stream)
 {
-    CUtensorMap x, rest, w, y;
-    QV_TRY(make_rows_map(c.x, c.n_tokens, c.n_in, c.x_stride, F::ROWS, &x));
+    CUtensorMap x, w, y;
+    QV_TRY(make_rows_map(c.x, c.n_tokens, c.n_in, c.x_stride, GEMM_ROWS, &x));
     QV_TRY(make_rows_map(c.w, c.n_out, c.n_in, c.n_in, F::COLUMNS / F::CLUSTER, &w));
     QV_TRY(make_y_map(c, &y));
-    rest = x;
-    if (c.rest)
-        QV_TRY(make_rows_map(c.rest, c.n_tokens, c.n_in, c.rest_stride, F::ROWS, &rest));
     gemm_args args = {};
-    const qv_k_stream_lora none = {};
-    constexpr int ROWS = F::ROWS * F::CLUSTER;
+    constexpr int ROWS = GEMM_ROWS * F::CLUSTER;
     args.n_tokens = (int32_t)c.n_tokens;
     args.n_out = (int32_t)c.n_out;
     args.steps = (int32_t)((c.n_in + GEMM_STEP - 1) / GEMM_STEP);
-    args.passes = c.rest ? 2 : 1;
     args.row_tiles = (int32_t)((c.n_tokens + ROWS - 1) / ROWS);
     args.col_tiles = (int32_t)((c.n_out + F::COLUMNS - 1) / F::COLUMNS);
     args.band = 2048 / ROWS; /* what runs at a time is about as many tokens as columns */
@@ -174,24 +168,15 @@ qv_status launch_form(const qv_k_linear_args &c, const qv_k_stream_lora *lora, i
     config.dynamicSmemBytes = GEMM_BYTES<F>;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = LORA ? 2 : 1;
+    config.numAttrs = 2;
     static_assert(GEMM_BYTES<F> <= 227 << 10, "what a block may have");
     cudaError_t error = cudaFuncSetAttribute(
-        gemm_kernel<F, LORA>, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_BYTES<F>);
+        gemm_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_BYTES<F>);
     if (error == cudaSuccess)
-        error = cudaLaunchKernelEx(&config, gemm_kernel<F, LORA>, args, LORA ? *lora : none, x,
-                                   rest, w, y);
+        error = cudaLaunchKernelEx(&config, gemm_kernel<F>, args, lora, x, w, y);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: linear: %s", cudaGetErrorString(error));
     return qv_k_check_launch("linear");
-}
-
-template <class F>
-qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora *lora, int n_sms,
-                 cudaStream_t stream)
-{
-    return lora ? launch_form<F, true>(c, lora, n_sms, stream)
-                : launch_form<F, false>(c, lora, n_sms, stream);
 }
 
 } // namespace
@@ -203,27 +188,22 @@ const char *qv_k_gemm_form_name(int form)
 
 bool qv_k_gemm_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
 {
-    int64_t y_unit = c->y_f32 ? 4 : 8;
-    bool can = qv_k_is_hopper() && !c->w_f32 && c->n_in % 8 == 0 && c->x_stride % 8 == 0 &&
-               c->y_stride % y_unit == 0 && (uintptr_t)c->w % 16 == 0 &&
-               (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0 && c->n_tokens <= INT32_MAX &&
-               c->n_out <= INT32_MAX && c->n_out % y_unit == 0; /* stores are of 16 bytes */
-    if (c->rest)
-        can = can && c->rest_stride % 8 == 0 && (uintptr_t)c->rest % 16 == 0;
-    if (!can || !lora)
-        return can;
-    return c->n_out % 8 == 0 && (uintptr_t)lora->site.b % 16 == 0 && lora->site.max_rank % 4 == 0 &&
-           (uintptr_t)lora->x1 % 16 == 0;
+    /* Stores are of 16 bytes. */
+    return qv_k_is_hopper() && !c->w_f32 && c->rest == nullptr && c->n_in % 8 == 0 &&
+           c->x_stride % 8 == 0 && c->y_stride % (c->y_f32 ? 4 : 8) == 0 && c->n_out % 8 == 0 &&
+           (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0 &&
+           c->n_tokens <= INT32_MAX && c->n_out <= INT32_MAX && (uintptr_t)lora->site.b % 16 == 0 &&
+           lora->site.max_rank % 4 == 0 && (uintptr_t)lora->x1 % 16 == 0;
 }
 
 qv_status qv_k_gemm(const qv_k_linear_args *c, const qv_k_stream_lora *lora, int form, int n_sms,
                     void *stream)
 {
     int i = form >= 0 && form < QV_K_GEMM_FORMS ? form : choose_form(*c, n_sms), n = 0;
-#define GEMM_LAUNCH(name, units, columns, stages, cluster, lead, share)                            \
+#define GEMM_LAUNCH(name, columns, stages, cluster, lead, share)                                   \
     if (i == n++)                                                                                  \
-        return launch<gemm_form<units, columns, stages, cluster, lead>>(*c, lora, n_sms,           \
-                                                                        (cudaStream_t)stream);
+        return launch<gemm_form<columns, stages, cluster, lead>>(*c, *lora, n_sms,                 \
+                                                                 (cudaStream_t)stream);
     GEMM_FORMS(GEMM_LAUNCH)
 #undef GEMM_LAUNCH
     return QV_OK;

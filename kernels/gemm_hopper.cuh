@@ -1,13 +1,13 @@
 /* The parts of gemm_hopper.cu's matrix product: the shape of a form, what is in shared memory, the
  * order of tiles, and the parts that warps have. Only for sm_90a.
  *
- * A tile is ROWS tokens by COLUMNS rows of W. Shared memory is a ring of stages, one for every 64
- * of k: x [ROWS][64] and W [COLUMNS][64]. Both blocks of a cluster have the same columns and tokens
+ * A tile is 128 tokens by COLUMNS rows of W. Shared memory is a ring of stages, one for every 64 of
+ * k: x [128][64] and W [COLUMNS][64]. Both blocks of a cluster have the same columns and tokens
  * of their own; each fetches half of W for both.
  *
  * Adapters are more of k. A step of theirs is one adapter in one slice of the columns and up to 32
  * of its ranks: B [32][COLUMNS], stored as the pool has it, where W would be, and scale * x1 of the
- * tile's tokens where x would be, as two BF16 numbers (16 bits): [ROWS][32] high, [ROWS][32] low.
+ * tile's tokens where x would be, as two BF16 numbers (16 bits): [128][32] high, [128][32] low.
  * The steps of a tile are those of all segments that have tokens in either block of the cluster, so
  * that both blocks go through the ring in step. What a step gives for the tokens of others is never
  * added, so that an adapter of infinities harms none but its own tokens, and a token's bits are its
@@ -29,6 +29,7 @@ constexpr int GEMM_STEP = 64;  /* of k, of a stage */
 constexpr int GEMM_RANKS = 32; /* of a step of adapters */
 constexpr int GEMM_UNIT = 64;  /* rows of one wgmma */
 constexpr int GEMM_GROUPS = 2; /* warpgroups that multiply; one more fetches */
+constexpr int GEMM_ROWS = GEMM_UNIT * GEMM_GROUPS;
 constexpr int GEMM_THREADS = 128 * (GEMM_GROUPS + 1);
 constexpr int GEMM_FETCHERS = 96; /* threads that fetch for adapters: all of that but a warp */
 constexpr int GEMM_OUT_BYTES = GEMM_UNIT * 128; /* results on their way: 64 rows of 128 bytes */
@@ -37,17 +38,15 @@ constexpr int GEMM_OUT_BYTES = GEMM_UNIT * 128; /* results on their way: 64 rows
 constexpr int GEMM_LEAD_BARRIER = 3;
 constexpr int GEMM_FETCH_BARRIER = 4;
 
-/* UNITS: times 64 rows that a warpgroup has, by all COLUMNS. With LEAD the first warpgroup is so
- * many steps ahead of the second, so that one stores while the other multiplies. */
-template <int UNITS_, int COLUMNS_, int STAGES_, int CLUSTER_, int LEAD_> struct gemm_form {
-    static constexpr int UNITS = UNITS_, COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_,
-                         LEAD = LEAD_;
-    static constexpr int ROWS = UNITS * GEMM_UNIT * GEMM_GROUPS;
-    static constexpr int X = ROWS * GEMM_STEP, W = COLUMNS * GEMM_STEP; /* numbers */
+/* The first warpgroup is LEAD steps ahead of the second, so that one stores while the other
+ * multiplies. */
+template <int COLUMNS_, int STAGES_, int CLUSTER_, int LEAD_> struct gemm_form {
+    static constexpr int COLUMNS = COLUMNS_, STAGES = STAGES_, CLUSTER = CLUSTER_, LEAD = LEAD_;
+    static constexpr int X = GEMM_ROWS * GEMM_STEP, W = COLUMNS * GEMM_STEP; /* numbers */
     static constexpr int STAGE_BYTES = (X + W) * (int)sizeof(bf16);
-    static_assert(ROWS <= 256 && COLUMNS <= 256, "a box of the copy engine");
+    static_assert(COLUMNS <= 256, "a box of the copy engine");
     static_assert(COLUMNS % (64 * CLUSTER) == 0, "parts of W begin at multiples of 1024 bytes");
-    static_assert(LEAD < STAGES, "a lead is within the ring");
+    static_assert(LEAD > 0 && LEAD < STAGES, "a lead is within the ring");
 };
 
 /* Whom a step of adapters is for: tokens [first, end) of this block's tile and around it. */
@@ -73,7 +72,7 @@ template <class F> constexpr int GEMM_BYTES = (int)sizeof(gemm_shared<F>) + 1024
 /* By value into the kernel. */
 struct gemm_args {
     int32_t n_tokens, n_out;
-    int32_t steps, passes; /* of k; 2: x, then the rest */
+    int32_t steps; /* of k */
     int32_t row_tiles, col_tiles;
     int32_t band; /* row tiles that go through the columns together */
     bool y_f32;
@@ -113,7 +112,7 @@ __device__ __forceinline__ gemm_tile find_tile(const gemm_args &c, int number, i
 {
     int of_band = c.band * c.col_tiles, first = number / of_band * c.band;
     int rows = min(c.band, c.row_tiles - first), within = number % of_band;
-    return {((first + within % rows) * F::CLUSTER + rank) * F::ROWS, within / rows * F::COLUMNS};
+    return {((first + within % rows) * F::CLUSTER + rank) * GEMM_ROWS, within / rows * F::COLUMNS};
 }
 
 /* --- Fetch -------------------------------------------------------------------------------- */
@@ -123,10 +122,10 @@ __device__ __forceinline__ gemm_tile find_tile(const gemm_args &c, int number, i
  * never is. So who leaves steps to others goes on only when they have come so far. */
 
 /* One thread: all of x and W. */
-template <class F, bool LORA>
-[[maybe_unused]] __device__ void
-gemm_fetch(const gemm_args &c, gemm_shared<F> &m, const CUtensorMap *x, const CUtensorMap *rest,
-           const CUtensorMap *w, int cluster, int n_clusters, int rank)
+template <class F>
+[[maybe_unused]] __device__ void gemm_fetch(const gemm_args &c, gemm_shared<F> &m,
+                                            const CUtensorMap *x, const CUtensorMap *w, int cluster,
+                                            int n_clusters, int rank)
 {
     constexpr int PART = F::COLUMNS / F::CLUSTER; /* rows of W that this block fetches */
     constexpr uint16_t ALL = (1 << F::CLUSTER) - 1;
@@ -134,28 +133,24 @@ gemm_fetch(const gemm_args &c, gemm_shared<F> &m, const CUtensorMap *x, const CU
     int turn = 0;
     for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
         gemm_tile tile = find_tile<F>(c, number, rank);
-        for (int pass = 0; pass < c.passes; pass++)
-            for (int step = 0; step < c.steps; step++, r.advance()) {
-                barrier_wait(&m.empty[r.at], r.phase ^ 1);
-                barrier_expect(&m.full[r.at], F::STAGE_BYTES);
-                copy_box_here(m.stage[r.at].x, pass == 0 ? x : rest, step * GEMM_STEP, tile.row0, 0,
-                              &m.full[r.at]);
-                bf16 *to = m.stage[r.at].w + rank * PART * GEMM_STEP;
-                int row = tile.col0 + rank * PART;
-                if (F::CLUSTER == 1)
-                    copy_box_here(to, w, step * GEMM_STEP, row, 0, &m.full[r.at]);
-                else
-                    copy_box(to, w, step * GEMM_STEP, row, 0, &m.full[r.at], ALL);
-            }
-        if (LORA) {
-            barrier_arrive(&m.x_issued);
-            barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
-            int n_steps = m.plan[turn & 1];
-            barrier_arrive(&m.plan_empty[turn & 1]);
-            if (n_steps >= F::STAGES)
-                barrier_wait(&m.lora_issued, turn & 1);
-            r.skip(n_steps);
+        for (int step = 0; step < c.steps; step++, r.advance()) {
+            barrier_wait(&m.empty[r.at], r.phase ^ 1);
+            barrier_expect(&m.full[r.at], F::STAGE_BYTES);
+            copy_box_here(m.stage[r.at].x, x, step * GEMM_STEP, tile.row0, 0, &m.full[r.at]);
+            bf16 *to = m.stage[r.at].w + rank * PART * GEMM_STEP;
+            int row = tile.col0 + rank * PART;
+            if (F::CLUSTER == 1)
+                copy_box_here(to, w, step * GEMM_STEP, row, 0, &m.full[r.at]);
+            else
+                copy_box(to, w, step * GEMM_STEP, row, 0, &m.full[r.at], ALL);
         }
+        barrier_arrive(&m.x_issued);
+        barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
+        int n_steps = m.plan[turn & 1];
+        barrier_arrive(&m.plan_empty[turn & 1]);
+        if (n_steps >= F::STAGES)
+            barrier_wait(&m.lora_issued, turn & 1);
+        r.skip(n_steps);
     }
 }
 
@@ -237,7 +232,7 @@ __device__ __forceinline__ void fetch_x1(const qv_k_stream_lora &lora, const gem
 {
     const qv_k_lora_site &site = lora.site;
     constexpr int FOURS = GEMM_RANKS / 4;
-    int first = max(e.first, row0), n = min(e.end, row0 + F::ROWS) - first;
+    int first = max(e.first, row0), n = min(e.end, row0 + GEMM_ROWS) - first;
     const float *x1 = lora.x1 + (int64_t)e.slice.plane * site.max_rank + rank0;
 #pragma unroll 4
     for (int i = thread; i < n * FOURS; i += GEMM_FETCHERS) {
@@ -266,9 +261,9 @@ template <class F>
     wait_for_previous(); /* x1 is there */
     for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
         gemm_tile tile = find_tile<F>(c, number, rank);
-        int all_row0 = tile.row0 - rank * F::ROWS, n_steps = 0;
+        int all_row0 = tile.row0 - rank * GEMM_ROWS, n_steps = 0;
         for_each_entry(
-            lora, all_row0, F::CLUSTER * F::ROWS, tile.col0, F::COLUMNS,
+            lora, all_row0, F::CLUSTER * GEMM_ROWS, tile.col0, F::COLUMNS,
             [&](const gemm_entry &e) { n_steps += (e.slice.rank + GEMM_RANKS - 1) / GEMM_RANKS; });
         if (thread == 0) {
             barrier_wait(&m.x_issued, turn & 1);
@@ -277,10 +272,11 @@ template <class F>
             barrier_arrive(&m.plan_full[turn & 1]);
         }
         named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
-        r.skip(c.passes * c.steps);
+        r.skip(c.steps);
         for_each_entry(
-            lora, all_row0, F::CLUSTER * F::ROWS, tile.col0, F::COLUMNS, [&](const gemm_entry &e) {
-                bool here = e.first < tile.row0 + F::ROWS && e.end > tile.row0;
+            lora, all_row0, F::CLUSTER * GEMM_ROWS, tile.col0, F::COLUMNS,
+            [&](const gemm_entry &e) {
+                bool here = e.first < tile.row0 + GEMM_ROWS && e.end > tile.row0;
                 for (int rank0 = 0; rank0 < e.slice.rank; rank0 += GEMM_RANKS, r.advance()) {
                     barrier_wait(&m.empty[r.at], r.phase ^ 1);
                     if (here) {
@@ -326,25 +322,20 @@ template <class F> __device__ __forceinline__ void gemm_release(gemm_shared<F> &
  * finished, and all stages but the last are released: that one's place is the result. */
 template <class F>
 __device__ __forceinline__ int gemm_multiply(gemm_shared<F> &m, gemm_ring<F> &r, int row, int steps,
-                                             bool leads, float (&acc)[F::UNITS][F::COLUMNS / 2])
+                                             bool leads, float (&acc)[F::COLUMNS / 2])
 {
     int last = 0;
     for (int step = 0; step < steps; step++) {
         barrier_wait(&m.full[r.at], r.phase);
         uint64_t a = wgmma_tile(m.stage[r.at].x + row * GEMM_STEP);
         uint64_t b = wgmma_tile(m.stage[r.at].w);
-#pragma unroll
-        for (int u = 0; u < F::UNITS; u++)
-            wgmma_keep(acc[u]);
+        wgmma_keep(acc);
         wgmma_begin();
 #pragma unroll
         for (int k = 0; k < GEMM_STEP / 16; k++)
-#pragma unroll
-            for (int u = 0; u < F::UNITS; u++)
-                wgmma<F::COLUMNS>(acc[u], a + u * (GEMM_UNIT * GEMM_STEP * 2 / 16) + 2 * k,
-                                  b + 2 * k);
+            wgmma<F::COLUMNS>(acc, a + 2 * k, b + 2 * k);
         wgmma_commit();
-        if (F::LEAD > 0 && leads && step == F::LEAD - 1)
+        if (leads && step == F::LEAD - 1)
             named_barrier_arrive<2 * 128>(GEMM_LEAD_BARRIER);
         wgmma_wait<1>();
         if (step > 0)
@@ -353,9 +344,7 @@ __device__ __forceinline__ int gemm_multiply(gemm_shared<F> &m, gemm_ring<F> &r,
         r.advance();
     }
     wgmma_wait<0>();
-#pragma unroll
-    for (int u = 0; u < F::UNITS; u++)
-        wgmma_keep(acc[u]);
+    wgmma_keep(acc);
     return last;
 }
 
@@ -393,18 +382,15 @@ __device__ __forceinline__ void add_adapter(float (&acc)[COLUMNS / 2], const bf1
 template <class F>
 __device__ __forceinline__ void gemm_add_adapters(gemm_shared<F> &m, gemm_ring<F> &r, int row,
                                                   int n_steps, int group,
-                                                  float (&acc)[F::UNITS][F::COLUMNS / 2])
+                                                  float (&acc)[F::COLUMNS / 2])
 {
     for (int step = 0; step < n_steps; step++) {
         barrier_wait(&m.full[r.at], r.phase);
         const gemm_step_info info = {same(m.info[r.at].first), same(m.info[r.at].end)};
-#pragma unroll
-        for (int u = 0; u < F::UNITS; u++) {
-            int row0 = row + u * GEMM_UNIT, first = info.first - row0, end = info.end - row0;
-            if (first < GEMM_UNIT && end > 0)
-                add_adapter<F::COLUMNS>(acc[u], m.stage[r.at].x + row0 * GEMM_STEP, m.stage[r.at].w,
-                                        first, end);
-        }
+        int first = info.first - row, end = info.end - row;
+        if (first < GEMM_UNIT && end > 0)
+            add_adapter<F::COLUMNS>(acc, m.stage[r.at].x + row * GEMM_STEP, m.stage[r.at].w, first,
+                                    end);
         named_barrier<128>(1 + group); /* all warps have read it, the step's description too */
         gemm_release(m, r.at);
         r.advance();
@@ -460,14 +446,13 @@ store_rows(const gemm_args &c, const CUtensorMap *y, char (&out)[2][GEMM_OUT_BYT
 }
 
 /* A warpgroup that multiplies. */
-template <class F, bool LORA>
+template <class F>
 [[maybe_unused]] __device__ void gemm_work(const gemm_args &c, gemm_shared<F> &m,
                                            const CUtensorMap *y, int cluster, int n_clusters,
                                            int rank)
 {
-    int group = warpgroup(), row = group * F::UNITS * GEMM_UNIT;
-    int steps = c.passes * c.steps, turn = 0, n_stored = 0;
-    bool leads = steps >= F::STAGES; /* or the first would be ahead by more than a tile */
+    int group = warpgroup(), row = group * GEMM_UNIT, turn = 0, n_stored = 0;
+    bool leads = c.steps >= F::STAGES; /* or the first would be ahead by more than a tile */
     gemm_ring<F> r;
     auto adapters_of_tile = [&]() {
         barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
@@ -478,23 +463,18 @@ template <class F, bool LORA>
     };
     for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
         gemm_tile tile = find_tile<F>(c, number, rank);
-        float acc[F::UNITS][F::COLUMNS / 2] = {};
-        if (F::LEAD > 0 && leads && group == 1)
+        float acc[F::COLUMNS / 2] = {};
+        if (leads && group == 1)
             named_barrier<2 * 128>(GEMM_LEAD_BARRIER);
-        int last = gemm_multiply<F>(m, r, row, steps, leads && group == 0, acc);
+        int last = gemm_multiply<F>(m, r, row, c.steps, leads && group == 0, acc);
         gemm_release(m, last);
-        if (LORA)
-            gemm_add_adapters<F>(m, r, row, adapters_of_tile(), group, acc);
-#pragma unroll
-        for (int u = 0; u < F::UNITS; u++) {
-            int row0 = tile.row0 + row + u * GEMM_UNIT;
-            if (c.y_f32)
-                store_rows<F::COLUMNS, true>(c, y, m.out[group], row0, tile.col0, group, n_stored,
-                                             acc[u]);
-            else
-                store_rows<F::COLUMNS, false>(c, y, m.out[group], row0, tile.col0, group, n_stored,
-                                              acc[u]);
-        }
+        gemm_add_adapters<F>(m, r, row, adapters_of_tile(), group, acc);
+        if (c.y_f32)
+            store_rows<F::COLUMNS, true>(c, y, m.out[group], tile.row0 + row, tile.col0, group,
+                                         n_stored, acc);
+        else
+            store_rows<F::COLUMNS, false>(c, y, m.out[group], tile.row0 + row, tile.col0, group,
+                                          n_stored, acc);
     }
     stores_wait();
 }

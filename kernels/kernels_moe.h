@@ -68,15 +68,6 @@ typedef enum {
     QV_K_MOE_RELU2,  /* y [pairs, n_out] */
 } qv_k_moe_act;
 
-/* Forms of products of many pairs on devices of 9.0: they give the same numbers. */
-typedef enum {
-    QV_K_MOE_IN_USE,
-    QV_K_MOE_ANY,    /* one of the following, by the pairs of an expert */
-    QV_K_MOE_LONG,   /* on trial: up to 384 pairs an item */
-    QV_K_MOE_MIDDLE, /* on trial: up to 288 */
-    QV_K_MOE_FORMS,
-} qv_k_moe_form;
-
 typedef struct {
     const void *w; /* BF16 [n_experts, n_out, n_in], experts w_expert elements apart */
     const void *x; /* BF16 [n_tokens or pairs, n_in], rows x_stride apart */
@@ -84,7 +75,6 @@ typedef struct {
     int64_t w_expert, n_out, n_in, x_stride, y_stride;
     uint8_t x_pairs;  /* 1: x has a row per place, 0: per token */
     qv_k_moe_act act; /* of products that were rounded to BF16, as if it were an op of its own */
-    qv_k_moe_form form;
 } qv_k_moe_linear_args;
 
 /* Errors: DEVICE. */

@@ -10,7 +10,6 @@
  */
 #include "kernels/device.cuh"
 #include "kernels/kernels_moe.h"
-#include "kernels/ptx_gemm.cuh"
 #include "kernels/skinny.cuh"
 #include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_shapes.cuh"
@@ -262,48 +261,26 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
  * A block has two warpgroups of workers with 128 rows each, and one that fetches: weights by the
  * copy engine, pairs gathered by cp.async, four stages ahead of the workers and on into the next
  * item while they store. */
+constexpr int WIDE_PAIRS = 2 * QV_K_MOE_TILE; /* of a block */
 constexpr int WIDE_CLUSTER = 2;
 constexpr int WIDE_ROWS = 256;
 constexpr int WIDE_UNIT = 64; /* rows of one wgmma */
 constexpr int WIDE_K = 64;
+constexpr int WIDE_STAGES = 4;
 constexpr int WIDE_WORKERS = 256;
 constexpr int WIDE_THREADS = WIDE_WORKERS + 128;
-[[maybe_unused]] constexpr int WIDE_LEAD_BARRIER = 3; /* 1 and 2 are those of the warpgroups */
+constexpr int WIDE_FETCH_REGISTERS = 72, WIDE_WORK_REGISTERS = 216; /* of a thread */
+static_assert(2 * WIDE_WORK_REGISTERS + WIDE_FETCH_REGISTERS <= 3 * LAUNCH_REGISTERS,
+              "who asks for more than there are waits for ever");
 
-/* PAIRS: the most that a block has of an item. LEAD: so many steps the first warpgroup is ahead of
- * the second, so that one multiplies while the other stores. CHUNK: pairs that are stored at a
- * time. COUNTS: blocks find out themselves how many items each expert has; else the list says how
- * many of 256 pairs. */
-template <int PAIRS_, int STAGES_, int LEAD_, int CHUNK_, bool COUNTS_> struct wide_form {
-    static constexpr int PAIRS = PAIRS_, STAGES = STAGES_, LEAD = LEAD_, CHUNK = CHUNK_;
-    static constexpr bool COUNTS = COUNTS_;
-    static constexpr int WORKER_REGISTERS = PAIRS > 128 ? 224 : 216;
-    static constexpr int FETCHER_REGISTERS = PAIRS > 128 ? 56 : 72;
-    static_assert(WORKER_REGISTERS % 8 == 0 && FETCHER_REGISTERS % 8 == 0, "as setmaxnreg takes");
-    static_assert(2 * WORKER_REGISTERS + FETCHER_REGISTERS <= 3 * LAUNCH_REGISTERS,
-                  "who asks for more than there are waits for ever");
-    static_assert(COUNTS || PAIRS == 2 * QV_K_MOE_TILE, "what the list counts");
-    static_assert(LEAD < STAGES && CHUNK % 16 == 0, "within the ring, and of whole fragments");
+struct wide_stage {
+    bf16 w[WIDE_ROWS * WIDE_K], x[WIDE_PAIRS * WIDE_K];
 };
 
-using wide_in_use = wide_form<2 * QV_K_MOE_TILE, 4, 0, 2 * QV_K_MOE_TILE, false>;
-/* On trial. A product of two times 64 rows by N pairs reads 4096 / N + 64 bytes of shared memory a
- * clock of the tensor cores' rate, and 16384 / N + 64 come in for two of them, in all 145 of the
- * 128 there are with 128 pairs, 165 with 96, 123 with 192: so experts of up to 384 pairs are one
- * item. With 144 a block there is room for a fourth stage, and with that for a longer lead. */
-using wide_long = wide_form<192, 3, 1, 192, true>;
-using wide_middle = wide_form<144, 4, 2, 48, true>;
-constexpr int MIDDLE_PAIRS = 272; /* an expert, up to which that one should be better */
-
-template <class F> struct wide_stage {
-    bf16 w[WIDE_ROWS * WIDE_K], x[F::PAIRS * WIDE_K];
-};
-
-template <class F> struct wide_shared {
-    wide_stage<F> stage[F::STAGES];
-    bf16 out[2][F::CHUNK * WIDE_UNIT]; /* a warpgroup's results on their way, [pair][row] */
-    uint64_t full[F::STAGES], empty[F::STAGES];
-    int32_t items[F::COUNTS ? 1 << QV_K_MOE_EXPERT_BITS : 1]; /* before each active expert's */
+struct wide_shared {
+    wide_stage stage[WIDE_STAGES];
+    bf16 out[2][WIDE_PAIRS * WIDE_UNIT]; /* a warpgroup's results on their way, [pair][row] */
+    uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
 };
 
 struct wide_item {
@@ -312,45 +289,14 @@ struct wide_item {
     int most;               /* pairs of the larger block */
 };
 
-/* Parts of an expert's pairs: an item each, times the tiles of rows. */
-template <class F> __device__ __forceinline__ int parts_of(int n_pairs)
-{
-    return (n_pairs + WIDE_CLUSTER * F::PAIRS - 1) / (WIDE_CLUSTER * F::PAIRS);
-}
-
-/* m.items. All threads of the block; a barrier before and behind is the caller's. */
-template <class F>
-__device__ __forceinline__ void count_items(const qv_k_list &list, wide_shared<F> &m)
-{
-    int n = list.work[0], lane = threadIdx.x & 31, before = 0;
-    for (int i = threadIdx.x; i < n; i += WIDE_THREADS) {
-        int expert = list.work[2 + 2 * i] & EXPERT_MASK;
-        m.items[i] = parts_of<F>(list.expert_start[expert + 1] - list.expert_start[expert]);
-    }
-    __syncthreads();
-    for (int i = lane; threadIdx.x < 32 && i - lane < n; i += 32) {
-        int own = i < n ? m.items[i] : 0, sum = own;
-        for (int j = 1; j < 32; j *= 2) {
-            int other = __shfl_up_sync(~0u, sum, j);
-            sum += lane >= j ? other : 0;
-        }
-        if (i < n)
-            m.items[i] = before + sum - own;
-        before += __shfl_sync(~0u, sum, 31);
-    }
-}
-
 /* Item `number`, by all lanes of a warp; false: there is none. `index` is the active expert of an
  * earlier item (-1 at first) and moves on. Tiles of rows go round from tile of pairs to tile of
  * pairs, so that every cluster meets the short last one equally often. */
-template <class F>
-__device__ __forceinline__ bool find_item(const qv_k_list &list, const qv_k_moe_linear_args &c,
-                                          const wide_shared<F> &m, int number, int rank, int &index,
-                                          wide_item &out)
+[[maybe_unused]] __device__ __forceinline__ bool find_item(const qv_k_list &list,
+                                                           const qv_k_moe_linear_args &c,
+                                                           int number, int rank, int &index,
+                                                           wide_item &out)
 {
-    auto items_before = [&](int i) {
-        return F::COUNTS ? m.items[i] : list.work[2 + 2 * i] >> QV_K_MOE_EXPERT_BITS;
-    };
     const int32_t *work = list.work;
     int64_t n_cols = y_columns(c);
     int width = c.act == QV_K_MOE_SWIGLU ? WIDE_ROWS / 2 : WIDE_ROWS;
@@ -358,15 +304,16 @@ __device__ __forceinline__ bool find_item(const qv_k_list &list, const qv_k_moe_
     int tile = number / row_tiles, n_active = work[0];
     for (unsigned passed = ~0u; passed == ~0u;) {
         int i = index + 1 + lane;
-        passed = __ballot_sync(~0u, i < n_active && items_before(i) <= tile);
+        passed =
+            __ballot_sync(~0u, i < n_active && work[2 + 2 * i] >> QV_K_MOE_EXPERT_BITS <= tile);
         index += __popc(passed);
     }
     if (index < 0)
         return false; /* nobody has pairs */
-    int part = tile - items_before(index);
-    out.expert = work[2 + 2 * index] & EXPERT_MASK;
+    int entry = work[2 + 2 * index], part = tile - (entry >> QV_K_MOE_EXPERT_BITS);
+    out.expert = entry & EXPERT_MASK;
     int start = list.expert_start[out.expert], n = list.expert_start[out.expert + 1] - start;
-    int parts = parts_of<F>(n);
+    int parts = (n + WIDE_CLUSTER * WIDE_PAIRS - 1) / (WIDE_CLUSTER * WIDE_PAIRS);
     if (part >= parts)
         return false;
     int begin = (int)((int64_t)n * part / parts), end = (int)((int64_t)n * (part + 1) / parts);
@@ -401,10 +348,9 @@ __device__ __forceinline__ bool find_item(const qv_k_list &list, const qv_k_moe_
 }
 
 /* The warpgroup that fetches. */
-template <class F>
-__device__ __forceinline__ void wide_fetch(const qv_k_list &list, const qv_k_moe_linear_args &c,
-                                           const void *map, wide_shared<F> &m, int rank,
-                                           int cluster, int n_clusters)
+[[maybe_unused]] __device__ void wide_fetch(const qv_k_list &list, const qv_k_moe_linear_args &c,
+                                            const void *map, wide_shared &m, int rank, int cluster,
+                                            int n_clusters)
 {
     int thread = threadIdx.x - WIDE_WORKERS, index = -1,
         steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
@@ -412,12 +358,12 @@ __device__ __forceinline__ void wide_fetch(const qv_k_list &list, const qv_k_moe
     bf16 *const to = (bf16 *)m.stage[0].x + tile_at<WIDE_K>(row_0, col);
     uint32_t count = 0;
     wide_item item;
-    for (int number = cluster; find_item<F>(list, c, m, number, rank, index, item);
+    for (int number = cluster; find_item(list, c, number, rank, index, item);
          number += n_clusters) {
         int columns = wide_columns(item.most);
-        uint32_t from[F::PAIRS / 16]; /* in pieces of 16 bytes */
+        uint32_t from[WIDE_PAIRS / 16]; /* in pieces of 16 bytes */
 #pragma unroll
-        for (int i = 0; i < F::PAIRS / 16; i++) {
+        for (int i = 0; i < WIDE_PAIRS / 16; i++) {
             int place = item.first + min(row_0 + 16 * i, max(item.n - 1, 0));
             int row = c.x_pairs
                           ? place
@@ -425,9 +371,9 @@ __device__ __forceinline__ void wide_fetch(const qv_k_list &list, const qv_k_moe
             from[i] = (uint32_t)row * (uint32_t)(c.x_stride / 8);
         }
         for (int step = 0; step < steps; step++, count++) {
-            int at = count % F::STAGES, k = step * WIDE_K;
-            if (count >= F::STAGES)
-                barrier_wait(&m.empty[at], (count / F::STAGES - 1) & 1);
+            int at = count % WIDE_STAGES, k = step * WIDE_K;
+            if (count >= WIDE_STAGES)
+                barrier_wait(&m.empty[at], (count / WIDE_STAGES - 1) & 1);
             if (thread == 0) {
                 barrier_expect(&m.full[at], item.units * WIDE_UNIT * WIDE_K * (int)sizeof(bf16));
                 for (int u = 2 * rank; u < min(item.units, 2 * rank + 2); u++)
@@ -436,9 +382,9 @@ __device__ __forceinline__ void wide_fetch(const qv_k_list &list, const qv_k_moe
             }
             bool inside = k + col < c.n_in;
 #pragma unroll
-            for (int i = 0; i < F::PAIRS / 16; i++)
+            for (int i = 0; i < WIDE_PAIRS / 16; i++)
                 if (16 * i < columns)
-                    copy16(to + at * (sizeof(wide_stage<F>) / sizeof(bf16)) + i * 16 * WIDE_K,
+                    copy16(to + at * (sizeof(wide_stage) / sizeof(bf16)) + i * 16 * WIDE_K,
                            (const uint4 *)c.x + from[i] + (k + col) / 8,
                            inside && row_0 + 16 * i < item.n);
             barrier_arrive_copies(&m.full[at]);
@@ -447,7 +393,7 @@ __device__ __forceinline__ void wide_fetch(const qv_k_list &list, const qv_k_moe
 }
 
 /* A stage has been read by this warpgroup: both blocks may write it. */
-template <class F> __device__ __forceinline__ void wide_release(wide_shared<F> &m, int at)
+[[maybe_unused]] __device__ __forceinline__ void wide_release(wide_shared &m, int at)
 {
     int thread = threadIdx.x & 127;
     if (thread % 32 == 0 && thread / 32 < WIDE_CLUSTER)
@@ -455,16 +401,16 @@ template <class F> __device__ __forceinline__ void wide_release(wide_shared<F> &
 }
 
 /* A warpgroup's part of an item: UNITS times 64 rows by N pairs. */
-template <class F, int UNITS, int N>
-__device__ __forceinline__ void wide_work(const qv_k_moe_linear_args &c, wide_shared<F> &m,
-                                          const wide_item &item, bool leads, uint32_t &count)
+template <int UNITS, int N>
+[[maybe_unused]] __device__ __forceinline__ void
+wide_work(const qv_k_moe_linear_args &c, wide_shared &m, const wide_item &item, uint32_t &count)
 {
     int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
     int group = threadIdx.x >> 7, steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
     float acc[UNITS][N / 2] = {};
     for (int step = 0; step < steps; step++, count++) {
-        int at = count % F::STAGES;
-        barrier_wait(&m.full[at], (count / F::STAGES) & 1);
+        int at = count % WIDE_STAGES;
+        barrier_wait(&m.full[at], (count / WIDE_STAGES) & 1);
         wgmma_publish(); /* the gathered pairs */
         uint64_t a = wgmma_tile(m.stage[at].w + group * 2 * WIDE_UNIT * WIDE_K);
         uint64_t b = wgmma_tile(m.stage[at].x);
@@ -475,14 +421,12 @@ __device__ __forceinline__ void wide_work(const qv_k_moe_linear_args &c, wide_sh
             for (int u = 0; u < UNITS; u++)
                 wgmma<N>(acc[u], a + u * (WIDE_UNIT * WIDE_K * 2 / 16) + 2 * k, b + 2 * k);
         wgmma_commit();
-        if (F::LEAD > 0 && leads && step == F::LEAD - 1)
-            named_barrier_arrive<WIDE_WORKERS>(WIDE_LEAD_BARRIER);
         wgmma_wait<1>();
         if (step > 0)
-            wide_release(m, (count - 1) % F::STAGES);
+            wide_release(m, (count - 1) % WIDE_STAGES);
     }
     wgmma_wait<0>();
-    wide_release(m, (count - 1) % F::STAGES);
+    wide_release(m, (count - 1) % WIDE_STAGES);
 
     /* Store: fragments transposed into [pair][column], and out in pieces of 16 bytes. */
     bf16 *out = m.out[group];
@@ -493,94 +437,87 @@ __device__ __forceinline__ void wide_work(const qv_k_moe_linear_args &c, wide_sh
             break;
         int first_col = item.col + (gated ? group : group * 2 + u) * WIDE_UNIT;
 #pragma unroll
-        for (int first = 0; first < N; first += F::CHUNK) {
+        for (int j = 0; j < N / 8; j += 2) {
+            float f[8];
 #pragma unroll
-            for (int j = first / 8; j < min(N, first + F::CHUNK) / 8; j += 2) {
-                float f[8];
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    f[i] = acc[u][4 * j + i];
-                    if (gated)
-                        f[i] = swiglu(round_bf16(f[i]), round_bf16(acc[UNITS - 1][4 * j + i]));
-                    else if (c.act == QV_K_MOE_RELU2)
-                        f[i] = relu2(round_bf16(f[i]));
-                }
-                stmatrix4_trans(out +
-                                    tile_at<WIDE_UNIT>(j * 8 - first + (lane >> 4) * 8 + (lane & 7),
-                                                       warp * 16 + ((lane >> 3) & 1) * 8),
-                                pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]),
-                                pack_bf16(f[6], f[7]));
+            for (int i = 0; i < 8; i++) {
+                f[i] = acc[u][4 * j + i];
+                if (gated)
+                    f[i] = swiglu(round_bf16(f[i]), round_bf16(acc[UNITS - 1][4 * j + i]));
+                else if (c.act == QV_K_MOE_RELU2)
+                    f[i] = relu2(round_bf16(f[i]));
             }
-            workers_barrier(1 + group);
-            int col = thread % 8 * 8;
-            if (first_col + col < y_columns(c))
-                for (int p = first + thread / 8; p < min(item.n, first + F::CHUNK); p += 16)
-                    *(uint4 *)((bf16 *)c.y + (int64_t)(item.first + p) * c.y_stride + first_col +
-                               col) = *(const uint4 *)(out + tile_at<WIDE_UNIT>(p - first, col));
-            workers_barrier(1 + group); /* before `out` is written again */
+            stmatrix4_trans(out + tile_at<WIDE_UNIT>(j * 8 + (lane >> 4) * 8 + (lane & 7),
+                                                     warp * 16 + ((lane >> 3) & 1) * 8),
+                            pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]), pack_bf16(f[4], f[5]),
+                            pack_bf16(f[6], f[7]));
         }
+        workers_barrier(1 + group);
+        int col = thread % 8 * 8;
+        if (first_col + col < y_columns(c))
+            for (int p = thread / 8; p < item.n; p += 16)
+                *(uint4 *)((bf16 *)c.y + (int64_t)(item.first + p) * c.y_stride + first_col + col) =
+                    *(const uint4 *)(out + tile_at<WIDE_UNIT>(p, col));
+        workers_barrier(1 + group); /* before `out` is written again */
     }
-}
-
-/* The form for as many columns as the item has, of those from N on. */
-template <class F, int N = 32>
-__device__ __forceinline__ void wide_choose(const qv_k_moe_linear_args &c, wide_shared<F> &m,
-                                            const wide_item &item, bool leads, uint32_t &count)
-{
-    constexpr int NEXT = N < 64 ? N + 32 : N + 16;
-    if constexpr (NEXT <= F::PAIRS) {
-        if (wide_columns(item.most) != N) {
-            wide_choose<F, NEXT>(c, m, item, leads, count);
-            return;
-        }
-    }
-    wide_work<F, 2, N>(c, m, item, leads, count);
 }
 
 /* Grid (2 x clusters). */
-template <class F>
 __global__ void QV_CLUSTER(WIDE_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1)
     wide_kernel(qv_k_list list, qv_k_moe_linear_args c, const __grid_constant__ CUtensorMap map)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char wide_memory[];
-    wide_shared<F> &m = *(wide_shared<F> *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
+    wide_shared &m = *(wide_shared *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
     int thread = threadIdx.x, rank = blockIdx.x % WIDE_CLUSTER;
     int cluster = blockIdx.x / WIDE_CLUSTER, n_clusters = gridDim.x / WIDE_CLUSTER;
     if (thread == 0) {
-        for (int i = 0; i < F::STAGES; i++) {
+        for (int i = 0; i < WIDE_STAGES; i++) {
             barrier_init(&m.full[i], 1 + WIDE_THREADS - WIDE_WORKERS);
             barrier_init(&m.empty[i], 2 * WIDE_CLUSTER); /* warpgroups that read it */
         }
         barriers_publish();
     }
-    if (F::COUNTS)
-        count_items<F>(list, m);
     __syncthreads();
     cluster_sync();
 
     if (thread >= WIDE_WORKERS) {
-        fewer_registers<F::FETCHER_REGISTERS>();
-        wide_fetch<F>(list, c, &map, m, rank, cluster, n_clusters);
+        fewer_registers<WIDE_FETCH_REGISTERS>();
+        wide_fetch(list, c, &map, m, rank, cluster, n_clusters);
     } else {
-        more_registers<F::WORKER_REGISTERS>();
-        int index = -1, group = warpgroup(), steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
-        bool leads = F::LEAD > 0 && steps >= F::STAGES; /* or one could be ahead by an item */
+        more_registers<WIDE_WORK_REGISTERS>();
+        int index = -1, group = thread >> 7, steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
         uint32_t count = 0;
         wide_item item;
-        for (int number = cluster; find_item<F>(list, c, m, number, rank, index, item);
+        for (int number = cluster; find_item(list, c, number, rank, index, item);
              number += n_clusters) {
             int units = item.units - 2 * group;
-            if (leads && group == 1)
-                named_barrier<WIDE_WORKERS>(WIDE_LEAD_BARRIER);
             if (units >= 2) {
-                wide_choose<F>(c, m, item, leads && group == 0, count);
+                switch (wide_columns(item.most)) {
+                case 32:
+                    wide_work<2, 32>(c, m, item, count);
+                    break;
+                case 64:
+                    wide_work<2, 64>(c, m, item, count);
+                    break;
+                case 80:
+                    wide_work<2, 80>(c, m, item, count);
+                    break;
+                case 96:
+                    wide_work<2, 96>(c, m, item, count);
+                    break;
+                case 112:
+                    wide_work<2, 112>(c, m, item, count);
+                    break;
+                default:
+                    wide_work<2, 128>(c, m, item, count);
+                }
             } else if (units == 1) {
-                wide_work<F, 1, F::PAIRS>(c, m, item, leads && group == 0, count);
+                wide_work<1, 128>(c, m, item, count);
             } else { /* only let the stages pass */
                 for (int step = 0; step < steps; step++, count++) {
-                    barrier_wait(&m.full[count % F::STAGES], (count / F::STAGES) & 1);
-                    wide_release(m, count % F::STAGES);
+                    barrier_wait(&m.full[count % WIDE_STAGES], (count / WIDE_STAGES) & 1);
+                    wide_release(m, count % WIDE_STAGES);
                 }
             }
         }
@@ -602,24 +539,21 @@ qv_status make_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUtenso
     return qv_k_tensor_map("moe_linear", c.w, sizes, strides, box, map);
 }
 
-template <class F>
 qv_status launch_wide(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
                       int64_t n_active, cudaStream_t stream)
 {
-    const int bytes = (int)sizeof(wide_shared<F>) + 1024;
-    static_assert(sizeof(wide_shared<F>) + 1024 <= 227 << 10, "what a block may have");
+    const int bytes = (int)sizeof(wide_shared) + 1024;
     CUtensorMap map;
     QV_TRY(make_map(list, c, &map));
     int device = 0, n_sms = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    cudaFuncSetAttribute(wide_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     int width = c.act == QV_K_MOE_SWIGLU ? WIDE_ROWS / 2 : WIDE_ROWS;
     int64_t most =
-        (n_pairs / (WIDE_CLUSTER * F::PAIRS) + n_active) * ((y_columns(c) + width - 1) / width);
+        (n_pairs / (WIDE_CLUSTER * WIDE_PAIRS) + n_active) * ((y_columns(c) + width - 1) / width);
     int64_t clusters = most < n_sms / WIDE_CLUSTER ? most : n_sms / WIDE_CLUSTER;
-    wide_kernel<F>
-        <<<(unsigned)(WIDE_CLUSTER * clusters), WIDE_THREADS, bytes, stream>>>(list, c, map);
+    wide_kernel<<<(unsigned)(WIDE_CLUSTER * clusters), WIDE_THREADS, bytes, stream>>>(list, c, map);
     return QV_OK;
 }
 
@@ -655,13 +589,7 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
     bool near = (c.x_pairs ? n_pairs : list->n_tokens) * (c.x_stride / 8) <= UINT32_MAX;
     tiles = tiles && !list->one_form;
     if (tiles && near && n_pairs > 2 * QV_K_MOE_TILE * n_active && qv_k_is_hopper()) {
-        bool few = n_pairs <= (int64_t)MIDDLE_PAIRS * list->n_experts;
-        if (c.form == QV_K_MOE_IN_USE)
-            QV_TRY(launch_wide<wide_in_use>(*list, c, n_pairs, n_active, on));
-        else if (c.form == QV_K_MOE_MIDDLE || (c.form == QV_K_MOE_ANY && few))
-            QV_TRY(launch_wide<wide_middle>(*list, c, n_pairs, n_active, on));
-        else
-            QV_TRY(launch_wide<wide_long>(*list, c, n_pairs, n_active, on));
+        QV_TRY(launch_wide(*list, c, n_pairs, n_active, on));
     } else if (tiles && n_pairs > FEW_TOKENS * n_active) {
         launch_many<QV_K_MOE_TILE>(*list, c, n_pairs, n_active, on);
     } else {

@@ -14,8 +14,6 @@
     X(EXPERTS, "experts",                                                                          \
       "router and list of experts in one kernel, products of one input together")                  \
     X(ATTENTION, "attention", "norms of q and k, RoPE and the write of pages in one kernel")       \
-    X(GEMM, "gemm",                                                                                \
-      "matrix products of prefill, experts too, by a kernel of our own that adds adapters")        \
     X(SAMPLE, "sample", "sampling of a row by several blocks")
 
 typedef enum {

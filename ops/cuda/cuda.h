@@ -213,8 +213,8 @@ qv_status qv_cuda_weight_load(qv_backend *be, qv_weight *w, int64_t expert, int6
 void *qv_cuda_weight_rows(const qv_weight *w);
 /* Whether qv_k_stream_linear is to do a product that it can do: few tokens, or deterministic. */
 bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
-/* Whether qv_k_gemm is to do a product, with adapters or NULL: where it is on trial, for prefill.
- */
+/* Whether qv_k_gemm is to do a product with adapters: of prefill, where the bits of a token may
+ * depend on how many there are. */
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);

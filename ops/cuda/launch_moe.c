@@ -90,9 +90,7 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_lis
                                  .x_stride = x.stride[0],
                                  .y_stride = y.stride[0],
                                  .x_pairs = rows == QV_MOE_PAIRS,
-                                 .act = act,
-                                 .form =
-                                     be->trials & QV_TRIAL_GEMM ? QV_K_MOE_ANY : QV_K_MOE_IN_USE};
+                                 .act = act};
     return qv_k_moe_linear(&l, &args, qv_cuda(be)->stream);
 }
 

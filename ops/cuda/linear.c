@@ -1,5 +1,5 @@
-/* qv_op_linear: cuBLASLt with plans kept by shape, or a kernel of our own for few tokens, for
- * shapes that it does not take, and on trial for many tokens. */
+/* qv_op_linear: cuBLASLt with plans kept by shape, or a kernel of our own for few tokens and for
+ * shapes that it does not take. */
 #include "ops/cuda/cuda.h"
 
 #include <stdlib.h>
@@ -182,10 +182,8 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args)
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora)
 {
-    return (cuda->base.trials & QV_TRIAL_GEMM) && cuda->major == 9 &&
-           args->n_tokens > GEMM_TOKENS &&
-           (lora == NULL ||
-            args->n_tokens >= GEMM_TOKENS_OF_ADAPTER * (int64_t)lora->segments.n_segs) &&
+    return cuda->major == 9 && !cuda->deterministic && args->n_tokens > GEMM_TOKENS &&
+           args->n_tokens >= GEMM_TOKENS_OF_ADAPTER * (int64_t)lora->segments.n_segs &&
            qv_k_gemm_can(args, lora);
 }
 
@@ -219,8 +217,6 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
         return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
     if (cuda->deterministic)
         return run_by_64(cuda, &c);
-    if (qv_cuda_gemms(cuda, &c, NULL))
-        return qv_k_gemm(&c, NULL, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
     bool skinny = qv_k_skinny_linear_can(&c);
     if (skinny && c.n_tokens <= SKINNY_TOKENS)
         return qv_k_skinny_linear(&c, cuda->stream);

@@ -1,50 +1,11 @@
-/* The matrix product of prefill that is on trial, against the CPU: through the ops, and every form
- * of it, with and without adapters.
+/* The matrix product of prefill with adapters inside, against the CPU: through the op, and every
+ * form of it.
  */
 #include "tests/ops/linear_lora_test.h"
 
 #ifdef QV_WITH_CUDA
 #include "ops/cuda/cuda.h"
 #endif
-
-/* Tiles are 128 or 256 tokens by 128 to 256 rows of the matrix, two by two in clusters, and k goes
- * by 64 in rings of 4 to 6: shapes that end everywhere in these. */
-static const struct {
-    int64_t n_tokens, n_out, n_in;
-} shapes[] = {
-    {257, 8, 8},     {300, 264, 72},  {384, 256, 256}, {513, 136, 64},  {511, 400, 200},
-    {260, 512, 328}, {640, 392, 128}, {385, 24, 640},  {700, 776, 136}, {1, 40, 64},
-    {129, 136, 96},  {1030, 200, 72}, {300, 37, 64},
-};
-
-/* A product on both sides; rows of y are apart and what is between them must stay. */
-typedef struct {
-    int64_t n, n_out, n_in, stride;
-    qv_weight *w[2];
-    both x;
-} product;
-
-static product new_product(pair *p, qv_rng *rng, int64_t n, int64_t n_out, int64_t n_in)
-{
-    product r = {.n = n, .n_out = n_out, .n_in = n_in, .stride = (n_out + 7) / 8 * 8 + 8};
-    float *w = random_floats(rng, n_out * n_in, 1);
-    round_to_bf16(w, n_out * n_in);
-    for (int side = 0; side < 2; side++) {
-        PASS(qv_weight_new(p->be[side], n_out, n_in, QV_BF16, &r.w[side]));
-        PASS(qv_weight_load(p->be[side], r.w[side], 0, n_out, w, QV_F32, n_in));
-    }
-    free(w);
-    r.x = random_act(p, rng, n, n_in + 8, 1);
-    for (int side = 0; side < 2; side++)
-        r.x.t[side] = qv_tensor_cols(r.x.t[side], 8, n_in);
-    return r;
-}
-
-static void free_product(pair *p, product *r)
-{
-    for (int side = 0; side < 2; side++)
-        qv_weight_free(p->be[side], r->w[side]);
-}
 
 static void check_between(pair *p, const char *what, qv_tensor whole, int64_t n_out)
 {
@@ -57,70 +18,16 @@ static void check_between(pair *p, const char *what, qv_tensor whole, int64_t n_
     free(all);
 }
 
-/* y by the CPU, and by `gpu`: in BF16, in float32, and in float32 with a rest. */
-typedef void gpu_product(pair *p, const product *r, qv_tensor rest, qv_tensor y, int form);
-
-static void check_product(pair *p, const product *r, const char *name, gpu_product *gpu, int form)
-{
-    for (int kind = 0; kind < 3; kind++) {
-        char what[160];
-        int mark = p->n_blocks;
-        qv_tensor none = {.data = NULL};
-        qv_rng rng = qv_rng_seed(23);
-        both rest = random_act(p, &rng, r->n, r->n_in + 8, 1.0f / 512); /* it is used up */
-        both whole = kind == 0 ? nan_act(p, r->n, r->stride) : nan_f32(p, r->n, r->stride), y;
-        for (int side = 0; side < 2; side++) {
-            y.t[side] = qv_tensor_cols(whole.t[side], 0, r->n_out);
-            rest.t[side] = qv_tensor_cols(rest.t[side], 0, r->n_in);
-        }
-        if (kind == 0)
-            PASS(qv_op_linear(p->be[CPU], r->w[CPU], r->x.t[CPU], y.t[CPU]));
-        else
-            PASS(qv_op_linear_f32(p->be[CPU], r->w[CPU], r->x.t[CPU],
-                                  kind == 2 ? rest.t[CPU] : none, y.t[CPU]));
-        gpu(p, r, kind == 2 ? rest.t[GPU] : none, y.t[GPU], form);
-        snprintf(what, sizeof what, "gemm [%lld, %lld] of %lld tokens, %s, %s", (long long)r->n_out,
-                 (long long)r->n_in, (long long)r->n, name,
-                 kind == 0   ? "bf16"
-                 : kind == 1 ? "f32"
-                             : "f32 with a rest");
-        compare(p, what, y, kind == 0 ? 0.008 : 1e-5, kind == 0 ? 0.002 : 2e-5);
-        check_between(p, what, whole.t[GPU], r->n_out);
-        release_to(p, mark);
-    }
-}
-
-static void by_op(pair *p, const product *r, qv_tensor rest, qv_tensor y, int form)
-{
-    (void)form;
-    if (y.dtype == QV_F32)
-        PASS(qv_op_linear_f32(p->be[GPU], r->w[GPU], r->x.t[GPU], rest, y));
-    else
-        PASS(qv_op_linear(p->be[GPU], r->w[GPU], r->x.t[GPU], y));
-}
-
-Test(cuda_gemm, products_on_trial_agree_with_the_cpu, .timeout = 600)
-{
-    pair *p = open_pair_with(false, "gemm");
-    qv_rng rng = qv_rng_seed(21);
-    for (size_t i = 0; i < QV_ROWS(shapes); i++) {
-        int mark = p->n_blocks;
-        product r = new_product(p, &rng, shapes[i].n_tokens, shapes[i].n_out, shapes[i].n_in);
-        check_product(p, &r, "on trial", by_op, 0);
-        free_product(p, &r);
-        release_to(p, mark);
-    }
-    close_pair(p);
-}
-
-/* --- Adapters ----------------------------------------------------------------------------- */
-
-/* Slices that end at multiples of 8 anywhere in a tile; ranks that are no multiples of the 32 of a
- * step; one slot's last slice has none. */
+/* Tiles are 128 tokens by 128, 192 or 256 rows of the matrix, in clusters of two or alone, and k
+ * goes by 64 in rings of 4 or 6. Slices end at multiples of 8 anywhere in a tile; ranks are no
+ * multiples of the 32 of a step; one slot's last slice has none. */
 static const qv_lora_shape lora_shapes[] = {
     {"one slice", 136, 1, {264}},
     {"three slices", 64, 3, {200, 64, 40}},
     {"small slices", 72, 5, {128, 8, 8, 8, 256}},
+    {"long k", 648, 1, {24}},
+    {"little of all", 8, 1, {8}},
+    {"many tiles", 328, 2, {136, 640}},
 };
 
 static const struct {
@@ -141,6 +48,7 @@ static const lora_batch lora_batches[] = {
     {700, 6, {{-1, 100}, {0, 28}, {1, 1}, {2, 200}, {3, 0}, {0, 0}}},
     {640, 5, {{2, 128}, {1, 128}, {0, 256}, {-1, 0}, {-1, 0}}},
     {513, 8, {{0, 5}, {1, 300}, {-1, 60}, {2, 3}, {0, 17}, {-1, 0}, {1, 120}, {2, 0}}},
+    {257, 2, {{2, 256}, {0, 0}}},
 };
 
 /* seg_start and seg_slot on both sides; slot 3 holds NaN and has no tokens. */
@@ -194,17 +102,21 @@ static void lora_by_op(pair *p, const rig *r, const lora_batch *b, const both_me
                            y.dtype == QV_F32));
 }
 
-static void check_adapters(const char *trials, gpu_lora *gpu, int n_forms,
-                           const char *(*name_of)(int))
+static const char *chosen(int form)
+{
+    (void)form;
+    return "chosen";
+}
+
+static void check_all(gpu_lora *gpu, int n_forms, const char *(*name_of)(int))
 {
     for (size_t i = 0; i < QV_ROWS(lora_shapes); i++)
         for (size_t j = 0; j < QV_ROWS(lora_pools); j++) {
-            pair *p = open_pair_with(false, trials);
+            pair *p = open_pair();
             rig *r = new_rig(p, &lora_shapes[i], lora_pools[j].max_rank, lora_pools[j].ranks);
             for (size_t k = 0; k < QV_ROWS(lora_batches); k++)
                 for (int form = 0; form < n_forms; form++)
-                    if (n_forms == 1 || !is_emulated(p->be[GPU]) ||
-                        (i + j + k + (size_t)form) % 4 == 0)
+                    if (!is_emulated(p->be[GPU]) || (i + j + k + (size_t)form) % 3 == 0)
                         check_batch(p, r, &lora_batches[k], name_of(form), gpu, form,
                                     (i + k + (size_t)form / 2) % 2);
             free_rig(p, r);
@@ -212,15 +124,9 @@ static void check_adapters(const char *trials, gpu_lora *gpu, int n_forms,
         }
 }
 
-static const char *on_trial(int form)
+Test(cuda_gemm, agrees_with_the_cpu, .timeout = 600)
 {
-    (void)form;
-    return "on trial";
-}
-
-Test(cuda_gemm, adapters_on_trial_agree_with_the_cpu, .timeout = 600)
-{
-    check_adapters("gemm", lora_by_op, 1, on_trial);
+    check_all(lora_by_op, 1, chosen);
 }
 
 #ifdef QV_WITH_CUDA
@@ -239,55 +145,6 @@ static bool is_hopper(const pair *p)
 static int n_sms_for(const qv_cuda_backend *cuda, int64_t n_tokens)
 {
     return n_tokens % 2 == 0 ? 2 : cuda->n_sms;
-}
-
-static void by_form(pair *p, const product *r, qv_tensor rest, qv_tensor y, int form)
-{
-    const qv_cuda_backend *cuda = qv_cuda(p->be[GPU]);
-    const qv_k_linear_args args = qv_cuda_linear_args(r->w[GPU], r->x.t[GPU], rest, y);
-    cr_assert(qv_k_gemm_can(&args, NULL));
-    PASS(qv_k_gemm(&args, NULL, form, n_sms_for(cuda, r->n), cuda->stream));
-}
-
-Test(cuda_gemm, every_form_of_a_product_agrees_with_the_cpu, .timeout = 600)
-{
-    pair *p = open_pair();
-    qv_rng rng = qv_rng_seed(22);
-    for (size_t i = 0; i < QV_ROWS(shapes) && is_hopper(p); i++) {
-        if (shapes[i].n_out % 8 != 0) /* not taken */
-            continue;
-        int mark = p->n_blocks;
-        product r = new_product(p, &rng, shapes[i].n_tokens, shapes[i].n_out, shapes[i].n_in);
-        for (int form = 0; form < QV_K_GEMM_FORMS; form++)
-            check_product(p, &r, qv_k_gemm_form_name(form), by_form, form);
-        free_product(p, &r);
-        release_to(p, mark);
-    }
-    close_pair(p);
-}
-
-/* Without the trial sums are in another order. */
-Test(cuda_gemm, products_on_trial_have_the_bits_of_this_kernel, .timeout = 600)
-{
-    pair *p = open_pair_with(false, "gemm");
-    const qv_tensor none = {.data = NULL};
-    qv_rng rng = qv_rng_seed(24);
-    for (size_t i = 0; i < QV_ROWS(shapes) && is_hopper(p); i++) {
-        if (shapes[i].n_tokens <= 256 || shapes[i].n_out % 8 != 0)
-            continue;
-        int mark = p->n_blocks;
-        product r = new_product(p, &rng, shapes[i].n_tokens, shapes[i].n_out, shapes[i].n_in);
-        both chosen = nan_f32(p, r.n, r.n_out), own = nan_f32(p, r.n, r.n_out);
-        by_op(p, &r, none, chosen.t[GPU], 0);
-        by_form(p, &r, none, own.t[GPU], QV_K_GEMM_ANY);
-        float *got = fetch(p, GPU, chosen.t[GPU]), *want = fetch(p, GPU, own.t[GPU]);
-        check_same("on trial", got, want, r.n * r.n_out);
-        free(got);
-        free(want);
-        free_product(p, &r);
-        release_to(p, mark);
-    }
-    close_pair(p);
 }
 
 static void lora_by_form(pair *p, const rig *r, const lora_batch *b, const both_memory *start,
@@ -317,34 +174,62 @@ static void lora_by_form(pair *p, const rig *r, const lora_batch *b, const both_
     PASS(qv_k_gemm(&args, &lora, form, n_sms_for(cuda, b->n_tokens), cuda->stream));
 }
 
-Test(cuda_gemm, every_form_with_adapters_agrees_with_the_cpu, .timeout = 600)
+Test(cuda_gemm, every_form_agrees_with_the_cpu, .timeout = 600)
 {
     pair *p = open_pair();
     bool can = is_hopper(p);
     close_pair(p);
     if (can)
-        check_adapters(NULL, lora_by_form, QV_K_GEMM_FORMS, qv_k_gemm_form_name);
+        check_all(lora_by_form, QV_K_GEMM_FORMS, qv_k_gemm_form_name);
+}
+
+/* y [n_tokens, n_out] F32 of a batch. */
+static both product_of(pair *p, const rig *r, const lora_batch *b, gpu_lora *gpu, int form)
+{
+    both_memory start, slot;
+    send_batch(p, b, &start, &slot);
+    both y = nan_f32(p, b->n_tokens, r->n_out);
+    gpu(p, r, b, &start, &slot,
+        qv_tensor_3d(r->scratch.t[GPU].data, QV_F32, b->n_tokens, r->shape->n_slices, r->max_rank),
+        y.t[GPU], form);
+    return y;
+}
+
+/* Other kernels add up in another order. */
+Test(cuda_gemm, the_op_has_the_bits_of_this_kernel)
+{
+    pair *p = open_pair();
+    for (size_t i = 0; i < QV_ROWS(lora_shapes) && is_hopper(p); i++) {
+        int mark = p->n_blocks;
+        const lora_batch *b = &lora_batches[i % QV_ROWS(lora_batches)];
+        rig *r = new_rig(p, &lora_shapes[i], 16, (int32_t[]){16, 5, 7});
+        both by_op = product_of(p, r, b, lora_by_op, 0);
+        both own = product_of(p, r, b, lora_by_form, QV_K_GEMM_ANY);
+        float *got = fetch(p, GPU, by_op.t[GPU]), *want = fetch(p, GPU, own.t[GPU]);
+        check_same(r->shape->name, got, want, b->n_tokens * r->n_out);
+        free(got);
+        free(want);
+        free_rig(p, r);
+        release_to(p, mark);
+    }
+    close_pair(p);
 }
 
 /* The copy engine stores 16 bytes at a time. */
 Test(cuda_gemm, rows_that_end_within_16_bytes_are_not_taken)
 {
     pair *p = open_pair();
-    qv_rng rng = qv_rng_seed(25);
-    const qv_tensor none = {.data = NULL};
-    for (int64_t n_out = 36; n_out <= 40 && is_hopper(p); n_out++) {
-        int mark = p->n_blocks;
-        product r = new_product(p, &rng, 300, n_out, 64);
-        both y[2] = {nan_act(p, r.n, r.stride), nan_f32(p, r.n, r.stride)};
-        for (int f32 = 0; f32 < 2; f32++) {
-            qv_tensor part = qv_tensor_cols(y[f32].t[GPU], 0, n_out);
-            const qv_k_linear_args args = qv_cuda_linear_args(r.w[GPU], r.x.t[GPU], none, part);
-            cr_assert_eq(qv_k_gemm_can(&args, NULL), n_out % (f32 ? 4 : 8) == 0,
-                         "%lld columns, f32: %d", (long long)n_out, f32);
-        }
-        free_product(p, &r);
-        release_to(p, mark);
+    rig *r = new_rig(p, &lora_shapes[0], 16, (int32_t[]){16, 5, 7});
+    const qv_k_stream_lora lora = {.site = {.b = r->site[GPU].b.data, .max_rank = 16},
+                                   .x1 = r->scratch.t[GPU].data};
+    both y = nan_act(p, 300, 272);
+    for (int64_t n_out = 256; n_out <= 264 && is_hopper(p); n_out++) {
+        qv_k_linear_args args = qv_cuda_linear_args(r->w[GPU], qv_tensor_rows(r->x.t[GPU], 0, 300),
+                                                    (qv_tensor){0}, y.t[GPU]);
+        args.n_out = n_out;
+        cr_assert_eq(qv_k_gemm_can(&args, &lora), n_out % 8 == 0, "%lld columns", (long long)n_out);
     }
+    free_rig(p, r);
     close_pair(p);
 }
 

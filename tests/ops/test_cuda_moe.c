@@ -139,9 +139,9 @@ static void check_act(pair *p, const char *name, qv_weight *const *w, const list
     free(b);
 }
 
-static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs, const char *trials)
+static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
 {
-    pair *p = open_pair_with(false, trials);
+    pair *p = open_pair();
     qv_rng rng = qv_rng_seed(13);
     int64_t n_pairs = (int64_t)n * s->top_k, n_out = s->gated ? 2 * s->ffn : s->ffn;
     int32_t *ids = random_ids(&rng, n, s->n_experts, s->top_k);
@@ -183,33 +183,23 @@ Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 600)
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
         for (int pairs = 0; pairs < 2; pairs++) {
             for (size_t i = 0; i < QV_ROWS(qv_moe_shapes); i++)
-                check_linear(&qv_moe_shapes[i], sizes[j], pairs, NULL);
+                check_linear(&qv_moe_shapes[i], sizes[j], pairs);
             for (size_t i = 0; i < QV_ROWS(more_shapes); i++)
-                check_linear(&more_shapes[i], sizes[j], pairs, NULL);
+                check_linear(&more_shapes[i], sizes[j], pairs);
         }
 }
 
 /* On Hopper an expert's pairs are shared out over blocks, each of which takes them in products of
  * 32 to 128 columns; rows end inside of its tiles of 64. */
-static const qv_moe_shape prefill_shapes[] = {{"two tiles of rows", 3, 1, 200, 320, false},
-                                              {"a tile and 1/3", 3, 1, 64, 344, false},
-                                              {"crowded", 6, 3, 72, 136, true}};
-
 Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 600)
 {
+    static const qv_moe_shape shapes[] = {{"two tiles of rows", 3, 1, 200, 320, false},
+                                          {"a tile and 1/3", 3, 1, 64, 344, false},
+                                          {"crowded", 6, 3, 72, 136, true}};
     static const int32_t sizes[] = {455, 480, 530, 600, 700, 790, 1000};
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
-        for (size_t i = 0; i < QV_ROWS(prefill_shapes); i++)
-            check_linear(&prefill_shapes[i], sizes[j], j & 1, NULL);
-}
-
-/* The same with up to 144 columns, and above 272 pairs an expert with up to 192. */
-Test(cuda_moe, prefill_on_trial_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 600)
-{
-    static const int32_t sizes[] = {455, 530, 700, 790, 850, 1000, 1100, 1300};
-    for (size_t j = 0; j < QV_ROWS(sizes); j++)
-        for (size_t i = 0; i < QV_ROWS(prefill_shapes); i++)
-            check_linear(&prefill_shapes[i], sizes[j], j & 1, "gemm");
+        for (size_t i = 0; i < QV_ROWS(shapes); i++)
+            check_linear(&shapes[i], sizes[j], j & 1);
 }
 
 /* --- Adapters ----------------------------------------------------------------------------- */

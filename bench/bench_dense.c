@@ -376,14 +376,9 @@ static void bench_sample(void)
                                           .repetition_penalty = 1,
                                           .seed = (uint64_t)i,
                                           .n_top = -1};
-            for (int on = 0; on < 2; on++) {
-                char name[96];
-                use_trial(QV_TRIAL_SAMPLE, on);
-                snprintf(name, sizeof name, "sample %s, %lld rows, %s", names[kind], (long long)n,
-                         on ? "by blocks" : "a block a row");
-                report(name, 4.0 * (double)n * VOCAB, 0, time_sample(logits, rows, results));
-            }
-            use_trial(QV_TRIAL_SAMPLE, false);
+            char name[96];
+            snprintf(name, sizeof name, "sample %s, %lld rows", names[kind], (long long)n);
+            report(name, 4.0 * (double)n * VOCAB, 0, time_sample(logits, rows, results));
             free(rows);
             free(results);
             bench_free(logits.data);

@@ -71,8 +71,6 @@ qv_status qv_k_sample_settle(qv_k_sample_row *rows, int32_t n_rows, qv_k_sample_
 /* With room for the lists of n_lists rows, at most n_rows. */
 size_t qv_k_sample_scratch(int32_t n_rows, int32_t n_vocab, int32_t n_lists);
 qv_status qv_k_sample(const qv_k_sample_args *args, void *stream);
-/* The same token for every row, with several blocks at work on each. */
-qv_status qv_k_sample_by_blocks(const qv_k_sample_args *args, void *stream);
 
 /* Lists of one part of the vocabulary, as shortlist.h lays them out. `part` has the logits of the
  * part and rows whose ids count from its first; a target that is not here is -1. No lists for

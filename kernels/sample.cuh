@@ -99,6 +99,11 @@ __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(qv_k_sample_args c, 
         stats[(int64_t)blockIdx.y * gridDim.x + blockIdx.x] = {max, sum, best, best_id, bad};
 }
 
+inline int count_chunks(int32_t n_vocab)
+{
+    return (n_vocab + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
+}
+
 /* --- Prefixes of the order by logit --------------------------------------------------------- */
 
 /* A logit as an unsigned number of the same order; -0 and 0 are equal. */
@@ -580,90 +585,6 @@ __device__ void change_row(const qv_k_sample_args &c, const qv_k_sample_row &p, 
     __syncthreads();
     for (int i = 0; i < WARPS; i++)
         keep_best(best, best_id, ws.best[i], ws.best_id[i]);
-}
-
-/* What a row gives whose logits are finite: its alternatives, then its token, which draw_token
- * finds where there is a temperature. All threads. */
-template <typename DRAW>
-__device__ void choose_row(const qv_k_sample_args &c, const qv_k_sample_row &p, workspace &ws,
-                           float best, int32_t best_id, double log_sum, DRAW draw_token)
-{
-    float *logit = c.logits + blockIdx.x * c.stride;
-    qv_k_sample_result *out = &c.results[blockIdx.x];
-    row_state r = {logit, c.n_valid, best, 1.0f, 0, 0};
-    share_out(r, c.n_valid);
-    int n_top = p.n_top > 0 ? find_top(r, ws, p.n_top) : 0;
-    for (int i = threadIdx.x; i < n_top; i += THREADS) {
-        out->top_token[i] = ws.ranked_id[i];
-        out->top_logprob[i] = (float)((double)ws.ranked[i] - log_sum);
-    }
-    if (threadIdx.x == 0)
-        out->n_top = n_top;
-    if (p.target >= 0) {
-        if (threadIdx.x == 0) {
-            out->token = p.target;
-            out->logprob = (float)((double)logit[p.target] - log_sum);
-        }
-        return;
-    }
-
-    change_row(c, p, logit, r, ws, best, best_id);
-    int token = best_id;
-    if (best == -INFINITY) {
-        token = QV_K_SAMPLE_ALL_BANNED;
-    } else if (p.temperature > 0) {
-        r.max = best;
-        r.temperature = p.temperature;
-        token = draw_token(r);
-    }
-    if (threadIdx.x == 0) {
-        out->token = token;
-        if (token >= 0)
-            out->logprob = (float)((double)logit[token] - log_sum);
-    }
-    __syncthreads();
-    const qv_k_sample_seen *seen = c.seen + p.seen;
-    for (int i = threadIdx.x; i < p.n_seen; i += THREADS)
-        if (seen[i].token == token)
-            out->logprob = (float)((double)seen[i].raw - log_sum);
-}
-
-/* A row that something is wrong with. */
-__device__ __forceinline__ void give_up(const qv_k_sample_args &c)
-{
-    if (threadIdx.x == 0) {
-        c.results[blockIdx.x].token = QV_K_SAMPLE_NOT_FINITE;
-        c.results[blockIdx.x].n_top = 0;
-    }
-}
-
-/* --- Scratch ------------------------------------------------------------------------------ */
-
-/* Of a chunk, for sampling by several blocks: how many logits are within each depth of the row's
- * best, their mass, and that of all. */
-struct chunk_spread {
-    mass upto[N_DEPTHS], all;
-    uint32_t count[N_DEPTHS];
-};
-
-inline int count_chunks(int32_t n_vocab)
-{
-    return (n_vocab + CHUNK_LOGITS - 1) / CHUNK_LOGITS;
-}
-
-/* Lists, then of each row and chunk its spread, then what the scan found. */
-struct scratch_parts {
-    candidates *lists;
-    chunk_stats *stats;
-    chunk_spread *spread;
-};
-
-inline scratch_parts parts_of(const qv_k_sample_args &c)
-{
-    size_t n = (size_t)c.n_rows * (size_t)count_chunks(c.n_vocab);
-    candidates *lists = (candidates *)c.scratch;
-    chunk_spread *spread = (chunk_spread *)(lists + c.n_lists);
-    return {lists, (chunk_stats *)(spread + n), spread};
 }
 
 } // namespace

@@ -13,8 +13,7 @@
 #define QV_TRIALS(X)                                                                               \
     X(EXPERTS, "experts",                                                                          \
       "router and list of experts in one kernel, products of one input together")                  \
-    X(ATTENTION, "attention", "norms of q and k, RoPE and the write of pages in one kernel")       \
-    X(SAMPLE, "sample", "sampling of a row by several blocks")
+    X(ATTENTION, "attention", "norms of q and k, RoPE and the write of pages in one kernel")
 
 typedef enum {
 #define QV_TRIAL_INDEX(constant, name, what) QV_TRIAL_INDEX_##constant,

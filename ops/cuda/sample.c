@@ -240,8 +240,7 @@ static qv_status enqueue(qv_cuda_backend *cuda, qv_cuda_sampling *s, const layou
     if (settle)
         QV_TRY(qv_k_sample_settle(s->params.device, args->n_rows, args->seen,
                                   last_sampling(cuda)->results.device, cuda->stream));
-    QV_TRY(cuda->base.trials & QV_TRIAL_SAMPLE ? qv_k_sample_by_blocks(args, cuda->stream)
-                                               : qv_k_sample(args, cuda->stream));
+    QV_TRY(qv_k_sample(args, cuda->stream));
     QV_TRY(mark_stop(cuda));
     QV_CUDA_TRY(cudaMemcpyAsync(s->results.host, s->results.device,
                                 (size_t)args->n_rows * sizeof *args->results,

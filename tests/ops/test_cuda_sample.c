@@ -103,18 +103,8 @@ Test(cuda_sample, chooses_what_the_cpu_chooses)
     close_duo(&d);
 }
 
-/* The trial `sample`: several blocks a row. */
-Test(cuda_sample, several_blocks_choose_what_the_cpu_chooses)
-{
-    duo d = open_duo_with(1, "sample");
-    for (size_t i = 0; i < QV_ROWS(cases); i++)
-        check_case(&d, &cases[i]);
-    close_duo(&d);
-}
-
-/* The least and the most that a draw can be cut to, beside each other in one step, and as one block
- * a row does it: the same tokens, and logprobs to the bit. */
-Test(cuda_sample, several_blocks_choose_what_one_block_chooses)
+/* The least and the most that a draw can be cut to, beside each other in one step. */
+Test(cuda_sample, draws_cut_anywhere_choose_what_the_cpu_chooses)
 {
     static const struct {
         float temperature, top_p, min_p;
@@ -126,12 +116,10 @@ Test(cuda_sample, several_blocks_choose_what_one_block_chooses)
         {0.7f, 0.95f, 0.1f, 0}, {1, 1, 1, 0},       {3, 1, 0, 300},      {0, 1, 0, 0},
     };
     enum { EACH = 4, ROWS = QV_ROWS(kinds) * EACH, VOCAB = 40003 };
-    duo d = open_duo_with(6, "sample");
-    qv_backend *one;
-    PASS(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &one));
+    duo d = open_duo(6);
     qv_backend_limits limits = {.max_logits = ROWS, .n_vocab = VOCAB};
     PASS(qv_backend_reserve(d.dev, &limits));
-    PASS(qv_backend_reserve(one, &limits));
+    PASS(qv_backend_reserve(d.cpu, &limits));
     twin logits = NEW_TWIN(&d, QV_F32, ROWS, VOCAB);
     static qv_sample_row rows[ROWS];
     static qv_sample_result got[ROWS], want[ROWS];
@@ -147,23 +135,20 @@ Test(cuda_sample, several_blocks_choose_what_one_block_chooses)
                                       .seed = (uint64_t)(i * 31 + scale),
                                       .n_top = i % EACH == 3 ? 5 : -1};
         PASS(qv_op_sample(d.dev, logits.dev, VOCAB - 3, rows, got));
-        PASS(qv_op_sample(one, logits.dev, VOCAB - 3, rows, want));
+        PASS(qv_op_sample(d.cpu, logits.cpu, VOCAB - 3, rows, want));
         for (int i = 0; i < ROWS; i++) {
-            cr_assert_eq(got[i].token, want[i].token, "kind %d, scale %d: token %d, not %d",
-                         i / EACH, scale, got[i].token, want[i].token);
-            cr_assert(got[i].logprob == want[i].logprob,
-                      "kind %d, scale %d: logprob %.9g, not %.9g", i / EACH, scale,
-                      (double)got[i].logprob, (double)want[i].logprob);
+            char what[64];
+            snprintf(what, sizeof what, "kind %d, scale %d", i / EACH, scale);
+            check_row(what, &got[i], &want[i]);
         }
     }
     free_twin(&d, &logits);
-    qv_backend_close(one);
     close_duo(&d);
 }
 
-static void check_bad(const char *trials)
+Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
 {
-    duo d = open_duo_with(2, trials);
+    duo d = open_duo(2);
     qv_backend_limits limits = {.max_logits = 3, .n_vocab = 300};
     PASS(qv_backend_reserve(d.dev, &limits));
     twin logits = NEW_TWIN(&d, QV_F32, 3, 300);
@@ -182,12 +167,6 @@ static void check_bad(const char *trials)
         qv_op_sample(d.dev, qv_tensor_2d(logits.dev.data, QV_F32, 1, 301), 300, rows, results));
     free_twin(&d, &logits);
     close_duo(&d);
-}
-
-Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
-{
-    check_bad(NULL);
-    check_bad("sample");
 }
 
 /* Parts on the device against whole rows on the device: the same draws, to the last token. */
@@ -234,9 +213,9 @@ static void sample_ahead(qv_backend *be, const twin *first, const twin *second, 
     PASS(qv_op_sample_end(be, got));
 }
 
-static void check_ahead(const char *trials)
+Test(cuda_sample, goes_on_from_what_nobody_has_read)
 {
-    duo d = open_duo_with(3, trials);
+    duo d = open_duo(3);
     qv_backend_limits limits = {.max_tokens = N_ROWS, .max_logits = N_ROWS, .n_vocab = 300};
     PASS(qv_backend_reserve(d.cpu, &limits));
     PASS(qv_backend_reserve(d.dev, &limits));
@@ -279,10 +258,4 @@ static void check_ahead(const char *trials)
     free_twin(&d, &first);
     free_twin(&d, &second);
     close_duo(&d);
-}
-
-Test(cuda_sample, goes_on_from_what_nobody_has_read)
-{
-    check_ahead(NULL);
-    check_ahead("sample");
 }

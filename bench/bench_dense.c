@@ -190,13 +190,6 @@ static void bench_norm(void)
 
 /* --- Attention ---------------------------------------------------------------------------- */
 
-/* Kernels on trial beside those that they would replace. */
-static void use_trial(qv_trial trial, bool on)
-{
-    uint32_t others = be->trials & ~(uint32_t)trial;
-    be->trials = others | (on ? (uint32_t)trial : 0);
-}
-
 typedef enum { ROPE, NORM_ROPE, ATTENTION, GATED } attention_kind;
 
 typedef struct {
@@ -228,7 +221,7 @@ static void call_attention(void *ctx, int round)
     }
 }
 
-/* One step of a model by one kind of op, with and without the trial where there is one. */
+/* One step of a model by one kind of op. */
 static void report_attention(const char *step, attention_ctx *c, double kv_bytes, double pairs)
 {
     static const char *const names[] = {"rope", "norms and rope", "attention", "gated attention"};
@@ -238,16 +231,9 @@ static void report_attention(const char *step, attention_ctx *c, double kv_bytes
                       4.0 * (double)q + 8.0 * (double)kv, 4.0 * (double)q + kv_bytes,
                       6.0 * (double)q + kv_bytes};
     double flop = c->kind < ATTENTION ? 0 : 4 * pairs * (double)(c->q.shape[1] * d);
-    bool on_trial = c->kind == NORM_ROPE || c->kind == GATED;
-    for (int on = 0; on <= on_trial; on++) {
-        char name[128];
-        use_trial(QV_TRIAL_ATTENTION, on);
-        snprintf(name, sizeof name, "%s %s%s", names[c->kind], step,
-                 !on_trial ? ""
-                 : on      ? ", in one"
-                           : ", apart");
-        report(name, bytes[c->kind], flop, measure(call_attention, c));
-    }
+    char name[128];
+    snprintf(name, sizeof name, "%s %s", names[c->kind], step);
+    report(name, bytes[c->kind], flop, measure(call_attention, c));
 }
 
 static void bench_attention(bool rope)

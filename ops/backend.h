@@ -113,7 +113,7 @@ typedef struct {
     /* NULL: all_reduce, then add_rms_norm. */
     qv_status (*sum_add_rms_norm)(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
                                   float eps, bool plus_one, qv_tensor y, qv_tensor rest);
-    /* On trial (QV_TRIAL_ATTENTION). NULL: three ops, and two. */
+    /* NULL: three ops, and two. */
     qv_status (*norm_rope_kv_write)(qv_backend *be, const qv_batch *batch, const qv_norm_rope *how,
                                     qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
     qv_status (*gated_attention)(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,

@@ -835,7 +835,7 @@ qv_status qv_op_norm_rope_kv_write(qv_backend *be, const qv_batch *batch, const 
                                    qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv)
 {
     const char *op = "norm_rope_kv_write";
-    if (!(be->trials & QV_TRIAL_ATTENTION) || be->table->norm_rope_kv_write == NULL) {
+    if (be->table->norm_rope_kv_write == NULL) {
         QV_TRY(qv_op_rms_norm(be, q, how->q_norm, how->eps, how->plus_one, q));
         QV_TRY(qv_op_rms_norm(be, k, how->k_norm, how->eps, how->plus_one, k));
         return qv_op_rope_kv_write(be, batch, how->rotary_dim, how->theta, q, k, v, kv);
@@ -869,7 +869,7 @@ qv_status qv_op_gated_attention(qv_backend *be, const qv_batch *batch, const qv_
                                 float scale, qv_tensor q, qv_tensor gate, qv_tensor o)
 {
     const char *op = "gated_attention";
-    if (!(be->trials & QV_TRIAL_ATTENTION) || be->table->gated_attention == NULL) {
+    if (be->table->gated_attention == NULL) {
         QV_TRY(qv_op_attention(be, batch, kv, scale, q, o));
         return qv_op_sigmoid_gate(be, o, gate);
     }

@@ -12,8 +12,7 @@
 /* What is on trial: constant, name in options, what it does. */
 #define QV_TRIALS(X)                                                                               \
     X(EXPERTS, "experts",                                                                          \
-      "router and list of experts in one kernel, products of one input together")                  \
-    X(ATTENTION, "attention", "norms of q and k, RoPE and the write of pages in one kernel")
+      "router and list of experts in one kernel, products of one input together")
 
 typedef enum {
 #define QV_TRIAL_INDEX(constant, name, what) QV_TRIAL_INDEX_##constant,

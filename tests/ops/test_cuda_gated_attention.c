@@ -1,4 +1,4 @@
-/* Trial `attention`: norms of q and k, RoPE and the write of pages in one kernel, and attention
+/* Norms of q and k, RoPE and the write of pages in one kernel, and attention
  * that gates its heads itself. Each is compared with the ops that it stands for on the same device,
  * to the bit, and with the CPU.
  */
@@ -223,38 +223,38 @@ static void check_case(duo *d, const qv_attention_shape *s, const step_case *c, 
     free_step(&st);
 }
 
-Test(cuda_attention_trial, gives_the_bits_of_the_ops_that_it_stands_for, .timeout = 600)
+Test(cuda_gated_attention, gives_the_bits_of_the_ops_that_it_stands_for, .timeout = 600)
 {
-    duo d = open_duo_with(1, "attention");
+    duo d = open_duo(1);
     for (size_t c = 0; c < QV_ROWS(cases); c++)
         for (size_t i = 0; i < N_SHAPES; i++)
             check_case(&d, shape_at(i), &cases[c], 8, true);
     close_duo(&d);
 }
 
-Test(cuda_attention_trial, goes_round_where_there_are_many_tokens)
+Test(cuda_gated_attention, goes_round_where_there_are_many_tokens)
 {
     static const qv_attention_shape shapes[] = {
         {4, 2, 64, 16, 16}, {16, 4, 256, 64, 16}, {6, 2, 128, 48, 16}};
-    duo d = open_duo_with(2, "attention");
+    duo d = open_duo(2);
     for (size_t i = 0; i < QV_ROWS(shapes); i++)
         check_case(&d, &shapes[i], &long_case, 8, false);
     close_duo(&d);
 }
 
 /* Rows that are not on 16 bytes. */
-Test(cuda_attention_trial, leaves_odd_rows_to_the_ops_apart)
+Test(cuda_gated_attention, leaves_odd_rows_to_the_ops_apart)
 {
-    duo d = open_duo_with(3, "attention");
+    duo d = open_duo(3);
     const qv_attention_shape s = {4, 2, 64, 16, 16};
     check_case(&d, &s, &cases[1], 5, true);
     check_case(&d, &s, &cases[4], 5, true);
     close_duo(&d);
 }
 
-Test(cuda_attention_trial, leaves_tokens_that_are_not_there_alone)
+Test(cuda_gated_attention, leaves_tokens_that_are_not_there_alone)
 {
-    duo d = open_duo_with(4, "attention");
+    duo d = open_duo(4);
     const qv_attention_shape s = {8, 2, 128, 64, 16};
     step st = new_step(&d, &cases[2], s.page_tokens);
     operands o = new_operands(&d, &s, &st, 8);
@@ -275,9 +275,9 @@ Test(cuda_attention_trial, leaves_tokens_that_are_not_there_alone)
     close_duo(&d);
 }
 
-Test(cuda_attention_trial, refuses_norms_of_other_sizes)
+Test(cuda_gated_attention, refuses_norms_of_other_sizes)
 {
-    duo d = open_duo_with(5, "attention");
+    duo d = open_duo(5);
     const qv_attention_shape s = {4, 2, 64, 16, 16};
     step st = new_step(&d, &cases[0], s.page_tokens);
     operands o = new_operands(&d, &s, &st, 8);

@@ -1,6 +1,6 @@
-/* Trial `attention` in a whole model: its kernels give the bits of those that they stand for, so
- * the bundled model must have the same logits with it and without, in prompts, chunks and recorded
- * decode steps. */
+/* A model that is watched runs op by op what is otherwise one kernel (norms, RoPE and the write of
+ * pages; attention and its gate), and records no steps. The bits are to be the same, so the bundled
+ * model must have the same logits with a probe and without, in prompts, chunks and decode steps. */
 #include "tests/models/fixtures.h"
 
 #include <criterion/criterion.h>
@@ -8,31 +8,23 @@
 
 enum { N = 150, N_SEQS = 5, N_STEPS = 4 };
 
-typedef struct {
-    qv_backend *be;
-    qv_model *model;
-} opened;
-
 /* Skips the test where there is no device. */
-static opened open_demo(const char *trials)
+static qv_model *open_demo(qv_backend **be)
 {
     const char *dir = qv_demo_path("tiny-qwen3.5");
     QV_SKIP_WITHOUT(dir);
-    opened o;
-    const qv_backend_options options = {.name = "cuda", .trials = trials};
-    if (qv_backend_open(&options, &o.be) != QV_OK)
+    if (qv_backend_open(&(qv_backend_options){.name = "cuda"}, be) != QV_OK)
         cr_skip_test("no CUDA device: %s", qv_error());
     qv_model_limits limits = fx_limits();
     limits.max_seq_pages = 20;
     limits.max_recorded = 8;
-    o.model = fx_open(o.be, dir, &limits);
-    return o;
+    return fx_open(*be, dir, &limits);
 }
 
-static void close_demo(opened *o)
+static void count(int64_t layer, const char *name, const qv_tensor *value, void *user)
 {
-    qv_model_close(o->model);
-    qv_backend_close(o->be);
+    (void)layer, (void)name, (void)value;
+    (*(int *)user)++;
 }
 
 static void check_bits(const char *what, float *got, float *want, int64_t n)
@@ -74,22 +66,30 @@ static float *decode(qv_model *model, const int32_t *tokens)
     return out;
 }
 
-Test(cuda_attention_trial, a_model_has_the_same_logits_with_it)
+Test(cuda_probe, a_model_has_the_same_logits_when_it_is_watched)
 {
-    opened without = open_demo(NULL), with = open_demo("attention");
-    int64_t vocab = qv_model_get_config(with.model)->vocab;
+    static const int32_t chunks[] = {0, 7, 1};
+    enum { N_CHUNKS = sizeof chunks / sizeof *chunks };
+    qv_backend *be;
+    qv_model *model = open_demo(&be);
+    int64_t vocab = qv_model_get_config(model)->vocab;
     int32_t tokens[N];
     qv_rng rng = qv_rng_seed(1);
     for (int i = 0; i < N; i++)
         tokens[i] = (int32_t)qv_rng_range(&rng, 0, vocab);
-    static const int32_t chunks[] = {0, 7, 1};
-    for (size_t i = 0; i < sizeof chunks / sizeof *chunks; i++) {
-        int32_t n = chunks[i] == 1 ? 20 : N;
-        check_bits("prompt", fx_run(with.model, tokens, n, chunks[i], -1, 100, 8),
-                   fx_run(without.model, tokens, n, chunks[i], -1, 100, 8), n * vocab);
+    float *prompts[2][N_CHUNKS], *steps[2];
+    int seen = 0;
+    for (int watched = 0; watched < 2; watched++) {
+        qv_model_set_probe(model, watched ? count : NULL, &seen);
+        for (int i = 0; i < N_CHUNKS; i++)
+            prompts[watched][i] =
+                fx_run(model, tokens, chunks[i] == 1 ? 20 : N, chunks[i], -1, 100, 8);
+        steps[watched] = decode(model, tokens);
     }
-    check_bits("decode", decode(with.model, tokens), decode(without.model, tokens),
-               N_STEPS * N_SEQS * vocab);
-    close_demo(&with);
-    close_demo(&without);
+    cr_assert_gt(seen, 0);
+    for (int i = 0; i < N_CHUNKS; i++)
+        check_bits("prompt", prompts[0][i], prompts[1][i], (chunks[i] == 1 ? 20 : N) * vocab);
+    check_bits("decode", steps[0], steps[1], N_STEPS * N_SEQS * vocab);
+    qv_model_close(model);
+    qv_backend_close(be);
 }

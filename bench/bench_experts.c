@@ -1,7 +1,6 @@
-/* bench_experts: a routed layer of released models at few tokens, piece by piece and whole, by the
- * CUDA backend's usual kernels and by those on trial (--trials experts) in one run. Each line has
- * the bytes that cannot be avoided, the time these take at the rate of a large copy measured in the
- * same run, both times in microseconds and their ratio to that floor.
+/* bench_experts: a routed layer of released models at few tokens, piece by piece and whole. Each
+ * line has the bytes that cannot be avoided, the time these take at the rate of a large copy
+ * measured in the same run, the time measured, both in microseconds, and the ratio of the two.
  *
  *   bench_experts [MODEL...]    35B Nano Super; all without arguments
  *
@@ -216,26 +215,19 @@ static double bytes_of(const model *m, int piece, int64_t n)
 
 static void run_model(const model *m, int64_t n, const bench_rates *rates)
 {
-    double times[2][N_PIECES];
-    for (int trial = 0; trial < 2; trial++) {
-        layer l = {.be = NULL};
-        bench_pass(qv_backend_open(
-            &(qv_backend_options){.name = "cuda", .trials = trial ? "experts" : NULL}, &l.be));
-        open_layer(&l, m, n);
-        call_layer(&l, 0);
-        for (int i = 0; i < N_PIECES; i++)
-            times[trial][i] = bench_time(qv_cuda(l.be)->stream, pieces[i].call, &l, ROUNDS);
-        close_layer(&l);
-        qv_backend_close(l.be);
-    }
+    layer l = {.be = NULL};
+    bench_pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &l.be));
+    open_layer(&l, m, n);
+    call_layer(&l, 0);
     for (int i = 0; i < N_PIECES; i++) {
         double bytes = bytes_of(m, i, n), floor = bench_floor(rates, bytes, 0);
-        printf("%-6s %lld tokens  %-22s %8.2f MB  floor %7.2f  usual %7.2f (%5.2f)  on trial %7.2f "
-               "(%5.2f)\n",
-               m->name, (long long)n, pieces[i].name, bytes * 1e-6, floor * 1e6, times[0][i] * 1e6,
-               times[0][i] / floor, times[1][i] * 1e6, times[1][i] / floor);
+        double time = bench_time(qv_cuda(l.be)->stream, pieces[i].call, &l, ROUNDS);
+        printf("%-6s %lld tokens  %-22s %8.2f MB  floor %7.2f  %7.2f us  %5.2f\n", m->name,
+               (long long)n, pieces[i].name, bytes * 1e-6, floor * 1e6, time * 1e6, time / floor);
         fflush(stdout);
     }
+    close_layer(&l);
+    qv_backend_close(l.be);
 }
 
 /* Copies alone: no piece has FLOP that count. */

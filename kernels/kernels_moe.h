@@ -54,12 +54,9 @@ typedef struct {
 /* Make the list from ids [n_tokens, top_k]. Errors: LIMIT (2048 experts), DEVICE. */
 qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream);
 
-/* Both at once for up to QV_K_CHOOSE_PAIRS pairs of QV_K_MOE_TILE tokens and 1024 experts;
- * `arrived` is a counter that is 0 before and after. Errors: DEVICE. */
-#define QV_K_CHOOSE_PAIRS 256
+/* Both at once for one token and up to 1024 experts. Errors: DEVICE. */
 bool qv_k_choose_can(const qv_k_router_args *args);
-qv_status qv_k_choose(const qv_k_router_args *args, const qv_k_list *list, uint32_t *arrived,
-                      void *stream);
+qv_status qv_k_choose(const qv_k_router_args *args, const qv_k_list *list, void *stream);
 
 /* What is done to a row's results; SWIGLU: the first half of the matrix's rows is the gate. */
 typedef enum {

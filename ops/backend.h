@@ -126,12 +126,12 @@ typedef struct {
     bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);
     qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
-    /* Whether what stands below, up to the clock, is to be used in a step of so many tokens instead
-     * of the ops that each stands for. NULL: never. */
-    bool (*joins)(const qv_backend *be, int64_t n_tokens);
+    /* Of one token. NULL: router, then moe_route, as for more. */
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list);
-    /* Of a backend without peers. */
+    /* Of a backend without peers, for up to most_combined tokens. NULL: moe_combine_f32, then
+     * add_rms_norm, as for more. */
+    int64_t most_combined;
     qv_status (*combine_add_rms_norm)(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                       qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                       qv_tensor y, qv_tensor rest);

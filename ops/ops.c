@@ -1042,16 +1042,11 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
     return CALL(moe_route, be, ids, list);
 }
 
-static bool joins(const qv_backend *be, int64_t n_tokens)
-{
-    return n_tokens > 0 && be->table->joins != NULL && be->table->joins(be, n_tokens);
-}
-
 qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                        qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
                        const int32_t *seg_slot, qv_moe_list *list)
 {
-    if (joins(be, logits.shape[0])) {
+    if (be->table->choose != NULL && logits.shape[0] == 1) {
         QV_TRY(check_router_op(router, logits, ids, weights));
         QV_TRY(begin_list(list, ids, n_segs, seg_start, seg_slot));
         return CALL_ON(be->table, choose, 0, 0, be, router, logits, ids, weights, list);
@@ -1176,7 +1171,8 @@ qv_status qv_op_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_t
                                      qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                      qv_tensor y, qv_tensor rest)
 {
-    if (!has_peers(be) && joins(be, residual.shape[0])) {
+    if (be->table->combine_add_rms_norm != NULL && !has_peers(be) && residual.shape[0] > 0 &&
+        residual.shape[0] <= be->table->most_combined) {
         QV_TRY(check_combine_f32(be, sum, delta));
         QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
         return CALL_ON(be->table, combine_add_rms_norm, 0, 0, be, sum, residual, delta, w, eps,

@@ -503,8 +503,8 @@ qv_status qv_moe_list_init(qv_moe_list *list, int32_t n_experts, int32_t top_k, 
 qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
                           const int32_t *seg_slot, qv_moe_list *list);
 
-/* qv_op_router and then qv_op_moe_route of its choice, in one launch where the backend can. Errors:
- * those of the two. */
+/* qv_op_router and then qv_op_moe_route of its choice, of one token in one launch where the backend
+ * can. Errors: those of the two. */
 qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                        qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
                        const int32_t *seg_slot, qv_moe_list *list);

@@ -218,8 +218,6 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
-/* Whether the ops for few tokens that stand for several launches are on trial. */
-bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens);
 bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                            const qv_linear_part *parts);
 qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
@@ -251,6 +249,8 @@ qv_status qv_cuda_gated_attention(qv_backend *be, const qv_batch *batch, const q
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                          qv_tensor weights, qv_moe_list *list);
 
+/* Steps of up to so many tokens have the sum of their experts and the norm behind it in one. */
+#define QV_CUDA_COMBINED_TOKENS 8
 qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                        qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                        qv_tensor y, qv_tensor rest);

@@ -69,7 +69,7 @@ qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logi
     qv_k_router_args args = router_args(be, router, logits, ids, weights);
     qv_k_list l = list_of(be, list);
     if (qv_k_choose_can(&args))
-        return qv_k_choose(&args, &l, cuda->counters, cuda->stream);
+        return qv_k_choose(&args, &l, cuda->stream);
     QV_TRY(qv_k_router(&args, cuda->stream));
     return qv_k_moe_route(ids.data, &l, cuda->stream);
 }

@@ -232,11 +232,6 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
     return skinny ? qv_k_skinny_linear(&c, cuda->stream) : qv_k_any_linear(&c, cuda->stream);
 }
 
-bool qv_cuda_joins(const qv_backend *be, int64_t n_tokens)
-{
-    return be->trials & QV_TRIAL_EXPERTS && n_tokens <= QV_K_JOINED_TOKENS;
-}
-
 /* The parts of a joined product; whether they go by the streaming kernel. */
 static bool join(const qv_cuda_backend *cuda, qv_tensor x, int32_t n_parts,
                  const qv_linear_part *parts, qv_k_linear_part *joined)
@@ -255,8 +250,6 @@ bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                            const qv_linear_part *parts)
 {
     qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
-    if (!qv_cuda_joins(be, x.shape[0]))
-        return false;
     bool stream = join(qv_cuda(be), x, n_parts, parts, joined);
     return qv_k_joined_linear_can(joined, n_parts, stream, qv_cuda(be)->n_sms);
 }

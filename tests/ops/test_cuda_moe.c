@@ -257,49 +257,50 @@ Test(cuda_moe, adapters_agree_with_the_cpu, .timeout = 600)
 
 /* --- Router and list at once -------------------------------------------------------------- */
 
-/* Of experts [first, first + n_here), which this rank has. */
-static void check_choose(const qv_router *r, int32_t n, int32_t n_experts, int32_t first,
-                         int32_t n_here, bool with_bias, int32_t n_segs)
+/* One token, of experts [first, first + n_here), which this rank has. n_segs 0: without segments;
+ * else the token is in one of adapter `slot`. */
+static void check_choose(const qv_router *r, int32_t n_experts, int32_t first, int32_t n_here,
+                         bool with_bias, int32_t n_segs, int32_t slot)
 {
-    pair *p = open_pair_with(false, "experts");
+    pair *p = open_pair();
     qv_rng rng = qv_rng_seed(15);
-    float *values = random_floats(&rng, (int64_t)n * (n_experts + 3), 4);
-    for (int64_t i = 0; i < (int64_t)n * (n_experts + 3); i += 11)
+    float *values = random_floats(&rng, n_experts + 3, 4);
+    for (int64_t i = 0; i < n_experts + 3; i += 11)
         values[i] = i % 2 == 0 || r->kind == QV_ROUTER_SOFTMAX ? 1 : INFINITY; /* equals */
-    both wide = f32_2d(p, values, n, n_experts + 3);
+    both wide = f32_2d(p, values, 1, n_experts + 3);
     both bias = random_f32(p, &rng, 1, n_experts, 0.3f);
-    both weights = nan_f32(p, n, r->top_k), apart = nan_f32(p, n, r->top_k);
-    size_t bytes = qv_moe_list_bytes(n_here, r->top_k, n);
+    both weights = nan_f32(p, 1, r->top_k), apart = nan_f32(p, 1, r->top_k);
+    size_t bytes = qv_moe_list_bytes(n_here, r->top_k, 1), ids_bytes = (size_t)r->top_k * 4;
     char *garbage = must(malloc(bytes));
     memset(garbage, 0xA5, bytes);
     both_memory memory = upload_both(p, garbage, bytes);
-    both_memory ids = alloc_both(p, (size_t)(n * r->top_k) * 4, (size_t)(n * r->top_k) * 4);
-    both_memory ids_apart = alloc_both(p, (size_t)(n * r->top_k) * 4, (size_t)(n * r->top_k) * 4);
-    const int32_t start[] = {0, n / 4, n / 4, n / 2, n - n / 3, n}, slot[] = {-1, 3, 0, 0, 1};
+    both_memory ids = alloc_both(p, ids_bytes, ids_bytes);
+    both_memory ids_apart = alloc_both(p, ids_bytes, ids_bytes);
+    const int32_t start[] = {0, 0, 1, 1}, slots[] = {3, slot, 1};
     both_memory starts = upload_both(p, start, sizeof start),
-                slots = upload_both(p, slot, sizeof slot);
+                of_segs = upload_both(p, slots, sizeof slots);
     lists l;
     for (int side = 0; side < 2; side++) {
         qv_router router = *r;
         qv_tensor logits = qv_tensor_cols(wide.t[side], 1, n_experts);
         if (with_bias)
             router.bias = qv_tensor_1d(bias.t[side].data, QV_F32, n_experts);
-        PASS(qv_moe_list_init(&l.list[side], n_here, r->top_k, n, memory.at[side]));
+        PASS(qv_moe_list_init(&l.list[side], n_here, r->top_k, 1, memory.at[side]));
         l.list[side].first_expert = first;
         PASS(qv_op_choose(p->be[side], &router, logits,
-                          qv_tensor_2d(ids.at[side], QV_I32, n, r->top_k), weights.t[side], n_segs,
-                          starts.at[side], slots.at[side], &l.list[side]));
+                          qv_tensor_2d(ids.at[side], QV_I32, 1, r->top_k), weights.t[side], n_segs,
+                          starts.at[side], of_segs.at[side], &l.list[side]));
         PASS(qv_op_router(p->be[side], &router, logits,
-                          qv_tensor_2d(ids_apart.at[side], QV_I32, n, r->top_k), apart.t[side]));
+                          qv_tensor_2d(ids_apart.at[side], QV_I32, 1, r->top_k), apart.t[side]));
     }
     char what[128];
     snprintf(what, sizeof what,
-             "choose, %d tokens, %d of %d experts from %d on, %d groups, %d segs", n, r->top_k,
-             n_experts, first, r->n_groups, n_segs);
-    compare_i32(p, what, ids.at[CPU], ids.at[GPU], (int64_t)n * r->top_k);
+             "choose %d of %d experts from %d on, %d groups, %d segs, adapter in slot %d", r->top_k,
+             n_experts, first, r->n_groups, n_segs, slot);
+    compare_i32(p, what, ids.at[CPU], ids.at[GPU], r->top_k);
     check_list(p, what, &l);
     float *a = fetch(p, GPU, weights.t[GPU]), *b = fetch(p, GPU, apart.t[GPU]);
-    check_same(what, a, b, (int64_t)n * r->top_k);
+    check_same(what, a, b, r->top_k);
     free(a);
     free(b);
     free(garbage);
@@ -321,19 +322,20 @@ Test(cuda_moe, router_and_list_at_once_are_those_of_two_ops, .timeout = 600)
         {9, 3, 1, 1, 0, 9, false, true},       /* nothing is a multiple of anything */
         {1000, 30, 4, 2, 999, 1, true, false}, /* most of it elsewhere */
         {2000, 3, 1, 1, 0, 2000, true, false}, /* by two launches */
-        {40, 40, 1, 1, 0, 40, false, false},   /* everybody; by two launches above 6 tokens */
+        {40, 40, 1, 1, 0, 40, false, false},   /* everybody */
+        {1024, 300, 1, 1, 0, 1024, true, true},
     };
-    static const int32_t sizes[] = {1, 2, 5, 8, 9};
     for (size_t i = 0; i < QV_ROWS(cases); i++)
-        for (size_t j = 0; j < QV_ROWS(sizes); j++) {
+        for (int way = 0; way < 3;
+             way++) { /* without segments; in one of the base; of an adapter */
             const qv_router r = {.kind = cases[i].sigmoid ? QV_ROUTER_SIGMOID : QV_ROUTER_SOFTMAX,
                                  .top_k = cases[i].top_k,
                                  .normalize = true,
                                  .scale = 2.5f,
                                  .n_groups = cases[i].n_groups,
                                  .topk_groups = cases[i].topk_groups};
-            check_choose(&r, sizes[j], cases[i].n_experts, cases[i].first, cases[i].n_here,
-                         cases[i].bias, j % 2 ? 5 : 0);
+            check_choose(&r, cases[i].n_experts, cases[i].first, cases[i].n_here, cases[i].bias,
+                         way > 0 ? 3 : 0, way > 1 ? 2 : -1);
         }
 }
 
@@ -347,7 +349,7 @@ typedef struct {
 
 static void check_sum(const sum_case *s, int32_t n)
 {
-    pair *p = open_pair_with(false, "experts");
+    pair *p = open_pair();
     qv_rng rng = qv_rng_seed(16);
     const qv_moe_shape shape = {"sum", 40, s->top_k, s->d, 24, false};
     int64_t n_pairs = (int64_t)n * s->top_k;

@@ -6,7 +6,7 @@
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
  *               [--rank R] [--eager] [--ops] [--tp N] [--ep N] [--one-device]
- *               [--all-reduce nccl|direct|auto] [--trials NAMES] [--deterministic]
+ *               [--all-reduce nccl|direct|auto] [--deterministic]
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
  * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
@@ -41,7 +41,7 @@ static struct {
     bool eager, ops, deterministic;
     int32_t tp, ep;  /* ranks that share the model; groups of them that share out the experts */
     bool one_device; /* all ranks on the first device */
-    const char *all_reduce, *trials;
+    const char *all_reduce;
 } args = {.backend = "cuda", .context = 2048, .prompt = 8192, .rank = 16, .tp = 1, .ep = 1};
 
 static void check(qv_status status, const char *what)
@@ -403,21 +403,13 @@ static void parse_sizes(char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},
-        {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},
-        {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'},
-        {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},
-        {"ops", no_argument, NULL, 'i'},
-        {"tp", required_argument, NULL, 't'},
-        {"ep", required_argument, NULL, 'x'},
-        {"one-device", no_argument, NULL, 'o'},
-        {"all-reduce", required_argument, NULL, 'm'},
-        {"trials", required_argument, NULL, 'k'},
-        {"deterministic", no_argument, NULL, 'd'},
-        {0},
+        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},          {"ops", no_argument, NULL, 'i'},
+        {"tp", required_argument, NULL, 't'},       {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},     {"all-reduce", required_argument, NULL, 'm'},
+        {"deterministic", no_argument, NULL, 'd'},  {0},
     };
     char sizes[] = "1,16,64";
     parse_sizes(sizes);
@@ -459,9 +451,6 @@ static void parse(int argc, char **argv)
         case 'm':
             args.all_reduce = optarg;
             break;
-        case 'k':
-            args.trials = optarg;
-            break;
         case 'd':
             args.deterministic = true;
             break;
@@ -472,8 +461,7 @@ static void parse(int argc, char **argv)
     if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
         fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
                         "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--ops] [--tp N] "
-                        "[--ep N] [--one-device] [--all-reduce NAME] [--trials NAMES] "
-                        "[--deterministic]\n");
+                        "[--ep N] [--one-device] [--all-reduce NAME] [--deterministic]\n");
         exit(2);
     }
     args.dir = argv[optind];
@@ -533,8 +521,7 @@ int main(int argc, char **argv)
         qv_backend_options options = {.name = args.backend,
                                       .device = args.one_device ? 0 : i,
                                       .deterministic = args.deterministic,
-                                      .all_reduce = args.all_reduce,
-                                      .trials = args.trials};
+                                      .all_reduce = args.all_reduce};
         check(qv_backend_open(&options, &b.backends[i]), "backend");
     }
     b.be = b.backends[0];
@@ -545,8 +532,6 @@ int main(int argc, char **argv)
         printf(", %d ranks%s, experts in %d groups, sums %s", args.tp,
                args.one_device ? " on it" : "", args.ep,
                args.all_reduce != NULL ? args.all_reduce : "auto");
-    if (args.trials != NULL && !args.deterministic)
-        printf(", on trial: %s", args.trials);
     if (args.deterministic)
         printf(", deterministic");
     printf(": copy %.2f TB/s, GEMM %.0f TFLOP/s\n", copy_rate * 1e-12, gemm_rate * 1e-12);

@@ -7,11 +7,9 @@
 #   sanitize        its tests of ops, collectives left out, under compute-sanitizer: all by memcheck; attention, linear
 #                   layers with adapters, experts, recurrent layers and sampling by racecheck as well
 #   ops             bench_dense, bench_kernels, bench_experts: kernels beside their floors; bench_gemm: the products of
-#                   prefill beside cuBLASLt's
+#                   prefill with adapters, inside and apart
 #   models          bench_model: decode and prefill of 4B, 9B, Nano and 35B, made-up weights
 #   adapters        the same of 4B without adapters, with 8 and 64 of rank 16, and with 8 of rank 64
-#   trials          4B, Nano and 35B with each kernel on trial (ops/trials.h), with all and with none; `adapters` too
-#                   with those for matrix products
 #   deterministic   4B, Nano and 35B with --deterministic and without, at two lengths of context
 #   times           where a step of 4B, Nano and 35B goes, op by op
 #   ranks           bench_comm, and Nano and 35B split over 2 and 4 devices, Super over 4, as far as there are devices
@@ -31,7 +29,7 @@ while [ $# -gt 0 ]; do
         [ $# -gt 1 ] || { echo "gpu.sh: $1 needs a value" >&2; exit 2; }
         declare "${1#--}=$2"; shift 2 ;;
     -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    tests | sanitize | ops | models | adapters | trials | deterministic | times | ranks | parity | peer) parts+=("$1"); shift ;;
+    tests | sanitize | ops | models | adapters | deterministic | times | ranks | parity | peer) parts+=("$1"); shift ;;
     *) echo "gpu.sh: unknown argument '$1'; see --help" >&2; exit 2 ;;
     esac
 done
@@ -63,14 +61,6 @@ model() { run "$bin/bench_model" "$(config "$1")" "${@:2}"; }
 four_b=qwen3.5-4b nine_b=qwen3.5-9b nano=nemotron3-nano-30b-a3b moe=qwen3.5-35b-a3b super=nemotron3-super-120b-a12b
 suites=(cuda_dense cuda_gemm cuda_linear cuda_linear_lora cuda_lora cuda_moe cuda_recurrent cuda_sample cuda_attention
     cuda_gated_attention cuda_memory cuda_deterministic cuda_cuts)
-trials=$(sed -n 's/^ *X([A-Z]*, "\([a-z]*\)".*/\1/p' "$repo/ops/trials.h")
-
-adapters() { # OPTION...
-    model $four_b --sizes 1,16,64,256 "$@"
-    model $four_b --sizes 1,16,64,256 --adapters 8 "$@"
-    model $four_b --sizes 16,64,256 --adapters 64 "$@"
-    model $four_b --sizes 16,64 --adapters 8 --rank 64 --prompt 0 "$@"
-}
 
 for part in "${parts[@]}"; do
     case $part in
@@ -86,14 +76,11 @@ for part in "${parts[@]}"; do
     models)
         model $four_b --sizes 1,4,8,16,32,64,256
         for name in $nine_b $nano $moe; do model "$name" --sizes 1,16,64; done ;;
-    adapters) adapters ;;
-    trials)
-        for trial in "" $trials all; do
-            options=()
-            [ -n "$trial" ] && options=(--trials "$trial")
-            for name in $four_b $nano $moe; do model "$name" --sizes 1,16,64 ${options[@]+"${options[@]}"}; done
-            case $trial in "" | gemm | decode | all) adapters ${options[@]+"${options[@]}"} ;; esac
-        done ;;
+    adapters)
+        model $four_b --sizes 1,16,64,256
+        model $four_b --sizes 1,16,64,256 --adapters 8
+        model $four_b --sizes 16,64,256 --adapters 64
+        model $four_b --sizes 16,64 --adapters 8 --rank 64 --prompt 0 ;;
     deterministic)
         for name in $four_b $nano $moe; do
             for context in 2048 32768; do

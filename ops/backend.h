@@ -8,7 +8,6 @@
 #define QV_OPS_BACKEND_H
 
 #include "ops/ops.h"
-#include "ops/trials.h"
 
 /* One row per op: name, arguments. Prototypes and tables of all backends come from this list. */
 #define QV_OP_LIST(X)                                                                              \
@@ -163,7 +162,6 @@ struct qv_backend {
     int32_t rank;        /* in it */
     bool not_recordable; /* its collectives cannot be part of a recording */
     qv_op_times *times;  /* borrowed; NULL: ops are not timed */
-    uint32_t trials;     /* kernels on trial that are used: qv_trial */
     int n_samplings;     /* begun and not ended */
     bool watching;       /* gaps */
     double gap;          /* before the step whose sampling ended last; NaN: none */

@@ -4,7 +4,6 @@
 #include "kernels/shortlist.h"
 #include "ops/backend.h"
 #include "ops/op_times.h"
-#include "ops/trials.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -52,17 +51,11 @@ static qv_status check_all_reduce(const char *name)
 qv_status qv_backend_open(const qv_backend_options *options, qv_backend **out)
 {
     char names[128];
-    uint32_t trials;
     QV_TRY(check_all_reduce(options->all_reduce));
-    QV_TRY(qv_trials_read(options->trials, &trials));
     const char *name = options->name ? options->name : "";
     for (size_t i = 0; i < N_BACKENDS; i++)
-        if (strcmp(backends[i]->name, name) == 0) {
-            QV_TRY(backends[i]->open(options, out));
-            /* some are for few tokens, or for many */
-            (*out)->trials = options->deterministic ? 0 : trials;
-            return QV_OK;
-        }
+        if (strcmp(backends[i]->name, name) == 0)
+            return backends[i]->open(options, out);
     return qv_fail(QV_ERR_NOT_FOUND, "backend '%s' is not in this build; it has: %s", name,
                    backend_names(names, sizeof names));
 }

@@ -36,7 +36,7 @@ typedef struct {
     bool deterministic;     /* CUDA: the bits of a token follow from its sequence and its adapter:
                              * not from what else is in the batch, nor from how its sequence was
                              * cut into steps. One form of every kernel, the price of which is
-                             * paid by long prompts above all; trials are left out */
+                             * paid by long prompts above all */
     const char *gemm;       /* CPU: "exact" (ours, default when NULL) or "openblas" (float32 GEMM by
                              * OpenBLAS: whether a row is computed alone or with others may change its
                              * last bits, so the exactness rule does not hold) */
@@ -46,8 +46,6 @@ typedef struct {
     const char *all_reduce; /* CUDA: how ranks on devices of their own add up: "nccl", "direct"
                              * (into each other's memory, also on one device) or "auto" (direct
                              * when short, else NCCL; default when NULL) */
-    const char *trials; /* CUDA: kernels on trial that are to be used, names of ops/trials.h with
-                         * commas between them; NULL: none */
 } qv_backend_options;
 
 /* Errors: NOT_FOUND (no such backend in this build, names those there are), ARG and UNSUPPORTED (an

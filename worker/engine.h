@@ -51,7 +51,6 @@ typedef struct {
     int64_t prefix_snapshots; /* state slots for snapshots, beside those of running sequences */
     int64_t prefix_every;     /* tokens from one snapshot of a sequence to the next */
     int64_t preempt_every;  /* preempt a running sequence every so many steps (tests); 0 = never */
-    const char *trials;     /* CUDA: kernels on trial to be used, as qv_backend_options has it */
     const char *all_reduce; /* CUDA: how ranks add up, as qv_backend_options has it */
     const char *dump;       /* file for the intermediates of the first step; empty = none */
     const char *break_rank; /* "RANK@STEP": that rank fails at that step (tests); empty = none */

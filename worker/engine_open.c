@@ -286,9 +286,9 @@ static qv_status open_caches(qv_engine *engine)
 /* Own the strings of the options. */
 static qv_status keep_strings(qv_engine_options *o)
 {
-    const char **strings[] = {&o->model_dir,  &o->backend,    &o->gemm,  &o->arithmetic,
-                              &o->devices,    &o->break_rank, &o->dump,  &o->load_format,
-                              &o->all_reduce, &o->overlap,    &o->trials};
+    const char **strings[] = {&o->model_dir,  &o->backend,    &o->gemm, &o->arithmetic,
+                              &o->devices,    &o->break_rank, &o->dump, &o->load_format,
+                              &o->all_reduce, &o->overlap};
     bool ok = true;
     for (size_t i = 0; i < sizeof strings / sizeof *strings; i++)
         if (*strings[i] != NULL)
@@ -385,7 +385,6 @@ void qv_engine_close(qv_engine *engine)
     free((char *)engine->options.arithmetic);
     free((char *)engine->options.devices);
     free((char *)engine->options.all_reduce);
-    free((char *)engine->options.trials);
     free((char *)engine->options.break_rank);
     free((char *)engine->options.dump);
     free((char *)engine->options.load_format);

@@ -41,12 +41,7 @@
         QV_OPTION(st, m.deterministic, FLAG, "deterministic", NULL, NULL,                          \
                   "CUDA: a token's bits follow from its sequence and its adapter alone, whatever " \
                   "else is in the batch and however a prompt is cut, as on CPUs. Slower, above "   \
-                  "all for prompts; --trials are left out.",                                       \
-                  .section = "Device"),                                                            \
-        QV_OPTION(st, m.trials, STRING, "trials", "NAMES", NULL,                                   \
-                  "CUDA: kernels to be used that are right by their tests but that no device has " \
-                  "timed: recurrent, experts, attention, gemm, sample, decode, with commas, or "   \
-                  "all.",                                                                          \
+                  "all for prompts.",                                                              \
                   .section = "Device"),                                                            \
         QV_OPTION(st, m.gemm, STRING, "gemm", "NAME", "exact",                                     \
                   "Matrix products of the CPU backend. exact: the same bits whatever else is in "  \

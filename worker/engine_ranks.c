@@ -63,8 +63,7 @@ qv_status qv_engine_ranks_open(const qv_engine_options *o, qv_engine_ranks *out)
                                       .deterministic = o->deterministic,
                                       .gemm = o->gemm,
                                       .arithmetic = o->arithmetic,
-                                      .all_reduce = o->all_reduce,
-                                      .trials = o->trials};
+                                      .all_reduce = o->all_reduce};
         QV_TRY(qv_backend_open(&backend, &out->backends[i]));
         out->ranks.n_ranks = i + 1;
     }

@@ -13,7 +13,6 @@
 
 #include "kernels/kernels.h"
 #include "ops/backend.h"
-#include "ops/trials.h"
 
 #include <cublasLt.h>
 #include <cuda_runtime_api.h>

@@ -19,10 +19,10 @@ typedef struct {
 } duo;
 
 /* Skips the test where there is no device. */
-static inline duo open_duo_with(uint64_t seed, const char *trials)
+static inline duo open_duo(uint64_t seed)
 {
     duo d = {.rng = qv_rng_seed(seed)};
-    qv_backend_options dev = {.name = "cuda", .trials = trials};
+    qv_backend_options dev = {.name = "cuda"};
     qv_backend_options cpu = {.name = "cpu", .n_threads = 0, .arithmetic = "bf16"};
     qv_status status = qv_backend_open(&dev, &d.dev);
     if (status == QV_ERR_NOT_FOUND || status == QV_ERR_DEVICE)
@@ -30,11 +30,6 @@ static inline duo open_duo_with(uint64_t seed, const char *trials)
     cr_assert(status == QV_OK, "%s", qv_error());
     PASS(qv_backend_open(&cpu, &d.cpu));
     return d;
-}
-
-static inline duo open_duo(uint64_t seed)
-{
-    return open_duo_with(seed, NULL);
 }
 
 static inline void close_duo(duo *d)

@@ -29,12 +29,12 @@ typedef struct {
     void *at[2];
 } both_memory;
 
-static inline pair *open_pair_with(bool deterministic, const char *trials)
+static inline pair *open_pair_as(bool deterministic)
 {
     const char *want = getenv("QV_PAIR");
     pair *p = must(calloc(1, sizeof *p));
     qv_backend_options cpu = {.name = "cpu", .arithmetic = "bf16"},
-                       gpu = {.name = "cuda", .deterministic = deterministic, .trials = trials};
+                       gpu = {.name = "cuda", .deterministic = deterministic};
     PASS(qv_backend_open(&cpu, &p->be[CPU]));
     if (want && strcmp(want, "cpu") == 0)
         gpu = (qv_backend_options){
@@ -44,11 +44,6 @@ static inline pair *open_pair_with(bool deterministic, const char *trials)
         cr_skip_test();
     }
     return p;
-}
-
-static inline pair *open_pair_as(bool deterministic)
-{
-    return open_pair_with(deterministic, NULL);
 }
 
 static inline pair *open_pair(void)

@@ -84,10 +84,6 @@ Test(backend, refuses_unknown_options)
               qv_backend_open(&(qv_backend_options){.name = "cpu", .n_threads = -3}, &be));
     FAIL_WITH(QV_ERR_ARG, "all-reduce 'sum'",
               qv_backend_open(&(qv_backend_options){.name = "cpu", .all_reduce = "sum"}, &be));
-    FAIL_WITH(QV_ERR_ARG, "no kernel 'magic' is on trial; there are: experts, ",
-              qv_backend_open(&(qv_backend_options){.name = "cpu", .trials = "experts,magic"}, &be));
-    FAIL_WITH(QV_ERR_ARG, "no kernel '' is on trial",
-              qv_backend_open(&(qv_backend_options){.name = "cpu", .trials = "experts,"}, &be));
     FAIL_WITH(QV_ERR_UNSUPPORTED, "instruction set 'z80'",
               qv_backend_open(&(qv_backend_options){.name = "cpu", .isa = "z80"}, &be));
     be = open_cpu(1);

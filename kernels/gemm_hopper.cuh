@@ -10,8 +10,7 @@
  * tile's tokens where x would be, as two BF16 numbers (16 bits): [128][32] high, [128][32] low.
  * The steps of a tile are those of all segments that have tokens in either block of the cluster, so
  * that both blocks go through the ring in step. What a step gives for the tokens of others is never
- * added, so that an adapter of infinities harms none but its own tokens, and a token's bits are its
- * own whoever shares its tile.
+ * added, so that an adapter of infinities harms none but its own tokens.
  */
 #ifndef QV_KERNELS_GEMM_HOPPER_CUH
 #define QV_KERNELS_GEMM_HOPPER_CUH
@@ -31,6 +30,7 @@ constexpr int GEMM_UNIT = 64;  /* rows of one wgmma */
 constexpr int GEMM_GROUPS = 2; /* warpgroups that multiply; one more fetches */
 constexpr int GEMM_ROWS = GEMM_UNIT * GEMM_GROUPS;
 constexpr int GEMM_THREADS = 128 * (GEMM_GROUPS + 1);
+constexpr int GEMM_ENTRIES = 8;
 constexpr int GEMM_FETCHERS = 96; /* threads that fetch for adapters: all of that but a warp */
 constexpr int GEMM_OUT_BYTES = GEMM_UNIT * 128; /* results on their way: 64 rows of 128 bytes */
 
@@ -54,6 +54,13 @@ struct gemm_step_info {
     int32_t first, end;
 };
 
+/* An adapter in a slice of the columns. */
+struct gemm_entry {
+    int32_t first, end; /* tokens */
+    int32_t slot, col_first, col_end;
+    qv_k_lora_slice slice;
+};
+
 template <class F> struct gemm_shared {
     struct {
         bf16 x[F::X], w[F::W];
@@ -65,6 +72,7 @@ template <class F> struct gemm_shared {
     uint64_t plan_full[2], plan_empty[2];
     int32_t plan[2]; /* steps of adapters, of this tile and the next */
     gemm_step_info info[F::STAGES];
+    gemm_entry entries[GEMM_ENTRIES]; /* of the tile whose adapters are fetched, if they fit */
 };
 
 template <class F> constexpr int GEMM_BYTES = (int)sizeof(gemm_shared<F>) + 1024;
@@ -154,13 +162,6 @@ template <class F>
     }
 }
 
-/* An adapter in a slice of the columns. */
-struct gemm_entry {
-    int32_t first, end; /* tokens */
-    int32_t slot, col_first, col_end;
-    qv_k_lora_slice slice;
-};
-
 /* f(entry) for the pairs that have tokens in [row0, row0 + n_rows) and columns in [col0, col0 +
  * n_cols), in the order of segments and slices. By a whole warp, all lanes alike. */
 template <class Do>
@@ -199,6 +200,20 @@ __device__ __forceinline__ void for_each_entry(const qv_k_stream_lora &lora, int
     }
 }
 
+/* B of an entry on its way to the L2 cache, while x and W are multiplied. */
+template <class F>
+__device__ __forceinline__ void call_b(const qv_k_lora_site &site, const gemm_entry &e, int col0,
+                                       int thread)
+{
+    constexpr int LINES = F::COLUMNS / 64; /* of 128 bytes */
+    const bf16 *b = (const bf16 *)site.b + (int64_t)e.slot * site.max_rank * site.n_out + col0;
+    for (int i = thread; i < e.slice.rank * LINES; i += GEMM_FETCHERS) {
+        int col = i % LINES * 64;
+        if (col0 + col < site.n_out)
+            prefetch(b + (int64_t)(i / LINES) * site.n_out + col);
+    }
+}
+
 /* Ranks [rank0, rank0 + GEMM_RANKS) of B, in tiles of 64 columns side by side; zeros above the rank
  * and outside of the slice. */
 template <class F>
@@ -225,32 +240,89 @@ __device__ __forceinline__ void fetch_b(const qv_k_lora_site &site, const gemm_e
     copies_commit();
 }
 
-/* scale * x1 of the tokens of the tile that the entry has, high and low. */
-template <class F>
-__device__ __forceinline__ void fetch_x1(const qv_k_stream_lora &lora, const gemm_entry &e,
-                                         int rank0, int row0, bf16 *to, int thread)
+/* Numbers of x1 of the tokens of the tile that an entry has, by fours: item `i` is four ranks of a
+ * token. */
+constexpr int GEMM_FOURS = GEMM_RANKS / 4;
+constexpr int GEMM_AHEAD = 6; /* items of a thread that fly together: 16 ranks of 128 tokens */
+
+struct gemm_x1 {
+    float4 item[GEMM_AHEAD];
+};
+
+__device__ __forceinline__ int tokens_here(const gemm_entry &e, int row0)
+{
+    return min(e.end, row0 + GEMM_ROWS) - max(e.first, row0);
+}
+
+__device__ __forceinline__ void load_x1(const qv_k_stream_lora &lora, const gemm_entry &e,
+                                        int rank0, int row0, int first, gemm_x1 &x1)
 {
     const qv_k_lora_site &site = lora.site;
-    constexpr int FOURS = GEMM_RANKS / 4;
-    int first = max(e.first, row0), n = min(e.end, row0 + GEMM_ROWS) - first;
-    const float *x1 = lora.x1 + (int64_t)e.slice.plane * site.max_rank + rank0;
-#pragma unroll 4
-    for (int i = thread; i < n * FOURS; i += GEMM_FETCHERS) {
-        int token = first + i / FOURS, r = i % FOURS * 4;
-        float4 v = make_float4(0, 0, 0, 0);
-        if (rank0 + r < e.slice.rank)
-            v = *(const float4 *)(x1 + (int64_t)token * site.ranges.n * site.max_rank + r);
-        float scale = e.slice.scale;
-        int left = e.slice.rank - rank0 - r;
-        uint32_t high[2], low[2];
-        split_bf16(left > 0 ? scale * v.x : 0, left > 1 ? scale * v.y : 0, high[0], low[0]);
-        split_bf16(left > 2 ? scale * v.z : 0, left > 3 ? scale * v.w : 0, high[1], low[1]);
-        *(uint2 *)(to + tile_at<64>(token - row0, r)) = make_uint2(high[0], high[1]);
-        *(uint2 *)(to + tile_at<64>(token - row0, GEMM_RANKS + r)) = make_uint2(low[0], low[1]);
+    int fours = min(GEMM_RANKS, e.slice.rank - rank0 + 3) / 4; /* that hold anything */
+    const float *from = lora.x1 + (int64_t)e.slice.plane * site.max_rank + rank0;
+    int n = tokens_here(e, row0) * fours, token0 = max(e.first, row0);
+#pragma unroll
+    for (int j = 0; j < GEMM_AHEAD; j++) {
+        int i = first + j * GEMM_FETCHERS;
+        if (i < n)
+            x1.item[j] =
+                *(const float4 *)(from +
+                                  (int64_t)(token0 + i / fours) * site.ranges.n * site.max_rank +
+                                  i % fours * 4);
     }
 }
 
-/* GEMM_FETCHERS threads: how many steps of adapters each tile has, and these. */
+/* scale * x1, high and low, and zeros above the rank. */
+__device__ __forceinline__ void place_x1(const gemm_entry &e, int rank0, int row0, int first,
+                                         const gemm_x1 &x1, bf16 *to)
+{
+    int fours = min(GEMM_RANKS, e.slice.rank - rank0 + 3) / 4;
+    int n = tokens_here(e, row0) * fours, row_0 = max(e.first, row0) - row0;
+    float scale = e.slice.scale;
+#pragma unroll
+    for (int j = 0; j < GEMM_AHEAD; j++) {
+        int i = first + j * GEMM_FETCHERS, row = row_0 + i / fours, r = i % fours * 4;
+        if (i >= n)
+            break;
+        float4 v = x1.item[j];
+        int left = e.slice.rank - rank0 - r;
+        uint32_t high[2], low[2];
+        split_bf16(scale * v.x, left > 1 ? scale * v.y : 0, high[0], low[0]);
+        split_bf16(left > 2 ? scale * v.z : 0, left > 3 ? scale * v.w : 0, high[1], low[1]);
+        *(uint2 *)(to + tile_at<64>(row, r)) = make_uint2(high[0], high[1]);
+        *(uint2 *)(to + tile_at<64>(row, GEMM_RANKS + r)) = make_uint2(low[0], low[1]);
+    }
+}
+
+/* What no four holds. */
+__device__ __forceinline__ void clear_x1(const gemm_entry &e, int rank0, int row0, bf16 *to,
+                                         int thread)
+{
+    int fours = min(GEMM_RANKS, e.slice.rank - rank0 + 3) / 4, empty = GEMM_FOURS - fours;
+    int row_0 = max(e.first, row0) - row0;
+    for (int i = thread; i < tokens_here(e, row0) * empty; i += GEMM_FETCHERS) {
+        int row = row_0 + i / empty, r = (fours + i % empty) * 4;
+        *(uint2 *)(to + tile_at<64>(row, r)) = make_uint2(0, 0);
+        *(uint2 *)(to + tile_at<64>(row, GEMM_RANKS + r)) = make_uint2(0, 0);
+    }
+}
+
+/* `loaded`: the first items have been. */
+__device__ __forceinline__ void fetch_x1(const qv_k_stream_lora &lora, const gemm_entry &e,
+                                         int rank0, int row0, bf16 *to, int thread, bool loaded,
+                                         gemm_x1 &x1)
+{
+    clear_x1(e, rank0, row0, to, thread);
+    int n = tokens_here(e, row0) * GEMM_FOURS; /* or less */
+    for (int i = thread; i < n; i += GEMM_AHEAD * GEMM_FETCHERS, loaded = false) {
+        if (!loaded)
+            load_x1(lora, e, rank0, row0, i, x1);
+        place_x1(e, rank0, row0, i, x1, to);
+    }
+}
+
+/* GEMM_FETCHERS threads: how many steps of adapters each tile has, and these. Which they are and
+ * the first of x1 is looked up while x and W are multiplied. */
 template <class F>
 [[maybe_unused]] __device__ void gemm_fetch_adapters(const gemm_args &c, gemm_shared<F> &m,
                                                      const qv_k_stream_lora &lora, int cluster,
@@ -261,10 +333,26 @@ template <class F>
     wait_for_previous(); /* x1 is there */
     for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
         gemm_tile tile = find_tile<F>(c, number, rank);
-        int all_row0 = tile.row0 - rank * GEMM_ROWS, n_steps = 0;
-        for_each_entry(
-            lora, all_row0, F::CLUSTER * GEMM_ROWS, tile.col0, F::COLUMNS,
-            [&](const gemm_entry &e) { n_steps += (e.slice.rank + GEMM_RANKS - 1) / GEMM_RANKS; });
+        int all_row0 = tile.row0 - rank * GEMM_ROWS, n_steps = 0, n_entries = 0;
+        bool loaded = false;
+        gemm_x1 x1;
+        auto is_here = [&](const gemm_entry &e) {
+            return e.first < tile.row0 + GEMM_ROWS && e.end > tile.row0;
+        };
+        auto each = [&](auto f) {
+            for_each_entry(lora, all_row0, F::CLUSTER * GEMM_ROWS, tile.col0, F::COLUMNS, f);
+        };
+        each([&](const gemm_entry &e) {
+            n_steps += (e.slice.rank + GEMM_RANKS - 1) / GEMM_RANKS;
+            if (thread == 0 && n_entries < GEMM_ENTRIES)
+                m.entries[n_entries] = e;
+            if (n_entries == 0 && is_here(e)) {
+                load_x1(lora, e, 0, tile.row0, thread, x1);
+                loaded = true;
+            }
+            n_entries++;
+            call_b<F>(lora.site, e, tile.col0, thread);
+        });
         if (thread == 0) {
             barrier_wait(&m.x_issued, turn & 1);
             barrier_wait(&m.plan_empty[turn & 1], (turn >> 1 & 1) ^ 1);
@@ -273,25 +361,28 @@ template <class F>
         }
         named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
         r.skip(c.steps);
-        for_each_entry(
-            lora, all_row0, F::CLUSTER * GEMM_ROWS, tile.col0, F::COLUMNS,
-            [&](const gemm_entry &e) {
-                bool here = e.first < tile.row0 + GEMM_ROWS && e.end > tile.row0;
-                for (int rank0 = 0; rank0 < e.slice.rank; rank0 += GEMM_RANKS, r.advance()) {
-                    barrier_wait(&m.empty[r.at], r.phase ^ 1);
-                    if (here) {
-                        fetch_b<F>(lora.site, e, rank0, tile.col0, m.stage[r.at].w, thread);
-                        fetch_x1<F>(lora, e, rank0, tile.row0, m.stage[r.at].x, thread);
-                        copies_wait<0>();
-                        wgmma_publish();
-                    }
-                    named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
-                    if (thread == 0) {
-                        m.info[r.at] = {e.first - tile.row0, e.end - tile.row0};
-                        barrier_arrive(&m.full[r.at]);
-                    }
+        auto fetch = [&](const gemm_entry &e) {
+            for (int rank0 = 0; rank0 < e.slice.rank; rank0 += GEMM_RANKS, r.advance()) {
+                barrier_wait(&m.empty[r.at], r.phase ^ 1);
+                if (is_here(e)) {
+                    fetch_b<F>(lora.site, e, rank0, tile.col0, m.stage[r.at].w, thread);
+                    fetch_x1(lora, e, rank0, tile.row0, m.stage[r.at].x, thread, loaded, x1);
+                    loaded = false;
+                    copies_wait<0>();
+                    wgmma_publish();
                 }
-            });
+                named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
+                if (thread == 0) {
+                    m.info[r.at] = {e.first - tile.row0, e.end - tile.row0};
+                    barrier_arrive(&m.full[r.at]);
+                }
+            }
+        };
+        if (n_entries <= GEMM_ENTRIES)
+            for (int i = 0; i < n_entries; i++)
+                fetch(gemm_entry(m.entries[i]));
+        else
+            each(fetch);
         if (thread == 0)
             barrier_arrive(&m.lora_issued);
     }
@@ -348,8 +439,25 @@ __device__ __forceinline__ int gemm_multiply(gemm_shared<F> &m, gemm_ring<F> &r,
     return last;
 }
 
-/* A step's products for 64 rows, of which [first, end) have its adapter: by 64 columns, apart from
- * the sums over k, so that what others get is left out. */
+/* A step's products for 64 rows that all have its adapter. */
+template <int COLUMNS>
+__device__ __forceinline__ void add_to_all(float (&acc)[COLUMNS / 2], const bf16 *x1, const bf16 *b)
+{
+    uint64_t high = wgmma_tile(x1), low = high + GEMM_RANKS * 2 / 16;
+    uint64_t tile = wgmma_values_tile(b, GEMM_RANKS * 128);
+    wgmma_keep(acc);
+    wgmma_begin();
+    wgmma_b_columns<COLUMNS>(acc, high, tile);
+    wgmma_b_columns<COLUMNS>(acc, low, tile);
+    wgmma_b_columns<COLUMNS>(acc, high + 2, tile + 128);
+    wgmma_b_columns<COLUMNS>(acc, low + 2, tile + 128);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_keep(acc);
+}
+
+/* The same where [first, end) have it: by 64 columns, apart from the sums over k, so that what
+ * others get is left out. */
 template <int COLUMNS>
 __device__ __forceinline__ void add_adapter(float (&acc)[COLUMNS / 2], const bf16 *x1,
                                             const bf16 *b, int first, int end)
@@ -388,7 +496,9 @@ __device__ __forceinline__ void gemm_add_adapters(gemm_shared<F> &m, gemm_ring<F
         barrier_wait(&m.full[r.at], r.phase);
         const gemm_step_info info = {same(m.info[r.at].first), same(m.info[r.at].end)};
         int first = info.first - row, end = info.end - row;
-        if (first < GEMM_UNIT && end > 0)
+        if (first <= 0 && end >= GEMM_UNIT)
+            add_to_all<F::COLUMNS>(acc, m.stage[r.at].x + row * GEMM_STEP, m.stage[r.at].w);
+        else if (first < GEMM_UNIT && end > 0)
             add_adapter<F::COLUMNS>(acc, m.stage[r.at].x + row * GEMM_STEP, m.stage[r.at].w, first,
                                     end);
         named_barrier<128>(1 + group); /* all warps have read it, the step's description too */

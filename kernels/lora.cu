@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(SHRINK_THREADS, ALIGNED ? 2 : 1)
     }
 }
 
-/* Grid (blocks of ranks, places of 64 tokens). */
-__global__ void __launch_bounds__(MANY_LORA_THREADS, 2)
+/* Grid (blocks of ranks, places of 32 tokens). */
+__global__ void __launch_bounds__(MANY_LORA_THREADS, 4)
     shrink_many_kernel(qv_k_segments s, qv_k_lora_site site, const bf16 *x, int64_t x_stride,
                        float *scratch)
 {

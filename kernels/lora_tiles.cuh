@@ -124,9 +124,9 @@ __device__ __forceinline__ int plane_rank(const qv_k_lora_slice *slices, int n, 
 
 /* --- Shrink, many rows --------------------------------------------------------------------- */
 
-/* 64 rows of x by 64 ranks, which may belong to several planes, so that x is read once where ranks
- * are small. Four stages of 64 along k; 8 warps as 4 x 2. n_in is a multiple of 8. */
-constexpr int MANY_X = 64;
+/* 32 rows of x by 64 ranks, which may belong to several planes, so that x is read once where ranks
+ * are small. Four stages of 64 along k; 8 warps as 2 x 4. n_in is a multiple of 8. */
+constexpr int MANY_X = 32;
 constexpr int MANY_RANKS = 64;
 constexpr int MANY_STEP = 64;
 constexpr int MANY_DEPTH = 4;
@@ -171,18 +171,19 @@ __device__ __forceinline__ void load_many_step(many_shared &m, int stage, int n,
 {
     int col = threadIdx.x % 8 * 8;
     bool inside = k + col < n_in;
+    int row = threadIdx.x / 8;
+    const bf16 *x = row < n ? m.x_row[row] : nullptr;
+    copy16(m.x[stage] + tile_at<MANY_STEP>(row, col), x && inside ? x + k + col : m.x_row[0],
+           x && inside);
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        int row = threadIdx.x / 8 + 32 * i;
-        const bf16 *x = row < n ? m.x_row[row] : nullptr, *a = m.a_row[row];
-        copy16(m.x[stage] + tile_at<MANY_STEP>(row, col), x && inside ? x + k + col : m.x_row[0],
-               x && inside);
+    for (int i = 0; i < MANY_RANKS / MANY_X; i++, row += MANY_X) {
+        const bf16 *a = m.a_row[row];
         copy16(m.a[stage] + tile_at<MANY_STEP>(row, col), a && inside ? a + k + col : m.x_row[0],
                a && inside);
     }
 }
 
-/* x1 of n <= 64 rows, whose addresses stand in m, for the ranks chosen. All threads of the block.
+/* x1 of n <= 32 rows, whose addresses stand in m, for the ranks chosen. All threads of the block.
  */
 __device__ __forceinline__ void shrink_many(many_shared &m, int64_t n_in, int n)
 {
@@ -195,8 +196,8 @@ __device__ __forceinline__ void shrink_many(many_shared &m, int64_t n_in, int n)
             load_many_step(m, i, n, i * MANY_STEP, n_in);
         copies_commit();
     }
-    int row = (warp & 3) * 16, column = (warp >> 2) * 32;
-    float acc[4][4] = {};
+    int row = (warp & 1) * 16, column = (warp >> 1) * 16;
+    float acc[2][4] = {};
     for (int step = 0; step < steps; step++) {
         copies_wait<MANY_DEPTH - 2>();
         __syncthreads();
@@ -208,17 +209,14 @@ __device__ __forceinline__ void shrink_many(many_shared &m, int64_t n_in, int n)
         for (int k = 0; k < MANY_STEP; k += 16) {
             uint32_t x[4], a[4];
             load_a<MANY_STEP>(x, m.x[step % MANY_DEPTH], row, k);
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                load_b<MANY_STEP>(a, m.a[step % MANY_DEPTH], column + j * 16, k);
-                mma(acc[2 * j], x, a[0], a[1]);
-                mma(acc[2 * j + 1], x, a[2], a[3]);
-            }
+            load_b<MANY_STEP>(a, m.a[step % MANY_DEPTH], column, k);
+            mma(acc[0], x, a[0], a[1]);
+            mma(acc[1], x, a[2], a[3]);
         }
     }
     copies_wait<0>();
 #pragma unroll
-    for (int j = 0; j < 4; j++)
+    for (int j = 0; j < 2; j++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int r = row + (lane >> 2) + (i >> 1) * 8, c = column + j * 8 + (lane & 3) * 2 + (i & 1);

@@ -39,6 +39,22 @@ __device__ __forceinline__ void wgmma_64_trans(float (&d)[32], uint64_t a, uint6
                  : QV_CELLS_64 : "l"(a), "l"(b));
 }
 
+/* wgmma<N> with b in tiles stored [k][64], side by side (wgmma_values_tile). */
+template <int N> __device__ void wgmma_b_columns(float (&d)[N / 2], uint64_t a, uint64_t b);
+
+#define QV_WGMMA_B_COLUMNS(N, A, B)                                                                \
+    template <> __device__ __forceinline__ void                                                    \
+    wgmma_b_columns<N>(float (&d)[N / 2], uint64_t a, uint64_t b)                                  \
+    {                                                                                              \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" QV_NAMES_##N     \
+                     "}, %" #A ", %" #B ", 1, 1, 1, 0, 1;\n"                                       \
+                     : QV_CELLS_##N : "l"(a), "l"(b));                                             \
+    }
+QV_WGMMA_B_COLUMNS(128, 64, 65)
+QV_WGMMA_B_COLUMNS(192, 96, 97)
+QV_WGMMA_B_COLUMNS(256, 128, 129)
+#undef QV_WGMMA_B_COLUMNS
+
 /* d [64 x 64] = a [64 x 16] b [16 x 64], with KEEP plus d, b in such a tile. */
 template <int KEEP> __device__ __forceinline__ void
 wgmma_b_trans(float (&d)[32], uint64_t a, uint64_t b)

@@ -56,7 +56,7 @@ __device__ __forceinline__ void begin_shrink()
 
 /* Grid (planes x groups of ranks, places). */
 template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, ALIGNED ? 2 : 1)
+__global__ void __launch_bounds__(SHRINK_THREADS, 1)
     shrink_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site, const bf16 *x,
                   int64_t x_stride, float *scratch)
 {
@@ -128,7 +128,7 @@ __device__ __forceinline__ bool find_item(const loop_shared &m, const qv_k_segme
 
 /* Grid (blocks). */
 template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, ALIGNED ? 2 : 1)
+__global__ void __launch_bounds__(SHRINK_THREADS, 1)
     shrink_loop_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site, const bf16 *x,
                        int64_t x_stride, float *scratch, int n_places, int n_items, bool late)
 {

@@ -75,7 +75,11 @@ __device__ __forceinline__ void shrink_tiles(shrink_shared &m, const bf16 *a, in
     split_range(n_in, warp, SHRINK_SPLITS, begin, end);
     for (int tile = 0; tile < n_ranks; tile += 16) {
         float acc[NT][4] = {};
-        skinny_product<NT, ALIGNED>(a + tile * n_in, n_in, n_ranks - tile, m.x, n, begin, end, acc);
+        skinny_product<NT, ALIGNED,
+                       !ALIGNED  ? 2
+                       : NT == 1 ? 8
+                                 : 5>(a + tile * n_in, n_in, n_ranks - tile, m.x, n, begin, end,
+                                      acc);
 #pragma unroll
         for (int i = 0; i < NT; i++)
 #pragma unroll

@@ -82,6 +82,31 @@ bool qv_k_joined_linear_can(const qv_k_linear_part *parts, int n_parts, bool str
 qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms,
                              void *on);
 
+/* What qv_k_stream_linear does, for more tokens, up to so many: y = W x, with `lora` + scale B x1,
+ * on devices of 9.0 with wgmma. Conditions as above. With `lora` the kernel launched right ahead
+ * must be qv_k_lora_shrink_few: x is read without waiting for it. The sums of an output are taken
+ * in an order that depends on the number of tokens and on whether there are adapters. */
+#define QV_K_DECODE_TOKENS 64
+
+/* The forms that the kernel exists in: room for so many tokens, rows of W of a block, stages of its
+ * ring. */
+typedef struct {
+    int tokens, rows, stages;
+} qv_k_decode_form;
+
+/* What tests and benchmarks vary: a form, counted from 1, and blocks that share k, at most 8. 0:
+ * the kernel chooses. */
+typedef struct {
+    int form, shares;
+} qv_k_decode_tuning;
+
+const qv_k_decode_form *qv_k_decode_forms(int *n);
+
+/* Errors: LIMIT (form, tokens), DEVICE. */
+bool qv_k_decode_linear_can(const qv_k_linear_args *args, const qv_k_stream_lora *lora);
+qv_status qv_k_decode_linear(const qv_k_linear_args *args, const qv_k_stream_lora *lora,
+                             qv_k_decode_tuning tuning, int n_sms, void *stream);
+
 /* Any shape, alignment and dtype, slowly. */
 qv_status qv_k_any_linear(const qv_k_linear_args *args, void *stream);
 

@@ -1,5 +1,6 @@
-/* What products of few tokens share: what a warp takes of W straight from memory (linear.cu,
- * joined_linear.cu), and sums four rows at a time (joined_linear.cu, stream_linear.cu).
+/* What the products of decode share: what a warp takes of W straight from memory (linear.cu,
+ * joined_linear.cu), adapters as units of 16 ranks that follow W in its ring (stream_linear.cu,
+ * decode_linear.cu), and results four rows at a time.
  */
 #ifndef QV_KERNELS_LINEAR_PARTS_CUH
 #define QV_KERNELS_LINEAR_PARTS_CUH
@@ -43,6 +44,47 @@ __device__ __forceinline__ void multiply_piece(const piece &w, int j, const bf16
     mma(acc, second, b.z, b.w);
 }
 
+/* --- Units of adapters -------------------------------------------------------------------- */
+
+constexpr int RANKS = 16; /* of a unit */
+constexpr int UNITS = 2;  /* of a stage */
+
+/* A unit: 16 ranks of an entry, which is one adapter in one slice. */
+struct cursor {
+    int index, rank;
+};
+
+template <class SHARED> __device__ __forceinline__ void advance(const SHARED &m, cursor &at)
+{
+    at.rank += RANKS;
+    if (at.rank >= m.entries[at.index].rank) {
+        at.rank = 0;
+        at.index++;
+    }
+}
+
+/* x1 of a unit: rows of 16 float32, pieces of 16 bytes permuted. */
+__device__ __forceinline__ int x1_at(int token, int r)
+{
+    return token * RANKS + (((r >> 2) ^ (token >> 1 & 3)) << 2) + (r & 3);
+}
+
+/* The most slices that `rows` rows from a multiple of so many on touch. */
+inline int most_slices(const qv_k_slices &s, int rows)
+{
+    int most = 0;
+    for (int i = 0; i < s.n; i++) {
+        int64_t row0 = s.start[i] / rows * rows;
+        int first = i, last = i;
+        while (first > 0 && s.start[first] > row0)
+            first--;
+        while (last + 1 < s.n && s.start[last + 1] < row0 + rows)
+            last++;
+        most = last - first + 1 > most ? last - first + 1 : most;
+    }
+    return most;
+}
+
 /* --- Results ------------------------------------------------------------------------------ */
 
 __device__ __forceinline__ void add4(float4 &a, const float4 &b)
@@ -51,6 +93,30 @@ __device__ __forceinline__ void add4(float4 &a, const float4 &b)
     a.y += b.y;
     a.z += b.z;
     a.w += b.w;
+}
+
+/* Rows from `row` on of a token, those that there are. */
+__device__ __forceinline__ void store4(const qv_k_linear_args &c, int64_t token, int64_t row,
+                                       const float4 &v)
+{
+    int64_t at = token * c.y_stride + row;
+    const float f[4] = {v.x, v.y, v.z, v.w};
+    bool whole = row + 4 <= c.n_out;
+    if (c.y_f32) {
+        float *y = (float *)c.y + at;
+        if (whole && (uintptr_t)y % 16 == 0)
+            *(float4 *)y = v;
+        else
+            for (int i = 0; i < 4 && row + i < c.n_out; i++)
+                y[i] = f[i];
+        return;
+    }
+    bf16 *y = (bf16 *)c.y + at;
+    if (whole && (uintptr_t)y % 8 == 0)
+        *(uint2 *)y = make_uint2(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]));
+    else
+        for (int i = 0; i < 4 && row + i < c.n_out; i++)
+            y[i] = __float2bfloat16(f[i]);
 }
 
 } // namespace

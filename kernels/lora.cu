@@ -83,10 +83,10 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
 }
 
 /* The same for a decode step of many adapters, by blocks that stay: one to a multiprocessor, so
- * that all of them run at once and what comes next may start with them or, `late`, as soon as all
- * before shrink is complete. An item is a block of the kernel above. Items of the lowest ranks come
- * first and go round over the blocks, since those above an adapter's rank are nothing to do; a
- * block looks at all its items together. */
+ * that all of them run at once and what comes next starts as soon as all before shrink is complete.
+ * An item is a block of the kernel above. Items of the lowest ranks come first and go round over
+ * the blocks, since those above an adapter's rank are nothing to do; a block looks at all its items
+ * together. */
 constexpr int LOOP_SEGMENTS = 1024;
 
 struct shrink_item {
@@ -130,10 +130,8 @@ __device__ __forceinline__ bool find_item(const loop_shared &m, const qv_k_segme
 template <bool ALIGNED>
 __global__ void __launch_bounds__(SHRINK_THREADS, 1)
     shrink_loop_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site, const bf16 *x,
-                       int64_t x_stride, float *scratch, int n_places, int n_items, bool late)
+                       int64_t x_stride, float *scratch, int n_places, int n_items)
 {
-    if (!late)
-        let_next_start();
     extern __shared__ __align__(128) char loop_memory[];
     loop_shared &m = *(loop_shared *)loop_memory;
     for (int i = threadIdx.x; i <= s.n_segs; i += SHRINK_THREADS) {
@@ -164,10 +162,8 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
                  j += SHRINK_THREADS * 64)
                 prefetch(rows_of(of) + j);
         }
-        if (!begun && late)
+        if (!begun)
             begin_shrink();
-        else if (!begun)
-            wait_for_previous();
         begun = true;
         for (int i = 0; i < n; i++) {
             const shrink_item of = m.items[i];
@@ -326,8 +322,7 @@ qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *
 }
 
 qv_status qv_k_lora_shrink_few(const qv_k_segments *segments, const qv_k_lora_site *site,
-                               const void *x, int64_t x_stride, float *x1, bool late, int n_sms,
-                               void *stream)
+                               const void *x, int64_t x_stride, float *x1, int n_sms, void *stream)
 {
     const qv_k_segments &s = *segments;
     int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;
@@ -343,7 +338,7 @@ qv_status qv_k_lora_shrink_few(const qv_k_segments *segments, const qv_k_lora_si
     unsigned blocks = (unsigned)(n_items < n_sms ? n_items : n_sms);
     launch_behind(aligned ? shrink_loop_kernel<true> : shrink_loop_kernel<false>, dim3(blocks),
                   SHRINK_THREADS, sizeof(loop_shared), (cudaStream_t)stream, s, *site,
-                  (const bf16 *)x, x_stride, x1, n_places, (int)n_items, late);
+                  (const bf16 *)x, x_stride, x1, n_places, (int)n_items);
     return qv_k_check_launch("lora_shrink");
 }
 

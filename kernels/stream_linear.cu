@@ -20,10 +20,8 @@ namespace
 {
 
 constexpr int THREADS = 256;
-constexpr int ROWS = 64;  /* of W, of a block */
-constexpr int STEP = 64;  /* of k, of a stage */
-constexpr int RANKS = 16; /* of a unit; a stage has two */
-constexpr int UNITS = 2;
+constexpr int ROWS = 64; /* of W, of a block */
+constexpr int STEP = 64; /* of k, of a stage */
 constexpr int MAX_TOKENS = QV_K_STREAM_TOKENS;
 constexpr int MAX_ENTRIES = MAX_TOKENS * QV_K_STREAM_SLICES;
 constexpr uint8_t NOBODY = 255;
@@ -163,21 +161,6 @@ __device__ void find_entries(stream_shared<NT, STAGES> &m, const qv_k_segments &
     __syncthreads();
 }
 
-/* A unit: 16 ranks of an entry. */
-struct cursor {
-    int index, rank;
-};
-
-template <int NT, int STAGES>
-__device__ __forceinline__ void advance(const stream_shared<NT, STAGES> &m, cursor &at)
-{
-    at.rank += RANKS;
-    if (at.rank >= m.entries[at.index].rank) {
-        at.rank = 0;
-        at.index++;
-    }
-}
-
 /* B of a unit, columns outside of the slice and ranks above the adapter's as zeros. */
 template <int NT, int STAGES>
 __device__ __forceinline__ void load_b_unit(bf16 *to, const qv_k_lora_site &site, const place &p,
@@ -196,12 +179,6 @@ __device__ __forceinline__ void load_b_unit(bf16 *to, const qv_k_lora_site &site
         for (int j = 0; j < 8; j++)
             to[j] = at + j >= start && at + j < end ? b[at + j] : __float2bfloat16(0.0f);
     }
-}
-
-/* x1 of a unit: rows of 16 float32, pieces of 16 bytes permuted. */
-__device__ __forceinline__ int x1_at(int token, int r)
-{
-    return token * RANKS + (((r >> 2) ^ (token >> 1 & 3)) << 2) + (r & 3);
 }
 
 __device__ __forceinline__ void load_x1_unit(float *to, const qv_k_lora_site &site, const float *x1,
@@ -297,30 +274,6 @@ __device__ __forceinline__ void put(float (*to)[PITCH], int row, int tile, const
 #pragma unroll
     for (int j = 0; j < 4; j++)
         to[tile * 8 + 2 * t + (j & 1)][row + g + 8 * (j >> 1)] = acc[j];
-}
-
-/* Rows from `row` on of a token, those that there are. */
-__device__ __forceinline__ void store4(const qv_k_linear_args &c, int64_t token, int64_t row,
-                                       const float4 &v)
-{
-    int64_t at = token * c.y_stride + row;
-    const float f[4] = {v.x, v.y, v.z, v.w};
-    bool whole = row + 4 <= c.n_out;
-    if (c.y_f32) {
-        float *y = (float *)c.y + at;
-        if (whole && (uintptr_t)y % 16 == 0)
-            *(float4 *)y = v;
-        else
-            for (int i = 0; i < 4 && row + i < c.n_out; i++)
-                y[i] = f[i];
-        return;
-    }
-    bf16 *y = (bf16 *)c.y + at;
-    if (whole && (uintptr_t)y % 8 == 0)
-        *(uint2 *)y = make_uint2(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]));
-    else
-        for (int i = 0; i < 4 && row + i < c.n_out; i++)
-            y[i] = __float2bfloat16(f[i]);
 }
 
 /* Both halves of a block, then the blocks of the cluster in their order, then the adapters. A block
@@ -508,22 +461,6 @@ cudaError_t choose(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int 
                               : launch<8, 4, LORA>(c, lora, n_sms, stream);
 }
 
-/* The most slices that 64 rows from a multiple of 64 on touch. */
-int most_slices(const qv_k_slices &s)
-{
-    int most = 0;
-    for (int i = 0; i < s.n; i++) {
-        int64_t row0 = s.start[i] / ROWS * ROWS;
-        int first = i, last = i;
-        while (first > 0 && s.start[first] > row0)
-            first--;
-        while (last + 1 < s.n && s.start[last + 1] < row0 + ROWS)
-            last++;
-        most = last - first + 1 > most ? last - first + 1 : most;
-    }
-    return most;
-}
-
 } // namespace
 
 bool qv_k_stream_linear_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
@@ -534,7 +471,7 @@ bool qv_k_stream_linear_can(const qv_k_linear_args *c, const qv_k_stream_lora *l
         return can;
     const qv_k_lora_site *s = &lora->site;
     return c->n_out % 8 == 0 && (uintptr_t)s->b % 16 == 0 && s->max_rank % 4 == 0 &&
-           (uintptr_t)lora->x1 % 16 == 0 && most_slices(s->ranges) <= QV_K_STREAM_SLICES;
+           (uintptr_t)lora->x1 % 16 == 0 && most_slices(s->ranges, ROWS) <= QV_K_STREAM_SLICES;
 }
 
 int qv_k_stream_linear_shares(const qv_k_linear_args *c, int n_sms)

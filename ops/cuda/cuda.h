@@ -76,6 +76,9 @@ typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
+    /* Of tests and benchmarks, { 0 } in use. A form: wherever qv_k_decode_linear can do a product
+     * of so many tokens; -1: nowhere. */
+    qv_k_decode_tuning decode_tuning;
     qv_cuda_sums sums;
     cudaStream_t stream;
     qv_cuda_lane lanes[QV_CUDA_LANES];
@@ -216,6 +219,9 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
  * depend on how many there are. */
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
+/* Whether qv_k_decode_linear is to do a product, with or without adapters. */
+bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
+                     const qv_k_stream_lora *lora);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                            const qv_linear_part *parts);

@@ -187,6 +187,39 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
            qv_k_gemm_can(args, lora);
 }
 
+/* Products of decode that our kernel does faster than cuBLASLt, on an H100.
+ *
+ * Without adapters, or with adapters added behind: up to 32 tokens (bench_model, 4B at 16 / 32 / 64
+ * sequences: 5.046 to 4.903, 6.205 to 6.061, 8.152 to 8.274 ms), and not the widest (18432 x 2560,
+ * 16 tokens: 36.5 to 40.7 us; 12352 x 2560 25.1 to 24.6), whose tiles of 128 rows are more than
+ * multiprocessors.
+ *
+ * With adapters: all tokens that it has room for, if adapters are small and few: a unit of 16 ranks
+ * of one adapter costs each block more than a tile of expand does. 8 adapters of rank 16 in the
+ * 4B: 6.201 to 5.755, 7.586 to 6.928, 9.616 to 9.181 ms; 8 of rank 64 at 16 and 64 sequences 6.746
+ * to 7.366, 10.137 to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A recorded step counts as many
+ * segments as its sequences or the adapter slots and one for the base, what is less. */
+#define DECODE_BASE_TOKENS 32
+#define DECODE_BASE_ROWS   16384
+#define DECODE_RANK        32
+#define DECODE_SEGMENTS    16
+
+static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
+{
+    if (lora == NULL)
+        return c->n_tokens <= DECODE_BASE_TOKENS && c->n_out <= DECODE_BASE_ROWS;
+    return lora->site.max_rank <= DECODE_RANK && lora->segments.n_segs <= DECODE_SEGMENTS;
+}
+
+bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
+                     const qv_k_stream_lora *lora)
+{
+    int form = cuda->decode_tuning.form;
+    return cuda->major == 9 && !cuda->deterministic && args->n_tokens > SKINNY_TOKENS &&
+           (form == 0 ? is_faster_by_decode(args, lora) : form > 0) &&
+           qv_k_decode_linear_can(args, lora);
+}
+
 /* Any number of tokens through the kernel for few, 64 at a time: each the same bits always. */
 static qv_status run_by_64(qv_cuda_backend *cuda, const qv_k_linear_args *c)
 {
@@ -217,6 +250,8 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
         return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
     if (cuda->deterministic)
         return run_by_64(cuda, &c);
+    if (qv_cuda_decodes(cuda, &c, NULL))
+        return qv_k_decode_linear(&c, NULL, cuda->decode_tuning, cuda->n_sms, cuda->stream);
     bool skinny = qv_k_skinny_linear_can(&c);
     if (skinny && c.n_tokens <= SKINNY_TOKENS)
         return qv_k_skinny_linear(&c, cuda->stream);

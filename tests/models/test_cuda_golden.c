@@ -214,13 +214,15 @@ Test(cuda_golden, greedy_answers_agree_where_the_reference_is_sure)
     }
 }
 
-/* One decode step of several sequences, base and adapters mixed: recorded, padded and sorted. */
-Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
+enum { N = 13 };
+
+/* One decode step of up to `most` sequences, at most N, base and adapters mixed: recorded, padded
+ * and sorted. */
+static void check_mixed(int most)
 {
     fx_golden g;
     EACH_MODEL(g)
     {
-        enum { N = 7 };
         float *alone[N];
         fx_seq seqs[N];
         int32_t pages[N][64];
@@ -235,7 +237,7 @@ Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
                                .adapter = i % 3 - 1 < g.n_adapters ? i % 3 - 1 : -1,
                                .logits = 1};
         }
-        int n = N < g.n ? N : g.n;
+        int n = most < g.n ? most : g.n;
         for (int pass = 0; pass < 2; pass++) {
             for (int i = 0; i < n; i++) {
                 seqs[i].start = 0;
@@ -266,6 +268,16 @@ Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
             free(alone[i]);
         fx_golden_close(&g);
     }
+}
+
+Test(cuda_golden, mixed_decode_steps_agree_with_single_ones)
+{
+    check_mixed(7);
+}
+
+Test(cuda_golden, mixed_decode_steps_of_more_than_few_agree_with_single_ones)
+{
+    check_mixed(N);
 }
 
 /* --- Few tokens ---------------------------------------------------------------------------- */

@@ -102,6 +102,80 @@ Test(cuda_linear, agrees_with_the_cpu_on_later_devices_which_run_the_code_of_ear
     check_few_tokens("10.0");
 }
 
+/* --- The kernel for decode ----------------------------------------------------------------- */
+
+#ifdef QV_WITH_CUDA
+/* Rows that end in a tile, with steps of k that the blocks of a cluster cannot share evenly. */
+static void check_forms(duo *d, qv_weight *const w[2], const qv_linear_shape *s, int64_t n)
+{
+    int n_forms;
+    const qv_k_decode_form *forms = qv_k_decode_forms(&n_forms);
+    twin xw = wide_twin(d, n, s->n_in, 8, 1), x = cols_of(xw, 8, s->n_in);
+    twin yw = wide_twin(d, n, s->n_out, 3, 0), y = cols_of(yw, 3, s->n_out);
+    PASS(qv_op_linear(d->cpu, w[0], x.cpu, y.cpu));
+    for (int form = 1; form <= n_forms; form++)
+        for (int shares = 1; shares <= 8; shares += shares < 3 ? 1 : 5) {
+            char what[128];
+            snprintf(what, sizeof what, "%s, %lld tokens, %d rows, %d stages, %d shares", s->name,
+                     (long long)n, forms[form - 1].rows, forms[form - 1].stages, shares);
+            if (forms[form - 1].tokens < n)
+                break;
+            qv_cuda(d->dev)->decode_tuning = (qv_k_decode_tuning){form, shares};
+            PASS(qv_backend_zero(d->dev, yw.dev.data, (size_t)yw.n * sizeof(uint16_t)));
+            PASS(qv_op_linear(d->dev, w[1], x.dev, y.dev));
+            check_twin(d, what, &yw, CLOSE_RELATIVE, CLOSE_ULPS, CLOSE_NOISE);
+        }
+    free_twin(d, &xw);
+    free_twin(d, &yw);
+}
+
+Test(cuda_linear, every_form_for_decode_agrees_with_the_cpu, .timeout = 600)
+{
+    static const qv_linear_shape shapes[] = {{"rows end in a tile", 200, 1112}, {"few", 24, 200}};
+    static const int64_t counts[] = {9, 31, 50, 64};
+    duo d = open_duo(4);
+    for (size_t i = 0; i < QV_ROWS(shapes); i++) {
+        const qv_linear_shape *s = &shapes[i];
+        float *values = random_floats(&d.rng, s->n_out * s->n_in, 1);
+        round_to_bf16(values, s->n_out * s->n_in);
+        qv_weight *const w[2] = {new_weight(&d, d.cpu, values, s, QV_BF16),
+                                 new_weight(&d, d.dev, values, s, QV_BF16)};
+        for (size_t j = 0; j < QV_ROWS(counts); j++)
+            check_forms(&d, w, s, counts[j]);
+        qv_weight_free(d.cpu, w[0]);
+        qv_weight_free(d.dev, w[1]);
+        free(values);
+    }
+    close_duo(&d);
+}
+
+/* Whether a product is decode's on 9.0, of so many rows and tokens. */
+Test(cuda_linear, nine_to_32_tokens_are_decodes_where_rows_are_not_too_many)
+{
+    duo d = open_duo(5);
+    qv_cuda_backend *cuda = qv_cuda(d.dev);
+    qv_weight *w;
+    PASS(qv_weight_new(d.dev, 64, 64, QV_BF16, &w));
+    for (int64_t n = 8; n <= 65; n++)
+        for (int wide = 0; wide < 2; wide++) {
+            twin x = NEW_TWIN(&d, QV_BF16, n, 64), y = NEW_TWIN(&d, QV_BF16, n, 64);
+            qv_k_linear_args c = qv_cuda_linear_args(w, x.dev, (qv_tensor){0}, y.dev);
+            c.n_out = wide ? 18432 : 12352;
+            for (int form = -1; form < 2; form++) {
+                bool in_use = n <= 32 && !wide, there = n > 8 && n <= 64 && cuda->major == 9;
+                cuda->decode_tuning.form = form;
+                cr_expect_eq(
+                    qv_cuda_decodes(cuda, &c, NULL), there && (form > 0 || (form == 0 && in_use)),
+                    "%lld tokens, %lld rows, form %d", (long long)n, (long long)c.n_out, form);
+            }
+            free_twin(&d, &x);
+            free_twin(&d, &y);
+        }
+    qv_weight_free(d.dev, w);
+    close_duo(&d);
+}
+#endif
+
 Test(cuda_linear, gives_a_token_the_same_bits_whatever_is_beside_it_while_few)
 {
     duo d = open_duo(2);

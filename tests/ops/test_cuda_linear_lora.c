@@ -3,6 +3,20 @@
  */
 #include "tests/ops/linear_lora_test.h"
 
+#ifdef QV_WITH_CUDA
+#include "ops/cuda/cuda.h"
+#endif
+
+/* Products of up to 64 tokens by a form for decode; 0: as they are chosen, -1: by none. */
+static void use_decode(pair *p, int form, int shares)
+{
+    (void)p, (void)form, (void)shares;
+#ifdef QV_WITH_CUDA
+    if (strcmp(qv_backend_name(p->be[GPU]), "cuda") == 0)
+        qv_cuda(p->be[GPU])->decode_tuning = (qv_k_decode_tuning){form, shares};
+#endif
+}
+
 /* Beyond the shared table: blocks of a cluster that share k, slices that end within a block's rows,
  * k that ends within a step. */
 static const qv_lora_shape more_shapes[] = {
@@ -111,6 +125,100 @@ Test(cuda_linear_lora, agrees_with_the_cpu_when_deterministic, .timeout = 600)
     check_all(true);
 }
 
+/* --- The kernel for decode ----------------------------------------------------------------- */
+
+#ifdef QV_WITH_CUDA
+static void require_hopper(const pair *p)
+{
+    if (strcmp(qv_backend_name(p->be[GPU]), "cuda") != 0 || qv_cuda(p->be[GPU])->major != 9)
+        cr_skip_test("no device of 9.0");
+}
+
+Test(cuda_linear_lora, every_form_for_decode_agrees_with_the_cpu, .timeout = 600)
+{
+    static const qv_lora_shape shape = {"qkv", 456, 3, {136, 64, 56}};
+    static const int32_t counts[] = {9, 32, 41, 64};
+    static const int shares[] = {1, 3};
+    int n_forms;
+    const qv_k_decode_form *forms = qv_k_decode_forms(&n_forms);
+    for (size_t i = 0; i < QV_ROWS(pools); i++) {
+        pair *p = open_pair();
+        rig *r = new_rig(p, &shape, pools[i].max_rank, pools[i].ranks);
+        for (int form = 1; form <= n_forms; form++)
+            for (size_t j = 0; j < QV_ROWS(counts); j++)
+                for (size_t k = 0; k < QV_ROWS(shares) && counts[j] <= forms[form - 1].tokens;
+                     k++) {
+                    use_decode(p, form, shares[k]);
+                    check_count(p, r, counts[j], k == 0 ? 60 : 7, k == 1);
+                }
+        free_rig(p, r);
+        close_pair(p);
+    }
+}
+
+/* That the forms above were that kernel's: no other refuses one. */
+Test(cuda_linear_lora, a_form_that_decode_does_not_have_is_refused)
+{
+    enum { T = 9 };
+    static const int32_t start[] = {0, T}, slot[] = {0};
+    int n_forms;
+    qv_k_decode_forms(&n_forms);
+    pair *p = open_pair();
+    require_hopper(p);
+    rig *r = new_rig(p, &more_shapes[1], 16, (int32_t[]){16, 5, 7});
+    both_memory starts = upload_both(p, start, sizeof start),
+                slots = upload_both(p, slot, sizeof slot);
+    both y = nan_act(p, T, r->n_out);
+    qv_tensor scratch =
+        qv_tensor_3d(r->scratch.t[GPU].data, QV_F32, T, r->shape->n_slices, r->max_rank);
+    use_decode(p, n_forms + 1, 0);
+    FAIL_WITH(QV_ERR_LIMIT, "decode_linear: form",
+              qv_op_linear_lora(p->be[GPU], r->w[GPU], &r->site[GPU], 1, starts.at[GPU],
+                                slots.at[GPU], qv_tensor_rows(r->x.t[GPU], 0, T), scratch, y.t[GPU],
+                                false));
+    use_decode(p, -1, 0);
+    run(p, GPU, r, 0, T, 1, &starts, &slots, y.t[GPU], false);
+    free_rig(p, r);
+    close_pair(p);
+}
+
+/* Whether a product with adapters is decode's on 9.0, of so many tokens, segments and ranks. */
+Test(cuda_linear_lora, nine_to_64_tokens_are_decodes_where_adapters_are_small_and_few)
+{
+    static const struct {
+        int32_t n_tokens, n_segs, max_rank;
+        bool decodes;
+    } cases[] = {
+        {8, 8, 16, false},   {9, 9, 16, true},   {16, 9, 16, true},  {64, 9, 16, true},
+        {64, 9, 32, true},   {65, 9, 16, false}, {64, 16, 16, true}, {64, 17, 16, false},
+        {64, 64, 16, false}, {16, 9, 64, false},
+    };
+    pair *p = open_pair();
+    require_hopper(p);
+    rig *r = new_rig(p, &more_shapes[1], 16, (int32_t[]){16, 5, 7});
+    qv_k_stream_lora lora = {
+        .segments = {.n_segs = 1},
+        .site = {.b = r->site[GPU].b.data, .n_in = r->shape->n_in, .n_out = r->n_out},
+        .x1 = r->scratch.t[GPU].data};
+    lora.site.ranges.n = r->shape->n_slices;
+    for (int32_t i = 0; i <= r->shape->n_slices; i++)
+        lora.site.ranges.start[i] = (int32_t)r->slice_start[i];
+    both y = nan_act(p, 65, r->n_out);
+    for (size_t i = 0; i < QV_ROWS(cases); i++) {
+        int32_t n = cases[i].n_tokens;
+        qv_k_linear_args c = qv_cuda_linear_args(r->w[GPU], qv_tensor_rows(r->x.t[GPU], 0, n),
+                                                 (qv_tensor){0}, qv_tensor_rows(y.t[GPU], 0, n));
+        lora.segments.n_tokens = n;
+        lora.segments.n_segs = cases[i].n_segs;
+        lora.site.max_rank = cases[i].max_rank;
+        cr_expect_eq(qv_cuda_decodes(qv_cuda(p->be[GPU]), &c, &lora), cases[i].decodes,
+                     "%d tokens, %d segments, rank %d", n, cases[i].n_segs, cases[i].max_rank);
+    }
+    free_rig(p, r);
+    close_pair(p);
+}
+#endif
+
 /* --- The same bits ------------------------------------------------------------------------ */
 
 /* Some tokens of n by themselves, and base tokens through the product without adapters. */
@@ -157,11 +265,12 @@ Test(cuda_linear_lora, a_token_has_the_same_bits_in_any_batch_when_deterministic
 }
 
 /* An adapter of infinities and NaNs beside another. */
-Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
+static void check_nans(int decode_form)
 {
     enum { T = 12 };
     static const int32_t start[] = {0, 3, 7, 9, 12}, slot[] = {0, 3, 1, -1};
     pair *p = open_pair();
+    use_decode(p, decode_form, 0);
     rig *r = new_rig(p, &more_shapes[1], 16, (int32_t[]){16, 5, 7});
     r->active[3] = 1;
     qv_lora_slice bad[2] = {{.plane = 0, .rank = 16, .scale = 1},
@@ -180,4 +289,36 @@ Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
     free(got);
     free_rig(p, r);
     close_pair(p);
+}
+
+Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
+{
+    check_nans(0);
+    check_nans(-1);
+}
+
+/* Tokens of no adapter have the bits of the product alone, in the same form of it. */
+Test(cuda_linear_lora, base_tokens_have_the_bits_of_the_product_in_a_form_for_decode)
+{
+    enum { T = 60, FORM = 4 };
+    int32_t start[T + 8], slot[T + 8];
+    for (size_t i = 0; i < N_SHAPES; i++) {
+        pair *p = open_pair();
+        use_decode(p, FORM, 2);
+        rig *r = new_rig(p, shape_at(i), 16, (int32_t[]){16, 5, 7});
+        int32_t n_segs = make_segments(T, 5, start, slot);
+        both_memory starts = upload_both(p, start, (size_t)(n_segs + 1) * 4),
+                    slots = upload_both(p, slot, (size_t)n_segs * 4);
+        both y = nan_act(p, T, r->n_out), base = nan_act(p, T, r->n_out);
+        run(p, GPU, r, 0, T, n_segs, &starts, &slots, y.t[GPU], false);
+        PASS(qv_op_linear(p->be[GPU], r->w[GPU], qv_tensor_rows(r->x.t[GPU], 0, T), base.t[GPU]));
+        float *got = fetch(p, GPU, y.t[GPU]), *want = fetch(p, GPU, base.t[GPU]);
+        for (int32_t seg = 0; seg < n_segs; seg++)
+            for (int32_t t = start[seg]; t < start[seg + 1] && slot[seg] < 0; t++)
+                check_same(r->shape->name, got + t * r->n_out, want + t * r->n_out, r->n_out);
+        free(got);
+        free(want);
+        free_rig(p, r);
+        close_pair(p);
+    }
 }

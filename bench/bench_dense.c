@@ -2,7 +2,8 @@
  * and FLOP that it cannot do without, the time these take at the rates of a large copy and a large
  * matrix product measured in the same run, the time measured, and the ratio of the two.
  *
- *   bench_dense [TABLE...]    linear norm rope attention sample; all without arguments
+ *   bench_dense [TABLE...]    linear norm rope attention sample decode; all without arguments
+ *   bench_dense forms         products of decode by each form of the kernel for them, best first
  *
  * Times are medians over replays of a graph of many calls, so that neither launches nor the host
  * are in them; calls go round over copies of what a step would have to read from memory.
@@ -371,6 +372,191 @@ static void bench_sample(void)
         }
 }
 
+/* --- Products of decode with their adapters ------------------------------------------------- */
+
+typedef struct {
+    const char *name;
+    int64_t n_in;
+    int32_t n_slices, n_planes; /* slices of one module share a plane: the first ones do */
+    int64_t rows[6];
+} decode_shape;
+
+static const decode_shape decode_shapes[] = {
+    {"4B in_proj", 2560, 6, 4, {2048, 2048, 4096, 4096, 32, 32}},
+    {"4B qkv", 2560, 3, 3, {8192, 1024, 1024}},
+    {"4B out", 4096, 1, 1, {2560}},
+    {"4B gate_up", 2560, 2, 2, {9216, 9216}},
+    {"4B down", 9216, 1, 1, {2560}},
+    {"35B in_proj", 2048, 6, 4, {2048, 2048, 4096, 4096, 32, 32}},
+    {"Nano in_proj", 2688, 5, 5, {4096, 4096, 1024, 1024, 64}},
+};
+
+typedef struct {
+    qv_weight *w[MAX_COPIES];
+    qv_lora_site site[MAX_COPIES];
+    int n;
+    int32_t n_adapters; /* 0: the product alone */
+    int32_t *segments;  /* starts, then slots */
+    int64_t slice_start[7];
+    qv_tensor x, scratch, y;
+    double bytes, flop;
+} decode_ctx;
+
+static void call_decode(void *ctx, int round)
+{
+    decode_ctx *c = ctx;
+    const qv_weight *w = c->w[round % c->n];
+    if (c->n_adapters == 0)
+        bench_pass(qv_op_linear(be, w, c->x, c->y));
+    else
+        bench_pass(qv_op_linear_lora(be, w, &c->site[round % c->n], c->n_adapters, c->segments,
+                                     c->segments + c->n_adapters + 1, c->x, c->scratch, c->y,
+                                     false));
+}
+
+/* Adapters of one rank in every slot of a pool, tokens shared out evenly. */
+static void make_adapters(decode_ctx *c, const decode_shape *s, int64_t n, int64_t rank)
+{
+    int32_t n_slots = c->n_adapters, host[2 * 64 + 1];
+    qv_lora_slice *slices = calloc((size_t)(n_slots * s->n_slices), sizeof *slices);
+    for (int32_t i = 0; i < n_slots * s->n_slices; i++) {
+        int32_t plane = i % s->n_slices - (s->n_slices - s->n_planes);
+        slices[i] =
+            (qv_lora_slice){.plane = plane < 0 ? 0 : plane, .rank = (int32_t)rank, .scale = 1};
+    }
+    for (int32_t i = 0; i <= n_slots; i++)
+        host[i] = (int32_t)(n * i / n_slots);
+    for (int32_t i = 0; i < n_slots; i++)
+        host[n_slots + 1 + i] = i;
+    c->segments = bench_sent(host, (size_t)(2 * n_slots + 1) * sizeof *host);
+    c->scratch = qv_tensor_3d(bench_made_up(QV_F32, n * s->n_slices * rank, 1), QV_F32, n,
+                              s->n_slices, rank);
+    int64_t n_out = c->slice_start[s->n_slices];
+    for (int k = 0; k < c->n; k++)
+        c->site[k] = (qv_lora_site){
+            .n_in = s->n_in,
+            .n_out = n_out,
+            .n_slices = s->n_slices,
+            .n_slots = n_slots,
+            .max_rank = (int32_t)rank,
+            .slice_start = c->slice_start,
+            .a = qv_tensor_4d(bench_made_up(QV_BF16, n_slots * s->n_slices * rank * s->n_in, 1),
+                              QV_BF16, n_slots, s->n_slices, rank, s->n_in),
+            .b = qv_tensor_3d(bench_made_up(QV_BF16, n_slots * rank * n_out, 1), QV_BF16, n_slots,
+                              rank, n_out),
+            .slices = bench_sent(slices, (size_t)(n_slots * s->n_slices) * sizeof *slices)};
+    double weights = (double)(n_slots * rank) * (double)(s->n_planes * s->n_in + n_out);
+    c->bytes += 2 * weights;
+    c->flop += 2 * (double)(n * rank) * (double)(s->n_planes * s->n_in + n_out);
+    free(slices);
+}
+
+/* In place: sites point at slice_start. */
+static void make_decode(const decode_shape *s, int64_t n, int32_t n_adapters, int64_t rank,
+                        decode_ctx *c)
+{
+    *c = (decode_ctx){.n_adapters = n_adapters};
+    for (int32_t i = 0; i < s->n_slices; i++)
+        c->slice_start[i + 1] = c->slice_start[i] + s->rows[i];
+    int64_t n_out = c->slice_start[s->n_slices];
+    double w_bytes = 2.0 * (double)(n_out * s->n_in);
+    c->bytes = w_bytes + 2.0 * (double)(n * (s->n_in + n_out));
+    c->flop = 2.0 * (double)(n * n_out) * (double)s->n_in;
+    c->n = bench_copies(w_bytes, MAX_COPIES);
+    for (int k = 0; k < c->n; k++) {
+        bench_pass(qv_weight_new(be, n_out, s->n_in, QV_BF16, &c->w[k]));
+        bench_pass(qv_weight_fill(be, c->w[k], 0.02f, (uint64_t)k));
+    }
+    c->x = qv_tensor_2d(bench_made_up(QV_BF16, n * s->n_in, 1), QV_BF16, n, s->n_in);
+    c->y = qv_tensor_2d(bench_made_up(QV_BF16, n * n_out, 1), QV_BF16, n, n_out);
+    if (n_adapters > 0)
+        make_adapters(c, s, n, rank);
+}
+
+static void free_decode(decode_ctx *c)
+{
+    for (int k = 0; k < c->n; k++) {
+        qv_weight_free(be, c->w[k]);
+        bench_free(c->site[k].a.data);
+        bench_free(c->site[k].b.data);
+        bench_free(c->site[k].slices);
+    }
+    bench_free(c->x.data);
+    bench_free(c->y.data);
+    bench_free(c->scratch.data);
+    bench_free(c->segments);
+}
+
+typedef struct {
+    qv_k_decode_tuning tuning;
+    double time;
+} timed_form;
+
+static int by_time(const void *a, const void *b)
+{
+    double x = ((const timed_form *)a)->time, y = ((const timed_form *)b)->time;
+    return (x > y) - (x < y);
+}
+
+/* Every form with room for the tokens and every number of blocks that share k; prints the best. */
+static void try_forms(const char *name, decode_ctx *c)
+{
+    enum { MAX_TIMED = 64, MAX_SHARES = 8, BEST = 4 };
+    timed_form timed[MAX_TIMED];
+    int n_forms, n = 0;
+    const qv_k_decode_form *forms = qv_k_decode_forms(&n_forms);
+    for (int form = 1; form <= n_forms; form++)
+        for (int shares = 1; shares <= MAX_SHARES && n < MAX_TIMED; shares++) {
+            if (forms[form - 1].tokens < c->x.shape[0])
+                continue;
+            timed[n].tuning = (qv_k_decode_tuning){form, shares};
+            qv_cuda(be)->decode_tuning = timed[n].tuning;
+            timed[n].time = measure(call_decode, c);
+            n++;
+        }
+    qsort(timed, (size_t)n, sizeof *timed, by_time);
+    for (int i = 0; i < n && i < BEST; i++) {
+        char what[160];
+        const qv_k_decode_form *f = &forms[timed[i].tuning.form - 1];
+        snprintf(what, sizeof what, "%s: %d rows, %d stages, %d shares", name, f->rows, f->stages,
+                 timed[i].tuning.shares);
+        report(what, c->bytes, c->flop, timed[i].time);
+    }
+}
+
+/* As it is chosen; by cuBLASLt, with shrink and expand behind it; with `forms` by the best of all
+ * forms of the kernel for decode. */
+static void bench_decode(bool forms)
+{
+    static const int64_t counts[] = {16, 32, 64};
+    static const struct {
+        int32_t n;
+        int64_t rank;
+    } adapters[] = {{0, 0}, {8, 16}, {8, 32}, {16, 16}, {64, 16}, {8, 64}};
+    for (size_t i = 0; i < sizeof decode_shapes / sizeof *decode_shapes; i++)
+        for (size_t j = 0; j < sizeof counts / sizeof *counts; j++)
+            for (size_t k = 0; k < sizeof adapters / sizeof *adapters; k++) {
+                if (adapters[k].n > counts[j] || (forms && k > 1))
+                    continue;
+                char name[96], what[128];
+                decode_ctx c;
+                make_decode(&decode_shapes[i], counts[j], adapters[k].n, adapters[k].rank, &c);
+                int length = snprintf(name, sizeof name, "%s, %lld tokens", decode_shapes[i].name,
+                                      (long long)counts[j]);
+                if (adapters[k].n > 0)
+                    snprintf(name + length, sizeof name - (size_t)length, ", %d of rank %lld",
+                             adapters[k].n, (long long)adapters[k].rank);
+                report(name, c.bytes, c.flop, measure(call_decode, &c));
+                qv_cuda(be)->decode_tuning.form = -1;
+                snprintf(what, sizeof what, "%s, cuBLASLt", name);
+                report(what, c.bytes, c.flop, measure(call_decode, &c));
+                if (forms)
+                    try_forms(name, &c);
+                qv_cuda(be)->decode_tuning = (qv_k_decode_tuning){0, 0};
+                free_decode(&c);
+            }
+}
+
 /* --- Main --------------------------------------------------------------------------------- */
 
 static void measure_ceilings(void)
@@ -392,7 +578,8 @@ static void measure_ceilings(void)
 
 int main(int argc, char **argv)
 {
-    static const char *const tables[] = {"linear", "norm", "rope", "attention", "sample", NULL};
+    static const char *const tables[] = {"linear", "norm",   "rope",  "attention",
+                                         "sample", "decode", "forms", NULL};
     bench_know(argc - 1, argv + 1, tables);
     bench_pass(qv_backend_open(&(qv_backend_options){.name = "cuda"}, &be));
     measure_ceilings();
@@ -406,6 +593,9 @@ int main(int argc, char **argv)
         bench_attention(false);
     if (bench_wanted(argc - 1, argv + 1, "sample"))
         bench_sample();
+    bool forms = argc > 1 && bench_wanted(argc - 1, argv + 1, "forms");
+    if (forms || bench_wanted(argc - 1, argv + 1, "decode"))
+        bench_decode(forms);
     qv_backend_close(be);
     return 0;
 }

@@ -192,7 +192,7 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
  * Without adapters, or with adapters added behind: up to 32 tokens (bench_model, 4B at 16 / 32 / 64
  * sequences: 5.046 to 4.903, 6.205 to 6.061, 8.152 to 8.274 ms), and not the widest (18432 x 2560,
  * 16 tokens: 36.5 to 40.7 us; 12352 x 2560 25.1 to 24.6), whose tiles of 128 rows are more than
- * multiprocessors.
+ * multiprocessors, nor the smallest (35B with those of its shared experts: 14.03 to 14.23 ms).
  *
  * With adapters: all tokens that it has room for, if adapters are small and few: a unit of 16 ranks
  * of one adapter costs each block more than a tile of expand does. 8 adapters of rank 16 in the
@@ -201,13 +201,15 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
  * segments as its sequences or the adapter slots and one for the base, what is less. */
 #define DECODE_BASE_TOKENS 32
 #define DECODE_BASE_ROWS   16384
+#define DECODE_BASE_LEAST  (4 << 20) /* numbers of W */
 #define DECODE_RANK        32
 #define DECODE_SEGMENTS    16
 
 static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
 {
     if (lora == NULL)
-        return c->n_tokens <= DECODE_BASE_TOKENS && c->n_out <= DECODE_BASE_ROWS;
+        return c->n_tokens <= DECODE_BASE_TOKENS && c->n_out <= DECODE_BASE_ROWS &&
+               c->n_out * c->n_in >= DECODE_BASE_LEAST;
     return lora->site.max_rank <= DECODE_RANK && lora->segments.n_segs <= DECODE_SEGMENTS;
 }
 

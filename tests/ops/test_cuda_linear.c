@@ -150,19 +150,21 @@ Test(cuda_linear, every_form_for_decode_agrees_with_the_cpu, .timeout = 600)
 }
 
 /* Whether a product is decode's on 9.0, of so many rows and tokens. */
-Test(cuda_linear, nine_to_32_tokens_are_decodes_where_rows_are_not_too_many)
+Test(cuda_linear, nine_to_32_tokens_are_decodes_where_the_matrix_is_neither_wide_nor_small)
 {
     duo d = open_duo(5);
     qv_cuda_backend *cuda = qv_cuda(d.dev);
     qv_weight *w;
     PASS(qv_weight_new(d.dev, 64, 64, QV_BF16, &w));
     for (int64_t n = 8; n <= 65; n++)
-        for (int wide = 0; wide < 2; wide++) {
+        for (int shape = 0; shape < 3; shape++) {
+            static const int64_t rows[] = {12352, 18432, 1024}, of[] = {2560, 2560, 2048};
             twin x = NEW_TWIN(&d, QV_BF16, n, 64), y = NEW_TWIN(&d, QV_BF16, n, 64);
             qv_k_linear_args c = qv_cuda_linear_args(w, x.dev, (qv_tensor){0}, y.dev);
-            c.n_out = wide ? 18432 : 12352;
+            c.n_out = rows[shape];
+            c.n_in = of[shape];
             for (int form = -1; form < 2; form++) {
-                bool in_use = n <= 32 && !wide, there = n > 8 && n <= 64 && cuda->major == 9;
+                bool in_use = n <= 32 && shape == 0, there = n > 8 && n <= 64 && cuda->major == 9;
                 cuda->decode_tuning.form = form;
                 cr_expect_eq(
                     qv_cuda_decodes(cuda, &c, NULL), there && (form > 0 || (form == 0 && in_use)),

@@ -55,8 +55,8 @@ __device__ __forceinline__ void begin_shrink()
 }
 
 /* Grid (planes x groups of ranks, places). */
-template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, 1)
+template <bool ALIGNED, bool DEEP>
+__global__ void __launch_bounds__(SHRINK_THREADS, ALIGNED && !DEEP ? 2 : 1)
     shrink_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site, const bf16 *x,
                   int64_t x_stride, float *scratch)
 {
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
         m.x[threadIdx.x] = x + t * x_stride;
         m.x1[threadIdx.x] = scratch + (t * site.ranges.n + plane) * site.max_rank;
     }
-    shrink_block<ALIGNED>(m, a, site.n_in, rank, first, p.n);
+    shrink_block<ALIGNED, DEEP>(m, a, site.n_in, rank, first, p.n);
 }
 
 /* The same for a decode step of many adapters, by blocks that stay: one to a multiprocessor, so
@@ -172,7 +172,8 @@ __global__ void __launch_bounds__(SHRINK_THREADS, 1)
                 m.shrink.x[threadIdx.x] = x + t * x_stride;
                 m.shrink.x1[threadIdx.x] = scratch + (t * site.ranges.n + of.plane) * site.max_rank;
             }
-            shrink_block<ALIGNED>(m.shrink, rows_of(of), site.n_in, of.rank, of.first_rank, of.n);
+            shrink_block<ALIGNED, true>(m.shrink, rows_of(of), site.n_in, of.rank, of.first_rank,
+                                        of.n);
         }
     }
 }
@@ -267,6 +268,11 @@ __global__ void __launch_bounds__(EXPAND_THREADS)
  * the device better, and a decode step is the same bit for bit whoever is in it. */
 constexpr int MANY_TOKENS = 512;
 
+/* Planes of all segments up to which a multiprocessor has one block of shrink: more loads of each
+ * in flight help then (8 adapters: 9.6 to 9.4 ms a step of the 4B), and cost where blocks wait for
+ * each other (64 adapters of 4B gdn in: 44 to 49 us). */
+constexpr int DEEP_BLOCKS = 128;
+
 unsigned column_tiles(int64_t n_out)
 {
     return (unsigned)((n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS);
@@ -315,8 +321,11 @@ qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *
                       *site, rows, x_stride, x1);
     } else {
         dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
-        launch_behind(aligned ? shrink_kernel<true> : shrink_kernel<false>, grid, SHRINK_THREADS, 0,
-                      on, s, *site, rows, x_stride, x1);
+        bool deep = s.n_segs * site->ranges.n <= DEEP_BLOCKS;
+        launch_behind(!aligned ? shrink_kernel<false, false>
+                      : deep   ? shrink_kernel<true, true>
+                               : shrink_kernel<true, false>,
+                      grid, SHRINK_THREADS, 0, on, s, *site, rows, x_stride, x1);
     }
     return qv_k_check_launch("lora_shrink");
 }

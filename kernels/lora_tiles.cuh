@@ -66,7 +66,8 @@ struct shrink_shared {
     float sums[SHRINK_SPLITS][SHRINK_RANKS][SHRINK_ROWS + 1];
 };
 
-template <int NT, bool ALIGNED>
+/* DEEP: so many loads in flight that only one block is on a multiprocessor, for few blocks. */
+template <int NT, bool ALIGNED, bool DEEP>
 __device__ __forceinline__ void shrink_tiles(shrink_shared &m, const bf16 *a, int64_t n_in,
                                              int n_ranks, int n)
 {
@@ -91,7 +92,7 @@ __device__ __forceinline__ void shrink_tiles(shrink_shared &m, const bf16 *a, in
 
 /* x1[i][first .. first + 16) below `rank` for n rows whose addresses stand in m: x1[i] is where the
  * row's plane begins. `a` is the plane. All threads of the block. */
-template <bool ALIGNED>
+template <bool ALIGNED, bool DEEP>
 __device__ void shrink_block(shrink_shared &m, const bf16 *a, int64_t n_in, int rank, int first,
                              int n)
 {
@@ -99,9 +100,9 @@ __device__ void shrink_block(shrink_shared &m, const bf16 *a, int64_t n_in, int 
     a += first * n_in;
     __syncthreads();
     if (n <= 8)
-        shrink_tiles<1, ALIGNED>(m, a, n_in, n_ranks, n);
+        shrink_tiles<1, ALIGNED, DEEP>(m, a, n_in, n_ranks, n);
     else
-        shrink_tiles<2, ALIGNED>(m, a, n_in, n_ranks, n);
+        shrink_tiles<2, ALIGNED, DEEP>(m, a, n_in, n_ranks, n);
     __syncthreads();
     for (int i = threadIdx.x; i < n * SHRINK_RANKS; i += SHRINK_THREADS) {
         int row = i / SHRINK_RANKS, r = i % SHRINK_RANKS;

@@ -53,7 +53,7 @@ __device__ void shrink_run(shrink_shared &m, const qv_k_list &list, const qv_k_m
             m.x[threadIdx.x] = rows.x + (rows.pairs ? place : pair / list.top_k) * rows.x_stride;
             m.x1[threadIdx.x] = scratch + (pair * site.ranges.n + plane) * site.max_rank;
         }
-        shrink_block<ALIGNED>(m, a, site.n_in, rank, first, n);
+        shrink_block<ALIGNED, false>(m, a, site.n_in, rank, first, n);
     }
 }
 
@@ -92,8 +92,9 @@ __device__ void shrink_tokens(shrink_shared &m, const qv_k_list &list,
         m.x[threadIdx.x] = rows.x + t * rows.x_stride;
         m.x1[threadIdx.x] = scratch + (t * list.top_k * site.ranges.n + plane) * site.max_rank;
     }
-    shrink_block<ALIGNED>(m, (const bf16 *)part->a + (int64_t)plane * part->max_rank * site.n_in,
-                          site.n_in, rank, first, n);
+    shrink_block<ALIGNED, false>(
+        m, (const bf16 *)part->a + (int64_t)plane * part->max_rank * site.n_in, site.n_in, rank,
+        first, n);
 }
 
 /* Grid (runs and then places of segments, planes x groups of ranks). */

@@ -566,10 +566,12 @@ template <class F>
     gemm_ring<F> r;
     auto adapters_of_tile = [&]() {
         barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
-        int n = same(m.plan[turn & 1]);
-        if ((threadIdx.x & 31) == 0)
+        int n = 0;
+        if ((threadIdx.x & 31) == 0) {
+            n = m.plan[turn & 1];
             barrier_arrive(&m.plan_empty[turn & 1]);
-        return n;
+        }
+        return same(n);
     };
     for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
         gemm_tile tile = find_tile<F>(c, number, rank);

@@ -192,7 +192,8 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
  * Without adapters, or with adapters added behind: up to 32 tokens (bench_model, 4B at 16 / 32 / 64
  * sequences: 5.046 to 4.903, 6.205 to 6.061, 8.152 to 8.274 ms), and not the widest (18432 x 2560,
  * 16 tokens: 36.5 to 40.7 us; 12352 x 2560 25.1 to 24.6), whose tiles of 128 rows are more than
- * multiprocessors, nor the smallest (35B with those of its shared experts: 14.03 to 14.23 ms).
+ * multiprocessors, nor the smallest (35B at 16 sequences 14.23 to 14.19 ms; cuBLASLt for all
+ * products 14.05).
  *
  * With adapters: all tokens that it has room for, if adapters are small and few: a unit of 16 ranks
  * of one adapter costs each block more than a tile of expand does. 8 adapters of rank 16 in the

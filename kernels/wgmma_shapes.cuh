@@ -11,24 +11,30 @@
  * each other. */
 template <int N> __device__ void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b);
 
+/* The same with b in tiles stored [k][64], side by side (wgmma_values_tile). */
+template <int N> __device__ void wgmma_b_columns(float (&d)[N / 2], uint64_t a, uint64_t b);
+
 /* clang-format off */
-/* Columns, and the numbers of the operands behind d. */
-#define QV_WGMMA(N, A, B)                                                                          \
+/* Name, whether b is stored [k][64], columns, and the numbers of the operands behind d. */
+#define QV_WGMMA(NAME, BY_COLUMNS, N, A, B)                                                        \
     template <> __device__ __forceinline__ void                                                    \
-    wgmma<N>(float (&d)[N / 2], uint64_t a, uint64_t b)                                            \
+    NAME<N>(float (&d)[N / 2], uint64_t a, uint64_t b)                                             \
     {                                                                                              \
         asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" QV_NAMES_##N     \
-                     "}, %" #A ", %" #B ", 1, 1, 1, 0, 0;\n"                                       \
+                     "}, %" #A ", %" #B ", 1, 1, 1, 0, " #BY_COLUMNS ";\n"                         \
                      : QV_CELLS_##N : "l"(a), "l"(b));                                             \
     }
-QV_WGMMA(32, 16, 17)
-QV_WGMMA(64, 32, 33)
-QV_WGMMA(80, 40, 41)
-QV_WGMMA(96, 48, 49)
-QV_WGMMA(112, 56, 57)
-QV_WGMMA(128, 64, 65)
-QV_WGMMA(192, 96, 97)
-QV_WGMMA(256, 128, 129)
+QV_WGMMA(wgmma, 0, 32, 16, 17)
+QV_WGMMA(wgmma, 0, 64, 32, 33)
+QV_WGMMA(wgmma, 0, 80, 40, 41)
+QV_WGMMA(wgmma, 0, 96, 48, 49)
+QV_WGMMA(wgmma, 0, 112, 56, 57)
+QV_WGMMA(wgmma, 0, 128, 64, 65)
+QV_WGMMA(wgmma, 0, 192, 96, 97)
+QV_WGMMA(wgmma, 0, 256, 128, 129)
+QV_WGMMA(wgmma_b_columns, 1, 128, 64, 65)
+QV_WGMMA(wgmma_b_columns, 1, 192, 96, 97)
+QV_WGMMA(wgmma_b_columns, 1, 256, 128, 129)
 #undef QV_WGMMA
 
 /* d [64 x 64] += a [64 x 16] b [16 x 64] with a tile of a stored [k][64]; 16 rows further is + 128. */
@@ -38,22 +44,6 @@ __device__ __forceinline__ void wgmma_64_trans(float (&d)[32], uint64_t a, uint6
                  "}, %32, %33, 1, 1, 1, 1, 0;\n"
                  : QV_CELLS_64 : "l"(a), "l"(b));
 }
-
-/* wgmma<N> with b in tiles stored [k][64], side by side (wgmma_values_tile). */
-template <int N> __device__ void wgmma_b_columns(float (&d)[N / 2], uint64_t a, uint64_t b);
-
-#define QV_WGMMA_B_COLUMNS(N, A, B)                                                                \
-    template <> __device__ __forceinline__ void                                                    \
-    wgmma_b_columns<N>(float (&d)[N / 2], uint64_t a, uint64_t b)                                  \
-    {                                                                                              \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" QV_NAMES_##N     \
-                     "}, %" #A ", %" #B ", 1, 1, 1, 0, 1;\n"                                       \
-                     : QV_CELLS_##N : "l"(a), "l"(b));                                             \
-    }
-QV_WGMMA_B_COLUMNS(128, 64, 65)
-QV_WGMMA_B_COLUMNS(192, 96, 97)
-QV_WGMMA_B_COLUMNS(256, 128, 129)
-#undef QV_WGMMA_B_COLUMNS
 
 /* d [64 x 64] = a [64 x 16] b [16 x 64], with KEEP plus d, b in such a tile. */
 template <int KEEP> __device__ __forceinline__ void

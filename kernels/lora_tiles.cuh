@@ -66,21 +66,19 @@ struct shrink_shared {
     float sums[SHRINK_SPLITS][SHRINK_RANKS][SHRINK_ROWS + 1];
 };
 
-/* DEEP: so many loads in flight that only one block is on a multiprocessor, for few blocks. */
+/* DEEP, for few blocks: so many loads in flight that only one is on a multiprocessor. */
 template <int NT, bool ALIGNED, bool DEEP>
 __device__ __forceinline__ void shrink_tiles(shrink_shared &m, const bf16 *a, int64_t n_in,
                                              int n_ranks, int n)
 {
+    constexpr int AHEAD = DEEP && ALIGNED ? (NT == 1 ? 8 : 5) : 4;
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int64_t begin, end;
     split_range(n_in, warp, SHRINK_SPLITS, begin, end);
     for (int tile = 0; tile < n_ranks; tile += 16) {
         float acc[NT][4] = {};
-        skinny_product<NT, ALIGNED,
-                       !ALIGNED  ? 2
-                       : NT == 1 ? 8
-                                 : 5>(a + tile * n_in, n_in, n_ranks - tile, m.x, n, begin, end,
-                                      acc);
+        skinny_product<NT, ALIGNED, AHEAD>(a + tile * n_in, n_in, n_ranks - tile, m.x, n, begin,
+                                           end, acc);
 #pragma unroll
         for (int i = 0; i < NT; i++)
 #pragma unroll

@@ -34,6 +34,6 @@ qv_status qv_arch_find(const char *model_type, const char *where, const qv_arch 
     }
     char known[256];
     list_model_types(known, sizeof known);
-    return qv_fail(QV_ERR_UNSUPPORTED, "%s: model_type \"%.60s\" is not implemented; there are: %s",
+    return qv_fail(QV_ERR_UNSUPPORTED, "%s: model_type \"%.60s\" is not supported; there are: %s",
                    where, model_type, known);
 }

@@ -13,7 +13,7 @@ static const json_t *field(const json_t *obj, const char *key)
     return json_is_null(value) ? NULL : value;
 }
 
-/* "key is VALUE" for a field that is not implemented. */
+/* "key is VALUE" for a field that is not supported. */
 static qv_status unsupported(const json_t *value, const char *key, const char *where,
                              const char *only)
 {
@@ -83,7 +83,7 @@ qv_status qv_config_expect_unset(const json_t *obj, const char *key, const char 
                  (json_is_string(value) && json_string_length(value) == 0) ||
                  (json_is_array(value) && json_array_size(value) == 0) ||
                  (json_is_object(value) && json_object_size(value) == 0);
-    return unset ? QV_OK : unsupported(value, key, where, "not implemented");
+    return unset ? QV_OK : unsupported(value, key, where, "not supported");
 }
 
 qv_status qv_config_expect_multiple(int64_t a, const char *a_name, int64_t b, const char *b_name,

@@ -92,7 +92,7 @@ static qv_status check_added_tokens(const qv_adapter_spec *spec, const char *dir
         if (status == QV_OK && json_integer_value(value) >= spec->layout->config->vocab)
             status = qv_fail(QV_ERR_UNSUPPORTED,
                              "%s: \"%.60s\" is token %lld; adapters that add tokens to the "
-                             "vocabulary are not implemented",
+                             "vocabulary are not supported",
                              path, name, (long long)json_integer_value(value));
     }
     json_decref(tokens);

@@ -300,7 +300,7 @@ qv_status qv_lora_config_parse(const json_t *root, const char *where, FILE *note
     QV_TRY(qv_json_opt_str(root, "bias", where, &bias));
     if (strcmp(bias, "none") != 0)
         return qv_fail(QV_ERR_UNSUPPORTED,
-                       "%s: bias is \"%.60s\": trained biases are not implemented", where, bias);
+                       "%s: bias is \"%.60s\": trained biases are not supported", where, bias);
     QV_TRY(check_fields(root, where, notes));
     QV_TRY(check_init(root, where));
     QV_TRY(check_target_modules(root, where));

@@ -21,15 +21,15 @@ static const struct {
     {".lora_embedding_B", QV_KEY_EMBEDDING_B, NULL},
     {".lora_embedding_A.default", QV_KEY_EMBEDDING_A, NULL},
     {".lora_embedding_B.default", QV_KEY_EMBEDDING_B, NULL},
-    {".lora_magnitude_vector", QV_KEY_REFUSED, "DoRA is not implemented"},
-    {".lora_magnitude_vector.weight", QV_KEY_REFUSED, "DoRA is not implemented"},
-    {".lora_magnitude_vector.default.weight", QV_KEY_REFUSED, "DoRA is not implemented"},
-    {".modules_to_save.weight", QV_KEY_REFUSED, "modules_to_save is not implemented"},
-    {".modules_to_save.default.weight", QV_KEY_REFUSED, "modules_to_save is not implemented"},
-    {".trainable_tokens_delta", QV_KEY_REFUSED, "trained tokens are not implemented"},
-    {".trainable_tokens_indices", QV_KEY_REFUSED, "trained tokens are not implemented"},
-    {".bias", QV_KEY_REFUSED, "trained biases are not implemented"},
-    {".alpha", QV_KEY_REFUSED, "an alpha for each layer is not implemented"},
+    {".lora_magnitude_vector", QV_KEY_REFUSED, "DoRA is not supported"},
+    {".lora_magnitude_vector.weight", QV_KEY_REFUSED, "DoRA is not supported"},
+    {".lora_magnitude_vector.default.weight", QV_KEY_REFUSED, "DoRA is not supported"},
+    {".modules_to_save.weight", QV_KEY_REFUSED, "modules_to_save is not supported"},
+    {".modules_to_save.default.weight", QV_KEY_REFUSED, "modules_to_save is not supported"},
+    {".trainable_tokens_delta", QV_KEY_REFUSED, "trained tokens are not supported"},
+    {".trainable_tokens_indices", QV_KEY_REFUSED, "trained tokens are not supported"},
+    {".bias", QV_KEY_REFUSED, "trained biases are not supported"},
+    {".alpha", QV_KEY_REFUSED, "an alpha for each layer is not supported"},
     {".base_layer.weight", QV_KEY_BASE_COPY, NULL},
     {".weight", QV_KEY_BASE_COPY, NULL},
 };
@@ -114,7 +114,7 @@ static qv_lora_place find_expert(const qv_layout *layout, int64_t layer, const c
         return found;
     }
     if (skip_start(&text, &size, "shared."))
-        return no_place("pairs of experts that are partly shared are not implemented");
+        return no_place("pairs of experts that are partly shared are not supported");
     found.kind = QV_PLACE_EXPERT;
     int64_t expert;
     if (read_number(&text, &size, &expert)) {
@@ -125,7 +125,7 @@ static qv_lora_place find_expert(const qv_layout *layout, int64_t layer, const c
     if (!qv_layout_find_expert_target(layout, text, size, &found.target))
         return no_place("experts have no such matrix");
     if (!found.target.lora)
-        return no_place("adapters of this module are not implemented");
+        return no_place("adapters of this module are not supported");
     return found;
 }
 
@@ -156,7 +156,7 @@ static qv_lora_place find_in_layer(const qv_layout *layout, const char *text, si
     if (!qv_layout_has(layout, found.layer, found.target.proj))
         return no_place("a layer of this kind has no such module");
     if (!found.target.lora)
-        return no_place("adapters of this module are not implemented");
+        return no_place("adapters of this module are not supported");
     return found;
 }
 

@@ -113,7 +113,7 @@ static qv_status check_base_copy(qv_lora_reader *r, const qv_lora_place *found,
 {
     bool head = found->kind == QV_PLACE_LINEAR && found->target.proj == QV_PROJ_LM_HEAD;
     if (found->kind != QV_PLACE_EMBEDDING && !head) {
-        add_misfit(r, tensor->name, "a full copy of a weight, which is not implemented");
+        add_misfit(r, tensor->name, "a full copy of a weight, which is not supported");
         return QV_OK;
     }
     bool same = false;
@@ -125,7 +125,7 @@ static qv_status check_base_copy(qv_lora_reader *r, const qv_lora_place *found,
     if (!same)
         return qv_fail(QV_ERR_UNSUPPORTED,
                        "%s: %.200s is not the same as the base model's: changed base weights are "
-                       "not implemented",
+                       "not supported",
                        r->where, tensor->name);
     fprintf(r->notes, "%s equals the base model's and was skipped\n", tensor->name);
     return QV_OK;

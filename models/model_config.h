@@ -1,7 +1,7 @@
 /* qv_model_config: what a model directory's config.json says, as one struct of plain numbers.
  *
  * One struct serves every architecture; a field that an architecture does not have is 0. Reading is
- * strict: whatever would change the result and is not implemented is refused by name and value, and
+ * strict: whatever would change the result and is not supported is refused by name and value, and
  * every number is checked against a bound, so that sizes computed from a config never overflow
  * int64. A config owns nothing and may be copied; once read it is constant, so any thread may use
  * it.

@@ -96,7 +96,7 @@ static qv_status read_rope_object(const json_t *text, const char *key, const cha
         for (size_t i = 0; i < sizeof known / sizeof *known && !found; i++)
             found = strcmp(name, known[i]) == 0;
         if (!found)
-            return qv_fail(QV_ERR_UNSUPPORTED, "%s: %s.%.60s is not implemented", where, key, name);
+            return qv_fail(QV_ERR_UNSUPPORTED, "%s: %s.%.60s is not supported", where, key, name);
     }
     QV_TRY(qv_config_double(rope, "rope_theta", where, 0, 1e12, theta));
     return qv_config_double(rope, "partial_rotary_factor", where, 0, 1, factor);

@@ -108,13 +108,14 @@ bin=$root/$build/bin
 case $build in /*) bin=$build/bin ;; esac
 
 run=$(mktemp -d "${TMPDIR:-/tmp}/quiver-up.XXXXXX")
-pids=()
+pids=() names=()
 stop() {
     trap - EXIT INT TERM
     local pid
     # Workers first: they finish what they run and say goodbye; then the broker, then Redis.
     for ((i = ${#pids[@]} - 1; i >= 0; i--)); do
         pid=${pids[$i]}
+        [ -n "$pid" ] || continue # it has stopped
         kill -TERM "$pid" 2>/dev/null || true
         for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
         kill -KILL "$pid" 2>/dev/null || true
@@ -140,7 +141,7 @@ wait_until() {
 if [ -z "$redis" ]; then
     say "redis-server on port $redis_port"
     redis-server --port "$redis_port" --bind 127.0.0.1 --dir "$run" --save "" --appendonly no --daemonize no >"$run/redis.log" 2>&1 &
-    pids+=($!)
+    pids+=($!) names+=(redis-server)
     redis=redis://127.0.0.1:$redis_port
     wait_until 10 redis-server $! redis-cli -p "$redis_port" ping
 else
@@ -151,7 +152,7 @@ broker=tcp://127.0.0.1:$broker_port
 ready() { "$bin/quiver" status --broker "$broker" --timeout 2s; }
 say "quiver-broker: clients at $broker, workers at tcp://127.0.0.1:$((broker_port + 1)), metrics at http://127.0.0.1:$metrics_port/metrics"
 "$bin/quiver-broker" --frontend "$broker" --backend "tcp://127.0.0.1:$((broker_port + 1))" --redis "$redis" --metrics-port "$metrics_port" >"$run/broker.log" 2>&1 &
-pids+=($!)
+pids+=($!) names+=(quiver-broker)
 wait_until 10 quiver-broker $! ready
 
 say "$workers x quiver-worker on the $backend backend: $model"
@@ -165,7 +166,7 @@ for ((i = 1; i <= workers; i++)); do
         say "worker-$i: ranks 0 to $((tp - 1)) on the CPU, $threads thread(s) together"
     fi
     "$bin/quiver-worker" --id "worker-$i" --model "$model" --backend "$backend" --threads "$threads" --tp "$tp" --ep "$ep" ${device_args[@]+"${device_args[@]}"} --broker "tcp://127.0.0.1:$((broker_port + 1))" --redis "$redis" --metrics-port $((metrics_port + i)) ${worker_args[@]+"${worker_args[@]}"} >"$run/worker-$i.log" 2>&1 &
-    pids+=($!)
+    pids+=($!) names+=("worker-$i")
 done
 is_ready() { [ "$(ready | grep -c "^$1 .*ready")" -ge 1 ]; }
 for ((i = 1; i <= workers; i++)); do
@@ -205,7 +206,18 @@ The pool is up. From another terminal:
   redis-cli -u $redis HGETALL quiver:adapter:${first%%=*}
 Logs are in $run. Ctrl-C stops everything.
 END
+left=$workers
 while :; do
-    for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null || fail "a process stopped; its log is below"; done
-    sleep 1
+    { sleep 1; } 2>/dev/null # where the shell would say which job was killed
+    for i in "${!pids[@]}"; do
+        if [ -z "${pids[$i]}" ] || kill -0 "${pids[$i]}" 2>/dev/null; then continue; fi
+        status=0
+        wait "${pids[$i]}" 2>/dev/null || status=$?
+        pids[i]="" # its number may be somebody else's by now
+        how="${names[$i]} stopped with status $status"
+        [ "$status" -le 128 ] || how="${names[$i]} was ended by signal $((status - 128))"
+        case ${names[$i]} in worker-*) left=$((left - 1)) ;; *) fail "$how; logs are below" ;; esac
+        [ $left -gt 0 ] || fail "$how, the last worker; logs are below"
+        echo "up.sh: $how; what it ran goes to the other workers, $left of them" >&2
+    done
 done

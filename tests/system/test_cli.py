@@ -1,10 +1,12 @@
 """The `quiver` command against a running pool."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
 import subprocess
+import threading
 import unittest
 
 from pool import BIN, BUILD, DEMO, SOURCE, Pool, demo_adapters, free_port, quiver, wait_until
@@ -160,6 +162,47 @@ class Up(unittest.TestCase):
             self.assertRegex(result.stdout, rf"worker-{worker}: ranks 0 to 1 on the CPU, \d+ thread")
             self.assertIn(f"worker-{worker} is up on 2 ranks: cpu", result.stdout)
         self.assertIn('{"who": "Ines"', result.stdout)
+
+    def test_up_goes_on_without_a_killed_worker_and_names_it(self):
+        ports = [free_port(n) for n in (2, 1, 3)]
+        up = subprocess.Popen(
+            [SOURCE / "tools" / "up.sh", "--no-build", "--build", BUILD, "--broker-port", str(ports[0]),
+             "--redis-port", str(ports[1]), "--metrics-port", str(ports[2]), "--no-jobs"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "TMPDIR": "/tmp"},
+        )  # fmt: skip
+        self.addCleanup(up.stdout.close)
+        self.addCleanup(up.kill)
+        watchdog = threading.Timer(180, up.kill)
+        watchdog.start()
+        self.addCleanup(watchdog.cancel)
+
+        def read_until(text):
+            for line in up.stdout:
+                if text in line:
+                    return line
+            self.fail(f"up.sh ended without '{text}'")
+
+        def kill_worker(number):
+            ours = {f"worker-{number}", f"tcp://127.0.0.1:{ports[0] + 1}"}
+            for process in pathlib.Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    if ours <= set((process / "cmdline").read_text().split("\0")):
+                        return os.kill(int(process.name), signal.SIGKILL)
+            self.fail(f"there is no worker-{number}")
+
+        read_until("Ctrl-C stops everything")
+        kill_worker(1)
+        self.assertIn("worker-1 was ended by signal 9", read_until("up.sh: "))
+        answer = subprocess.run(
+            [BIN / "quiver", "submit", "--broker", f"tcp://127.0.0.1:{ports[0]}", "-a", "json", "--temperature", "0", SENTENCE],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        self.assertIn('{"who": "Ines"', answer.stdout, answer.stderr)
+        kill_worker(2)
+        self.assertIn("worker-2 was ended by signal 9, the last worker", read_until("up.sh: "))
+        read_until("--- worker-1.log")
+        up.stdout.read()
+        self.assertEqual(up.wait(), 1)
 
     def test_up_names_a_model_that_is_not_there(self):
         result = subprocess.run([SOURCE / "tools" / "up.sh", "--model", "/nowhere", "--once"], capture_output=True, text=True)

@@ -102,8 +102,8 @@ typedef struct {
 
 const qv_k_decode_form *qv_k_decode_forms(int *n);
 
-/* Errors: LIMIT (form, tokens), DEVICE. */
 bool qv_k_decode_linear_can(const qv_k_linear_args *args, const qv_k_stream_lora *lora);
+/* Errors: LIMIT (form, tokens), DEVICE. */
 qv_status qv_k_decode_linear(const qv_k_linear_args *args, const qv_k_stream_lora *lora,
                              qv_k_decode_tuning tuning, int n_sms, void *stream);
 

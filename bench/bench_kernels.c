@@ -322,9 +322,9 @@ static qv_k_list new_list(const moe_shape *s, int n, int n_adapters)
     l.expert_start = take((s->n_experts + 1) * 4.0);
     l.pair = take((double)n_pairs * 4);
     l.place = take((double)n_pairs * 4);
-    l.n_runs = take(4);
+    l.n_runs = take(8);
     l.runs = take((double)n_pairs * 16);
-    l.work = take((double)(most + 1) * 8);
+    l.work = take((double)(most + n_pairs / 512 + 2) * 8);
     free(host);
     return l;
 }
@@ -423,9 +423,11 @@ static void moe_case(const moe_shape *s, int n, int down)
     int32_t *ids = new_ids(s, n);
     int active = count_active(ids, n * s->top_k, s->n_experts);
     double pairs = (double)n * s->top_k, matrix = (double)n_out * (double)n_in * 2;
-    double all = matrix * s->n_experts, rows = down ? pairs : n;
-    double bytes = active * matrix + rows * (double)n_in * 2 + pairs * (double)n_out * 2;
+    double all = matrix * s->n_experts;
     c->list = new_list(s, n, 0);
+    bool pairs_rows = down || qv_k_moe_wants_pairs(&c->list);
+    double rows = pairs_rows ? pairs : n;
+    double bytes = active * matrix + rows * (double)n_in * 2 + pairs * (double)n_out * 2;
     c->ids = upload(ids, (size_t)n * (size_t)s->top_k * sizeof *ids);
     c->n = bench_copies(active * matrix, (int)fmax(1, 8e9 / all));
     void *x = take(rows * (double)n_in * 2), *y = take(pairs * (double)n_out * 2);
@@ -438,7 +440,7 @@ static void moe_case(const moe_shape *s, int n, int down)
                                               .n_in = n_in,
                                               .x_stride = n_in,
                                               .y_stride = n_out,
-                                              .x_pairs = (uint8_t)down};
+                                              .x_pairs = (uint8_t)pairs_rows};
     bench_pass(qv_k_moe_route(c->ids, &c->list, stream));
     char name[96];
     snprintf(name, sizeof name, "%s %s, %d tokens, %d experts", s->model, down ? "down" : "up", n,

@@ -9,6 +9,7 @@
 #include "kernels/kernels_dense.h"
 #include "kernels/kernels_lora.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #ifdef __cplusplus
@@ -38,7 +39,7 @@ typedef struct {
 /* As qv_moe_list: what of it the device needs. `work` holds what the grouped GEMM walks: number of
  * experts that have pairs, number of tiles of QV_K_MOE_TILE pairs, then for each such expert its
  * index, with the tiles of four times that size before it in the bits above, and the tiles before
- * it. */
+ * it. n_runs[1] hands out items of a product; zero between launches. */
 #define QV_K_MOE_TILE        64
 #define QV_K_MOE_EXPERT_BITS 11
 
@@ -73,6 +74,15 @@ typedef struct {
     uint8_t x_pairs;  /* 1: x has a row per place, 0: per token */
     qv_k_moe_act act; /* of products that were rounded to BF16, as if it were an op of its own */
 } qv_k_moe_linear_args;
+
+/* Whether there are so many pairs that qv_k_moe_linear is faster if x has a row for each, gathered
+ * by qv_k_moe_gather. */
+bool qv_k_moe_wants_pairs(const qv_k_list *list);
+
+/* y [pairs, n] = rows of x [n_tokens, n], both BF16, rows at multiples of 16 bytes. Errors: DEVICE.
+ */
+qv_status qv_k_moe_gather(const qv_k_list *list, const void *x, int64_t x_stride, void *y,
+                          int64_t y_stride, int64_t n, void *stream);
 
 /* Errors: DEVICE. */
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream);

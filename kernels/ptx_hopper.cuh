@@ -124,6 +124,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t *barrier, int parity)
                  : "memory");
 }
 
+/* A number to that place of block `rank`'s shared memory, whose barrier in the place of `barrier`
+ * hears of its 4 bytes. */
+__device__ __forceinline__ void send_int(int *to, int value, uint64_t *barrier, int rank)
+{
+    asm volatile(
+        "{\n.reg .b32 there, hears;\nmapa.shared::cluster.u32 there, %0, %3;\n"
+        "mapa.shared::cluster.u32 hears, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [there], %1, [hears];\n}\n" ::
+            "r"(shared_address(to)),
+        "r"(value), "r"(shared_address(barrier)), "r"(rank)
+        : "memory");
+}
+
 /* --- Tiles by the copy engine -------------------------------------------------------------- */
 
 /* A box of the map at (x, y, z) into `to` of every block in `blocks` (a bit each), whose barriers
@@ -145,6 +158,16 @@ __device__ __forceinline__ void copy_box_here(void *to, const void *map, int x, 
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
                  " [%0], [%1, {%2, %3, %4}], [%5];\n" ::"r"(shared_address(to)),
                  "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+/* The same of a map of four dimensions. */
+__device__ __forceinline__ void copy_box4_here(void *to, const void *map, int x, int y, int z,
+                                               int w, uint64_t *barrier)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4, %5}], [%6];\n" ::"r"(shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
                  : "memory");
 }
 

@@ -112,12 +112,14 @@ static qv_status run_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor
     qv_tensor inner = qv_tensor_cols(wide, 0, n_inner); /* the activation works in place */
     *out = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, n_out);
     *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
+    qv_moe_rows rows;
+    QV_TRY(qv_op_moe_gather(pass->be, pass->list, *out, &x, &rows)); /* as wide as what goes in */
     if (expert_site(pass, layer, QV_PROJ_EXPERT_IN) == NULL) {
         QV_TRY(qv_op_moe_linear_act(pass->be,
                                     qv_weights_layer(pass->weights, layer)->proj[QV_PROJ_EXPERT_IN],
-                                    pass->list, x, QV_MOE_TOKENS, act, wide, inner));
+                                    pass->list, x, rows, act, wide, inner));
     } else {
-        QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, QV_MOE_TOKENS, wide));
+        QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, rows, wide));
         QV_TRY(qv_op_activate(pass->be, act, wide, inner));
     }
     return expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, *out);

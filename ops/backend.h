@@ -121,6 +121,9 @@ typedef struct {
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                 qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                 qv_tensor y);
+    /* NULL, both: linear reads rows of tokens. */
+    bool (*wants_pairs)(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor room);
+    qv_status (*moe_gather)(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor y);
     /* NULL, both: an op for each part, as where it does not take them. */
     bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);

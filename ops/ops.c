@@ -981,9 +981,9 @@ static size_t lay_out_list(qv_moe_list *list, char *memory)
     TAKE(expert_start, n_experts + 1);
     TAKE(pair, n_pairs);
     TAKE(place, n_pairs);
-    TAKE(n_runs, 1);
+    TAKE(n_runs, 2);
     TAKE(runs, n_pairs);
-    TAKE(work, (n_pairs > n_experts ? n_pairs : n_experts) + 1);
+    TAKE(work, (n_pairs > n_experts ? n_pairs : n_experts) + n_pairs / 512 + 2);
 #undef TAKE
     return used;
 }
@@ -1056,6 +1056,22 @@ static int64_t n_pairs_of(const qv_moe_list *list)
 static int64_t n_rows_of(const qv_moe_list *list, qv_moe_rows rows)
 {
     return rows == QV_MOE_TOKENS ? list->n_tokens : n_pairs_of(list);
+}
+
+qv_status qv_op_moe_gather(qv_backend *be, const qv_moe_list *list, qv_tensor room, qv_tensor *x,
+                           qv_moe_rows *rows)
+{
+    qv_dtype act = be->table->activation_dtype;
+    EXPECT("moe_gather", *x, act, n_rows_of(list, QV_MOE_TOKENS), room.shape[1]);
+    EXPECT("moe_gather", room, act, n_pairs_of(list), x->shape[1]);
+    *rows = QV_MOE_TOKENS;
+    if (list->n_tokens == 0 || be->table->wants_pairs == NULL ||
+        !be->table->wants_pairs(be, list, *x, room))
+        return QV_OK;
+    QV_TRY(CALL_ON(be->table, moe_gather, 0, 0, be, list, *x, room));
+    *x = room;
+    *rows = QV_MOE_PAIRS;
+    return QV_OK;
 }
 
 static qv_status check_moe_linear(const qv_backend *be, const qv_weight *w, const qv_moe_list *list,

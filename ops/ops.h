@@ -428,7 +428,8 @@ qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *ar
  *   qv_op_linear_f32    x and its rest [T, d]        -> logits [T, E] then qv_op_lora_f32
  *   qv_op_router        logits                       -> ids, weights [T, k]
  *   qv_op_moe_route     ids, the batch's segments    -> list       (both: qv_op_choose)
- *   qv_op_moe_linear    x, one row a token           -> h [P, n]      then qv_op_moe_lora into h
+ *   qv_op_moe_gather    x                            -> x, one row a pair, or left alone
+ *   qv_op_moe_linear    x                            -> h [P, n]      then qv_op_moe_lora into h
  *   qv_op_swiglu/relu2  h                            -> a [P, f]   (both: qv_op_moe_linear_act)
  *   qv_op_moe_linear    a, one row a pair            -> o [P, d]      then qv_op_moe_lora into o
  *   qv_op_moe_combine   o, weights                   -> y [T, d], or _f32 into the stream
@@ -483,9 +484,10 @@ typedef struct {
     int32_t *expert_start; /* [n_experts + 1] places of each expert; the last entry ends the list */
     int32_t *pair;         /* [max_tokens * top_k] the pair at each place */
     int32_t *place;        /* [max_tokens * top_k] the place of each pair; -1 = left out */
-    int32_t *n_runs;       /* [1] */
+    int32_t *n_runs;       /* [2], the second one the ops' own */
     qv_moe_run *runs;      /* [max_tokens * top_k] in the order of the list */
-    int64_t *work;         /* [max(n_experts, max_tokens * top_k) + 1] the ops' own */
+    int64_t
+        *work; /* [max(n_experts, max_tokens * top_k) + max_tokens * top_k / 512 + 2] the same */
 } qv_moe_list;
 
 /* Bytes of backend memory for a list; SIZE_MAX when it cannot be. */
@@ -512,6 +514,12 @@ typedef enum {
     QV_MOE_TOKENS, /* [T, ..]: a pair reads the row of its token */
     QV_MOE_PAIRS,  /* [P, ..] in the order of the list */
 } qv_moe_rows;
+
+/* Before qv_op_moe_linear of *x [T, n] with a row a token: where the backend is faster with a row a
+ * pair, *x becomes room [P, n] with these rows, and *rows says so; else both stay. Rows of pairs
+ * that are left out are untouched. */
+qv_status qv_op_moe_gather(qv_backend *be, const qv_moe_list *list, qv_tensor room, qv_tensor *x,
+                           qv_moe_rows *rows);
 
 /* y [P, n_out]: y[p] = W_e x[row of p] for the pair at place p and its expert e. The sum of a row
  * is the one of qv_op_linear, bit for bit, whatever other pairs its expert has. x [T or P, n_in] as

@@ -263,6 +263,9 @@ qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_mo
                                  qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                  qv_tensor y);
 
+bool qv_cuda_wants_pairs(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor room);
+qv_status qv_cuda_moe_gather(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor y);
+
 /* --- clock.c ------------------------------------------------------------------------------ */
 
 qv_status qv_cuda_mark(qv_backend *be, int32_t i);

@@ -74,6 +74,24 @@ qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logi
     return qv_k_moe_route(ids.data, &l, cuda->stream);
 }
 
+static bool has_vectors(qv_tensor x)
+{
+    return x.shape[1] % 8 == 0 && x.stride[0] % 8 == 0 && (uintptr_t)x.data % 16 == 0;
+}
+
+bool qv_cuda_wants_pairs(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor room)
+{
+    qv_k_list l = list_of(be, list);
+    return has_vectors(x) && has_vectors(room) && qv_k_moe_wants_pairs(&l);
+}
+
+qv_status qv_cuda_moe_gather(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor y)
+{
+    qv_k_list l = list_of(be, list);
+    return qv_k_moe_gather(&l, x.data, x.stride[0], y.data, y.stride[0], x.shape[1],
+                           qv_cuda(be)->stream);
+}
+
 static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                             qv_tensor x, qv_moe_rows rows, qv_k_moe_act act, qv_tensor y)
 {
@@ -100,19 +118,15 @@ qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_li
     return run_linear(be, w, list, x, rows, QV_K_MOE_PLAIN, y);
 }
 
-/* At once, but for SwiGLU of many pairs, where the gates hold up the next tile for longer than a
- * pass of its own takes (35B, 8192 tokens: 842 us a layer at once, 733 by two), and where the
- * halves of a row would be summed in another order than the whole. When deterministic, the number
- * of pairs decides nothing. */
+/* At once, but for SwiGLU whose halves do not end where vectors do. */
 qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                  qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                  qv_tensor y)
 {
-    int64_t f = y.shape[1], n_pairs = (int64_t)list->n_tokens * list->top_k;
+    int64_t f = y.shape[1];
     if (act == QV_ACT_RELU2)
         return run_linear(be, w, list, x, rows, QV_K_MOE_RELU2, y);
-    bool few = n_pairs <= 2 * QV_K_MOE_TILE * (int64_t)list->n_experts;
-    if (f % 8 == 0 && (few || qv_cuda(be)->deterministic))
+    if (f % 8 == 0)
         return run_linear(be, w, list, x, rows, QV_K_MOE_SWIGLU, y);
     QV_TRY(qv_cuda_moe_linear(be, w, list, x, rows, wide));
     return qv_cuda_swiglu(be, qv_tensor_cols(wide, 0, f), qv_tensor_cols(wide, f, f), y);

@@ -176,12 +176,19 @@ void mbarrier_arrive_copies(uint64_t *barrier)
     });
 }
 
+void send_int(int *to, int value, uint64_t *barrier)
+{
+    later([to, value, barrier] {
+        *to = value;
+        bytes_came(barrier, (int)sizeof value);
+    });
+}
+
 /* --- Copies of the copy engine ------------------------------------------------------------ */
 
-void copy_box(void *to, const void *map, const int (&at)[3], uint64_t *barrier, uint16_t blocks)
+void copy_box(void *to, const void *map, box_position from, uint64_t *barrier, uint16_t blocks)
 {
     const tensor_map m = read_tensor_map(map);
-    const box_position from = {at[0], at[1], at[2]};
     for (int rank = 0; rank < 16; rank++)
         if (blocks >> rank & 1) {
             char *there = (char *)shared_of(rank, to);
@@ -197,14 +204,13 @@ void copy_box(void *to, const void *map, const int (&at)[3], uint64_t *barrier, 
         }
 }
 
-void store_box(const void *map, const int (&at)[3], const void *from)
+void store_box(const void *map, box_position to, const void *from)
 {
     const tensor_map m = read_tensor_map(map);
     const size_t offset = __cvta_generic_to_shared(from);
     if (offset + m.box_bytes() > shared_size())
         fail("a box of %zu bytes at %zu of shared memory, of which there are %zu", m.box_bytes(),
              offset, shared_size());
-    const box_position to = {at[0], at[1], at[2]};
     auto run = [m, to, from, offset] { take_box(m, to, (const char *)from, offset); };
     if (chance(2))
         run();

@@ -6,6 +6,8 @@
 #ifndef QV_EMULATE_ASYNC_H
 #define QV_EMULATE_ASYNC_H
 
+#include "tests/emulate/tensor_map.h"
+
 #include <stdint.h>
 
 namespace emu
@@ -28,11 +30,14 @@ void mbarrier_wait(uint64_t *barrier, int parity);
 
 /* A box of a map made by cuTensorMapEncodeTiled(), to each block of the cluster with a bit in
  * `blocks`. `to` and `barrier` are this block's. */
-void copy_box(void *to, const void *map, const int (&at)[3], uint64_t *barrier, uint16_t blocks);
+/* Later: the number, and its bytes to the barrier. */
+void send_int(int *to, int value, uint64_t *barrier);
+
+void copy_box(void *to, const void *map, box_position from, uint64_t *barrier, uint16_t blocks);
 
 /* And from shared memory of this block: read some time until the wait for it. Groups of the thread;
  * all but the last n groups have read what they store. */
-void store_box(const void *map, const int (&at)[3], const void *from);
+void store_box(const void *map, box_position to, const void *from);
 void stores_commit();
 void stores_wait(int n);
 

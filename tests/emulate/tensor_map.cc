@@ -27,15 +27,19 @@ template <class F> void each_piece(const tensor_map &m, box_position p, size_t o
     if (offset % ROW_BYTES != 0)
         fail("a box at %zu of shared memory, not a multiple of %u", offset, ROW_BYTES);
     size_t at = offset;
-    for (int64_t z = p.z; z < (int64_t)p.z + m.box[2]; z++)
-        for (int64_t y = p.y; y < (int64_t)p.y + m.box[1]; y++) {
-            bool inside = z >= 0 && z < (int64_t)m.sizes[2] && y >= 0 && y < (int64_t)m.sizes[1];
-            const char *row = nullptr;
-            if (inside)
-                row = m.data + (uint64_t)z * m.strides[1] + (uint64_t)y * m.strides[0];
-            for (uint32_t x = 0; x < m.box[0] * m.number; x += PIECE, at += PIECE)
-                f((int64_t)p.x * m.number + x, row, at);
+    for (uint32_t i = 0; i < m.box[1] * m.box[2] * m.box[3]; i++) {
+        const char *row = m.data;
+        uint32_t left = i;
+        for (int d = 1; d < 4; left /= m.box[d], d++) {
+            int64_t place = (int64_t)p.at[d] + left % m.box[d];
+            if (place < 0 || place >= (int64_t)m.sizes[d])
+                row = nullptr;
+            else if (row != nullptr)
+                row += (uint64_t)place * m.strides[d - 1];
         }
+        for (uint32_t x = 0; x < m.box[0] * m.number; x += PIECE, at += PIECE)
+            f((int64_t)p.at[0] * m.number + x, row, at);
+    }
 }
 
 } // namespace
@@ -88,7 +92,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill)
 {
     bool bf16 = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    if ((!bf16 && type != CU_TENSOR_MAP_DATA_TYPE_FLOAT32) || rank != 3 ||
+    if ((!bf16 && type != CU_TENSOR_MAP_DATA_TYPE_FLOAT32) || rank < 3 || rank > 4 ||
         interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle != CU_TENSOR_MAP_SWIZZLE_128B ||
         fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
         return CUDA_ERROR_NOT_SUPPORTED;
@@ -99,14 +103,15 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
         return CUDA_ERROR_INVALID_VALUE;
     m.mark = emu::MARK;
     m.data = (const char *)data;
-    for (int i = 0; i < 3; i++) {
+    m.sizes[3] = m.box[3] = 1;
+    for (cuuint32_t i = 0; i < rank; i++) {
         if (sizes[i] == 0 || sizes[i] > UINT64_C(1) << 32 || box[i] == 0 || box[i] > 256 ||
             steps[i] != 1)
             return CUDA_ERROR_INVALID_VALUE;
         m.sizes[i] = sizes[i];
         m.box[i] = box[i];
     }
-    for (int i = 0; i < 2; i++) {
+    for (cuuint32_t i = 0; i < rank - 1; i++) {
         if (strides[i] % 16 != 0 || strides[i] >= UINT64_C(1) << 40)
             return CUDA_ERROR_INVALID_VALUE;
         m.strides[i] = strides[i];

@@ -1,5 +1,5 @@
-/* Tensor maps for the CPU: cuTensorMapEncodeTiled() as kernels/tensor_map.cuh uses it, three
- * dimensions of BF16 or float32 with a swizzle of 128 bytes, and the copies of a box.
+/* Tensor maps for the CPU: cuTensorMapEncodeTiled() as kernels/tensor_map.cuh uses it, three or
+ * four dimensions of BF16 or float32 with a swizzle of 128 bytes, and the copies of a box.
  */
 #ifndef QV_EMULATE_TENSOR_MAP_H
 #define QV_EMULATE_TENSOR_MAP_H
@@ -15,16 +15,16 @@ namespace emu
 struct tensor_map {
     uint64_t mark;
     const char *data;
-    uint64_t sizes[3];   /* numbers; the first dimension is the one without gaps */
-    uint64_t strides[2]; /* bytes, of the other two */
-    uint32_t box[3];     /* numbers */
+    uint64_t sizes[4];   /* numbers; the first dimension is the one without gaps */
+    uint64_t strides[3]; /* bytes, of the others */
+    uint32_t box[4];     /* numbers */
     uint32_t number;     /* bytes of one */
 
-    size_t box_bytes() const { return (size_t)box[0] * box[1] * box[2] * number; }
+    size_t box_bytes() const { return (size_t)box[0] * box[1] * box[2] * box[3] * number; }
 };
 
 struct box_position {
-    int x, y, z; /* may be outside: zeros are what is there */
+    int at[4]; /* may be outside: zeros are what is there */
 };
 
 /* The map at `map`; an error of the kernel if there is none. */

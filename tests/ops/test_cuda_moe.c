@@ -189,17 +189,53 @@ Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 600)
         }
 }
 
-/* On Hopper an expert's pairs are shared out over blocks, each of which takes them in products of
- * 32 to 128 columns; rows end inside of its tiles of 64. */
+/* On Hopper an expert's pairs, a row each, are shared out over items of up to 256, multiplied in
+ * products of 32 to 256 columns; rows end inside of its tiles, and k is one step or many. */
 Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 600)
 {
     static const qv_moe_shape shapes[] = {{"two tiles of rows", 3, 1, 200, 320, false},
                                           {"a tile and 1/3", 3, 1, 64, 344, false},
-                                          {"crowded", 6, 3, 72, 136, true}};
-    static const int32_t sizes[] = {455, 480, 530, 600, 700, 790, 1000};
+                                          {"crowded", 6, 3, 72, 136, true},
+                                          {"nine steps of k", 3, 1, 520, 328, false},
+                                          {"nine steps of k, gated", 3, 1, 520, 200, true}};
+    static const int32_t sizes[] = {60, 200, 390, 455, 480, 530, 600, 700, 790, 1000};
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
         for (size_t i = 0; i < QV_ROWS(shapes); i++)
-            check_linear(&shapes[i], sizes[j], j & 1);
+            check_linear(&shapes[i], sizes[j], true);
+}
+
+/* Whatever the device wants: rows of pairs are those of their tokens. */
+Test(cuda_moe, gathered_rows_are_those_of_the_pairs)
+{
+    enum { TOKENS = 90, EXPERTS = 5, TOP_K = 2, D = 136 };
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(19);
+    int32_t *ids = random_ids(&rng, TOKENS, EXPERTS, TOP_K);
+    for (int i = 0; i < TOKENS * TOP_K; i += 7)
+        ids[i] = -1;
+    const int32_t start[] = {0, TOKENS}, slot[] = {-1};
+    lists l = route_both(p, ids, EXPERTS, 0, TOP_K, TOKENS, 1, start, slot);
+    both x = random_act(p, &rng, TOKENS, D, 1), room = nan_act(p, TOKENS * TOP_K, D);
+    qv_tensor rows_of = x.t[GPU];
+    qv_moe_rows rows;
+    PASS(qv_op_moe_gather(p->be[GPU], &l.list[GPU], room.t[GPU], &rows_of, &rows));
+    cr_assert(rows_of.data == (rows == QV_MOE_PAIRS ? room : x).t[GPU].data);
+    uint16_t *from = bits_of(p, x.t[GPU]), *to = bits_of(p, room.t[GPU]);
+    const qv_moe_list *list = &l.list[CPU];
+    for (int32_t place = 0; place < TOKENS * TOP_K; place++) {
+        bool taken = rows == QV_MOE_PAIRS && place < list->expert_start[EXPERTS];
+        for (int i = 0; i < D; i++) {
+            uint16_t value = to[place * D + i];
+            if (taken)
+                cr_assert(value == from[list->pair[place] / TOP_K * D + i], "place %d", place);
+            else
+                cr_assert((value & 0x7fff) > 0x7f80, "place %d has been written", place);
+        }
+    }
+    free(from);
+    free(to);
+    free(ids);
+    close_pair(p);
 }
 
 /* --- Adapters ----------------------------------------------------------------------------- */

@@ -12,8 +12,7 @@ inline void stmatrix4(void *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 
 inline void store_box(const void *map, int x, int y, int z, const void *from)
 {
-    const int at[3] = {x, y, z};
-    emu::store_box(map, at, from);
+    emu::store_box(map, {{x, y, z, 0}}, from);
 }
 
 inline void stores_commit()

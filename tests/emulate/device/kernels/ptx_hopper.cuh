@@ -80,19 +80,28 @@ inline void barrier_wait(uint64_t *barrier, int parity)
     emu::mbarrier_wait(barrier, parity);
 }
 
+inline void send_int(int *to, int value, uint64_t *barrier, int rank)
+{
+    emu::send_int((int *)emu::shared_of(rank, to), value,
+                  (uint64_t *)emu::shared_of(rank, barrier));
+}
+
 /* --- Tiles by the copy engine -------------------------------------------------------------- */
 
 inline void copy_box(void *to, const void *map, int x, int y, int z, uint64_t *barrier,
                      uint16_t blocks)
 {
-    const int at[3] = {x, y, z};
-    emu::copy_box(to, map, at, barrier, blocks);
+    emu::copy_box(to, map, {{x, y, z, 0}}, barrier, blocks);
 }
 
 inline void copy_box_here(void *to, const void *map, int x, int y, int z, uint64_t *barrier)
 {
-    const int at[3] = {x, y, z};
-    emu::copy_box(to, map, at, barrier, (uint16_t)(1 << emu::cluster_rank()));
+    emu::copy_box(to, map, {{x, y, z, 0}}, barrier, (uint16_t)(1 << emu::cluster_rank()));
+}
+
+inline void copy_box4_here(void *to, const void *map, int x, int y, int z, int w, uint64_t *barrier)
+{
+    emu::copy_box(to, map, {{x, y, z, w}}, barrier, (uint16_t)(1 << emu::cluster_rank()));
 }
 
 #endif

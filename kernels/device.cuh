@@ -43,7 +43,7 @@ __device__ __forceinline__ bf16x8 pack8(const float (&x)[8])
 /* Activations, one formula wherever they are applied. */
 __device__ __forceinline__ float swiglu(float gate, float up)
 {
-    return gate / (1.0f + expf(-gate)) * up;
+    return __fdividef(gate, 1.0f + __expf(-gate)) * up; /* far closer than BF16 */
 }
 
 __device__ __forceinline__ float relu2(float x)

@@ -32,9 +32,9 @@ constexpr int WIDE_UNITS = WIDE_CLUSTER * WIDE_GROUPS;
 constexpr int WIDE_BOX = 32; /* pairs that the copy engine fetches at once */
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
-constexpr int WIDE_LEAD = 2;                /* steps */
-constexpr int WIDE_TURNS = 4 * WIDE_STAGES; /* items that warps are apart, at most, and more */
-constexpr int WIDE_OUT_PAIRS = 128;         /* results that are on their way at once */
+[[maybe_unused]] constexpr int WIDE_LEAD = 2; /* steps */
+constexpr int WIDE_TURNS = 4 * WIDE_STAGES;   /* items that warps are apart, at most, and more */
+constexpr int WIDE_OUT_PAIRS = 128;           /* results that are on their way at once */
 constexpr int WIDE_WORKERS = 128 * WIDE_GROUPS;
 constexpr int WIDE_THREADS = WIDE_WORKERS + 128;
 constexpr int WIDE_FETCH_REGISTERS = 40, WIDE_WORK_REGISTERS = 232; /* of a thread */
@@ -43,7 +43,7 @@ static_assert(WIDE_GROUPS * WIDE_WORK_REGISTERS + WIDE_FETCH_REGISTERS <=
               "who asks for more than there are waits for ever");
 
 /* Barriers by name: 0 is __syncthreads, 1 and 2 are those of the warpgroups. */
-constexpr int WIDE_LEAD_BARRIER = 3;
+[[maybe_unused]] constexpr int WIDE_LEAD_BARRIER = 3;
 
 struct wide_stage {
     bf16 w[WIDE_GROUPS * WIDE_UNIT * WIDE_K], x[WIDE_PAIRS * WIDE_K];

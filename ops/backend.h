@@ -131,9 +131,7 @@ typedef struct {
     /* Of one token. NULL: router, then moe_route, as for more. */
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list);
-    /* Of a backend without peers, for up to most_combined tokens. NULL: moe_combine_f32, then
-     * add_rms_norm, as for more. */
-    int64_t most_combined;
+    /* Of a backend without peers. NULL: moe_combine_f32, then add_rms_norm. */
     qv_status (*combine_add_rms_norm)(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                       qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                       qv_tensor y, qv_tensor rest);

@@ -1180,8 +1180,7 @@ qv_status qv_op_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_t
                                      qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                      qv_tensor y, qv_tensor rest)
 {
-    if (be->table->combine_add_rms_norm != NULL && !has_peers(be) && residual.shape[0] > 0 &&
-        residual.shape[0] <= be->table->most_combined) {
+    if (be->table->combine_add_rms_norm != NULL && !has_peers(be) && residual.shape[0] > 0) {
         QV_TRY(check_combine_f32(be, sum, delta));
         QV_TRY(check_add_rms_norm(be, residual, delta, w, y, rest));
         return CALL_ON(be->table, combine_add_rms_norm, 0, 0, be, sum, residual, delta, w, eps,

@@ -213,7 +213,6 @@ const qv_backend_table qv_cuda_backend_table = {
     .takes_linears = qv_cuda_takes_linears,
     .linears = qv_cuda_linears,
     .choose = qv_cuda_choose,
-    .most_combined = QV_CUDA_COMBINED_TOKENS,
     .combine_add_rms_norm = qv_cuda_combine_add_rms_norm,
     .mark = qv_cuda_mark,
     .between = qv_cuda_between,

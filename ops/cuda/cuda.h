@@ -254,8 +254,6 @@ qv_status qv_cuda_gated_attention(qv_backend *be, const qv_batch *batch, const q
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                          qv_tensor weights, qv_moe_list *list);
 
-/* Steps of up to so many tokens have the sum of their experts and the norm behind it in one. */
-#define QV_CUDA_COMBINED_TOKENS 8
 qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                        qv_tensor delta, qv_tensor w, float eps, bool plus_one,
                                        qv_tensor y, qv_tensor rest);

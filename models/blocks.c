@@ -195,6 +195,15 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
     return qv_op_lora_f32(pass->be, site, n_segs, seg_start, seg_slot, x, scratch, y);
 }
 
+qv_status qv_linear_out(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
+{
+    const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
+    const qv_proj_shape *shape = &pass->layout->proj[proj];
+    if (pass->probe == NULL && shape->x_cols == shape->n_in && site_of(pass, layer, proj) == NULL)
+        QV_TRY(qv_op_linear_add(pass->be, weight, x, qv_pass_residual(pass), &pass->added));
+    return pass->added ? QV_OK : qv_linear(pass, layer, proj, x, y);
+}
+
 static qv_status linear_act(qv_pass *pass, int64_t layer, const qv_proj_part *part, qv_tensor x)
 {
     if (part->act == QV_ACT_NONE)
@@ -281,6 +290,10 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
     float eps = (float)pass->config->norm_eps;
     qv_tensor w = qv_pass_vec(pass, layer, norm), rest = rest_behind(pass, layer, norm);
     bool plus_one = pass->config->arch->norm_plus_one;
+    if (pass->added) {
+        pass->added = false;
+        return add_norm(pass, layer, norm, residual, (qv_tensor){.data = NULL}, y);
+    }
     /* every block ends in a split of its input */
     if (pass->sum.o.data != NULL)
         QV_TRY(qv_op_combine_add_rms_norm(pass->be, &pass->sum, residual, delta, w, eps, plus_one,

@@ -67,6 +67,7 @@ struct qv_pass {
     void *probe_user;
     /* What qv_block_experts left to the qv_block_add_norm behind it; without an o, nothing. */
     qv_moe_sum sum;
+    bool added; /* the block before has added to the residual itself; its delta is not written */
     qv_tensor part; /* out: [L, n] F32, logits of this rank's part of the vocabulary */
 };
 
@@ -87,6 +88,11 @@ qv_tensor qv_pass_vec(const qv_pass *pass, int64_t layer, qv_vec vec);
  * into the stream are F32 and never rounded. A router reads the rest of x as well, which must be
  * what the last qv_block_norm or qv_block_add_norm of its layer gave. */
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
+
+/* The last projection of a block, whose y is what the block adds: by qv_linear, or, without
+ * adapters and probes and where that is faster, added to the pass's residual. The qv_block_add_norm
+ * that follows, with y as its delta, knows. */
+qv_status qv_linear_out(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y);
 
 /* One of several projections that read the same x. */
 typedef struct {
@@ -110,7 +116,7 @@ qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor res
 qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                             qv_tensor delta, qv_tensor y);
 
-/* Mixers and feed-forward: x [T, hidden], y [T, hidden] F32. */
+/* Mixers and feed-forward: x [T, hidden], y [T, hidden] F32, which may be left to qv_linear_out. */
 qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);
 qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y);

@@ -52,7 +52,7 @@ qv_status qv_block_gated_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv
     } else {
         QV_TRY(probed_attention(pass, layer, &how, kv, q, gate, k, v, heads));
     }
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
+    QV_TRY(qv_linear_out(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
     probe(pass, layer, "attn_out", y);
     return QV_OK;
 }
@@ -78,7 +78,7 @@ qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tenso
     qv_tensor heads = qv_tensor_split(attn, c->n_heads, c->head_dim);
     QV_TRY(qv_op_attention(pass->be, pass->batch, kv, scale, q, heads));
     probe(pass, layer, "attn_heads", heads);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
+    QV_TRY(qv_linear_out(pass, layer, QV_PROJ_ATTN_OUT, attn, y));
     probe(pass, layer, "attn_out", y);
     return QV_OK;
 }
@@ -122,7 +122,7 @@ qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
     QV_TRY(qv_op_gated_rms_norm(pass->be, heads, z, qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
                                 (float)c->norm_eps, false, heads));
     probe(pass, layer, "gdn_gated", heads);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_OUT, out, y));
+    QV_TRY(qv_linear_out(pass, layer, QV_PROJ_GDN_OUT, out, y));
     probe(pass, layer, "gdn_out", y);
     return QV_OK;
 }
@@ -173,7 +173,7 @@ qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
         pass->be, groups, qv_tensor_split(z, c->ssm_groups, n_inner / c->ssm_groups),
         qv_pass_vec(pass, layer, QV_VEC_GATE_NORM), (float)c->norm_eps, true, groups));
     probe(pass, layer, "ssm_gated", groups);
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_SSM_OUT, out, y));
+    QV_TRY(qv_linear_out(pass, layer, QV_PROJ_SSM_OUT, out, y));
     probe(pass, layer, "ssm_out", y);
     return QV_OK;
 }

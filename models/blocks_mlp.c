@@ -15,7 +15,7 @@ qv_status qv_block_mlp(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv
 {
     qv_proj_part first = first_part(pass, act, QV_PROJ_MLP_IN, QV_PROJ_MLP_OUT);
     QV_TRY(qv_linears(pass, layer, x, 1, &first));
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_MLP_OUT, first.y, y));
+    QV_TRY(qv_linear_out(pass, layer, QV_PROJ_MLP_OUT, first.y, y));
     probe(pass, layer, "mlp_out", y);
     return QV_OK;
 }

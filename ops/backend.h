@@ -124,6 +124,9 @@ typedef struct {
     /* NULL, both: linear reads rows of tokens. */
     bool (*wants_pairs)(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor room);
     qv_status (*moe_gather)(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor y);
+    /* NULL, both: never. */
+    bool (*takes_linear_add)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+    qv_status (*linear_add)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
     /* NULL, both: an op for each part, as where it does not take them. */
     bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);

@@ -459,6 +459,12 @@ qv_status qv_op_embed(qv_backend *be, qv_tensor table, int64_t first, const int3
     return y.shape[0] ? CALL(embed, be, table, first, ids, y) : QV_OK;
 }
 
+/* Whether a collective has anybody to meet. */
+static bool has_peers(const qv_backend *be)
+{
+    return be->comm != NULL && qv_comm_n_ranks(be->comm) > 1;
+}
+
 static qv_status check_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y,
                               qv_dtype y_dtype)
 {
@@ -481,6 +487,14 @@ qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
     if (rest.data)
         EXPECT("linear", rest, be->table->activation_dtype, x.shape[0], w->n_in);
     return x.shape[0] ? CALL_SHAPED(linear_f32, w->n_out, w->n_in, be, w, x, rest, y) : QV_OK;
+}
+
+qv_status qv_op_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y, bool *done)
+{
+    QV_TRY(check_linear(be, w, x, y, QV_F32));
+    *done = x.shape[0] > 0 && !has_peers(be) && be->table->takes_linear_add != NULL &&
+            be->table->takes_linear_add(be, w, x, y);
+    return *done ? CALL_ON(be->table, linear_add, w->n_out, w->n_in, be, w, x, y) : QV_OK;
 }
 
 static qv_status check_linear_part(qv_backend *be, qv_tensor x, const qv_linear_part *part)
@@ -640,12 +654,6 @@ qv_status qv_op_add(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tens
     EXPECT("add", residual, QV_F32, ANY, ANY);
     QV_TRY(check_delta(be, "add", delta, gate, residual.shape[0], residual.shape[1]));
     return qv_tensor_count(&delta) ? CALL(add, be, residual, delta, gate) : QV_OK;
-}
-
-/* Whether a collective has anybody to meet. */
-static bool has_peers(const qv_backend *be)
-{
-    return be->comm != NULL && qv_comm_n_ranks(be->comm) > 1;
 }
 
 qv_status qv_backend_connect(qv_backend *be)

@@ -269,6 +269,11 @@ qv_status qv_op_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tenso
 qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
                            qv_tensor y);
 
+/* y [T, n_out] F32 += x W^T, where the backend has that and it pays; *done: whether it was. Where
+ * ranks add up, each would add its y, so never. */
+qv_status qv_op_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y,
+                           bool *done);
+
 /* qv_op_linear and then qv_op_lora in one op, with `f32` qv_op_linear_f32 and qv_op_lora_f32. A
  * backend may round y once instead of twice. The segments cover all rows of x; rows behind them may
  * hold anything then. Errors: those of the two. */

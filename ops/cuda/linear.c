@@ -242,6 +242,14 @@ static qv_status run_by_64(qv_cuda_backend *cuda, const qv_k_linear_args *c)
     return QV_OK;
 }
 
+/* The plan for a product, NULL if it is not one for cuBLASLt. */
+static qv_status plan_of(qv_cuda_backend *cuda, const qv_k_linear_args *c, const plan **out)
+{
+    const plan_key key = {c->n_out, c->n_in, c->n_tokens, c->x_stride, c->y_stride, c->y_f32};
+    *out = NULL;
+    return blas_can(c) ? find_plan(cuda, &key, out) : QV_OK;
+}
+
 static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
                             qv_tensor y)
 {
@@ -259,15 +267,32 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
     if (skinny && c.n_tokens <= SKINNY_TOKENS)
         return qv_k_skinny_linear(&c, cuda->stream);
     const plan *p = NULL;
-    if (blas_can(&c)) {
-        const plan_key key = {c.n_out, c.n_in, c.n_tokens, c.x_stride, c.y_stride, c.y_f32};
-        QV_TRY(find_plan(cuda, &key, &p));
-    }
+    QV_TRY(plan_of(cuda, &c, &p));
     if (p != NULL) {
         QV_TRY(run_plan(cuda, p, &c, c.x, 0));
         return c.rest != NULL ? run_plan(cuda, p, &c, c.rest, 1) : QV_OK;
     }
     return skinny ? qv_k_skinny_linear(&c, cuda->stream) : qv_k_any_linear(&c, cuda->stream);
+}
+
+/* Of prefill: where the product reads and writes the stream besides, the norm behind it neither
+ * adds to it nor reads what is added. */
+bool qv_cuda_takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_k_linear_args c = qv_cuda_linear_args(w, x, (qv_tensor){.data = NULL}, y);
+    const plan *p = NULL;
+    return !cuda->deterministic && c.n_tokens > GEMM_TOKENS && c.n_out > QV_K_FEW_ROWS &&
+           plan_of(cuda, &c, &p) == QV_OK && p != NULL;
+}
+
+qv_status qv_cuda_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_k_linear_args c = qv_cuda_linear_args(w, x, (qv_tensor){.data = NULL}, y);
+    const plan *p;
+    QV_TRY(plan_of(cuda, &c, &p));
+    return run_plan(cuda, p, &c, c.x, 1);
 }
 
 /* The parts of a joined product; whether they go by the streaming kernel. */

@@ -69,6 +69,48 @@ static void check_shape(duo *d, const qv_linear_shape *s, qv_dtype dtype)
     check_counts(d, s, dtype, all_counts, QV_ROWS(all_counts));
 }
 
+/* y += x W^T in one op, or refused and y left alone. */
+static void check_add(duo *d, const qv_linear_shape *s, int64_t n_tokens, bool expected)
+{
+    char what[128];
+    snprintf(what, sizeof what, "%s, %lld tokens added", s->name, (long long)n_tokens);
+    float *values = random_floats(&d->rng, s->n_out * s->n_in, 1);
+    round_to_bf16(values, s->n_out * s->n_in);
+    qv_weight *cpu = new_weight(d, d->cpu, values, s, QV_BF16);
+    qv_weight *dev = new_weight(d, d->dev, values, s, QV_BF16);
+    twin x = wide_twin(d, n_tokens, s->n_in, 0, 1);
+    twin y = NEW_TWIN(d, QV_F32, n_tokens, s->n_out),
+         delta = NEW_TWIN(d, QV_F32, n_tokens, s->n_out);
+    fill_twin(d, &y, 1);
+    poison_twin(d, &delta);
+    bool done;
+    PASS(qv_op_linear_add(d->cpu, cpu, x.cpu, y.cpu, &done));
+    cr_assert(!done, "%s: the CPU adds", what);
+    PASS(qv_op_linear_add(d->dev, dev, x.dev, y.dev, &done));
+    cr_assert_eq(done, expected, "%s: %s", what, done ? "it does" : "it does not");
+    if (done) {
+        PASS(qv_op_linear_f32(d->cpu, cpu, x.cpu, (qv_tensor){.data = NULL}, delta.cpu));
+        PASS(qv_op_add(d->cpu, y.cpu, delta.cpu, (qv_tensor){.data = NULL}));
+    }
+    check_twin(d, what, &y, done ? 1e-5 : 0, done ? 0.01 : 0, done ? 1e-5 : 0);
+    free_twin(d, &x), free_twin(d, &y), free_twin(d, &delta);
+    qv_weight_free(d->cpu, cpu);
+    qv_weight_free(d->dev, dev);
+    free(values);
+}
+
+Test(cuda_linear, a_product_of_prefill_can_add_to_its_y)
+{
+    static const qv_linear_shape shapes[] = {
+        {"out", 256, 512}, {"odd rows", 41, 64}, {"a gate", 1, 64}};
+    duo d = open_duo(9);
+    for (size_t i = 0; i < QV_ROWS(shapes); i++) {
+        check_add(&d, &shapes[i], 64, false);
+        check_add(&d, &shapes[i], 300, i == 0);
+    }
+    close_duo(&d);
+}
+
 Test(cuda_linear, agrees_with_the_cpu_on_every_shape)
 {
     duo d = open_duo(1);

@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(RANK_THREADS) router_rank_kernel(qv_k_router_a
 
 constexpr int CHUNK = 1024;     /* pairs of a block in the form of many blocks */
 constexpr int ONE_BLOCK = 2048; /* pairs up to which one block does it all */
+constexpr int LAYOUT_THREADS = 1024;
 
 /* Exclusive sum over a block of `n` threads, n a multiple of 32; total of all to everyone. */
 __device__ __forceinline__ int block_sum_before(int x, int *warp_sums, int &total)
@@ -185,13 +186,15 @@ __device__ __forceinline__ int block_sum_before(int x, int *warp_sums, int &tota
     if (lane == 31)
         warp_sums[warp] = sum;
     __syncthreads();
-    int before = 0;
-    total = 0;
-    for (int i = 0; i < n_warps; i++) {
-        before += i < warp ? warp_sums[i] : 0;
-        total += warp_sums[i];
+    int before = lane < n_warps ? warp_sums[lane] : 0;
+#pragma unroll
+    for (int i = 1; i < 32; i <<= 1) {
+        int more = __shfl_up_sync(ALL, before, i);
+        before += lane >= i ? more : 0;
     }
-    return before + sum - x;
+    total = __shfl_sync(ALL, before, 31);
+    before = __shfl_sync(ALL, before, warp ? warp - 1 : 0);
+    return (warp ? before : 0) + sum - x;
 }
 
 /* From how many pairs each expert has (shared), its first place, and the experts that have any. All
@@ -341,23 +344,59 @@ __global__ void count_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
         chunk_counts(list, blockIdx.x)[i] = count_memory[i];
 }
 
-/* One block: counts of chunks become what comes before each of them. */
-__global__ void layout_kernel(qv_k_list list, int n_chunks)
+constexpr int COUNTS_AT_ONCE = 16;
+
+/* The sum of an expert's counts in chunks [first, last), and with `store` in their place `before`
+ * and those in front of each. */
+__device__ __forceinline__ int sum_counts(const qv_k_list &list, int e, int first, int last,
+                                          int before, bool store)
+{
+    for (int chunk = first; chunk < last; chunk += COUNTS_AT_ONCE) {
+        int n[COUNTS_AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < COUNTS_AT_ONCE; i++)
+            n[i] = chunk + i < last ? chunk_counts(list, chunk + i)[e] : 0;
+#pragma unroll
+        for (int i = 0; i < COUNTS_AT_ONCE; i++) {
+            if (store && chunk + i < last)
+                chunk_counts(list, chunk + i)[e] = before;
+            before += n[i];
+        }
+    }
+    return before;
+}
+
+/* Threads of the block that lays out that share an expert's chunks. */
+__host__ __device__ constexpr int layout_parts(int n_experts)
+{
+    return n_experts < LAYOUT_THREADS ? LAYOUT_THREADS / n_experts : 1;
+}
+
+/* One block: counts of chunks become what comes before each of them. Shared: sums of parts, start.
+ */
+__global__ void __launch_bounds__(LAYOUT_THREADS) layout_kernel(qv_k_list list, int n_chunks)
 {
     extern __shared__ int layout_memory[];
     __shared__ int warp_sums[32];
-    for (int e = threadIdx.x; e < list.n_experts; e += blockDim.x) {
-        int sum = 0;
-#pragma unroll 8
-        for (int i = 0; i < n_chunks; i++) {
-            int n = chunk_counts(list, i)[e];
-            chunk_counts(list, i)[e] = sum;
-            sum += n;
-        }
-        layout_memory[e] = sum;
+    int n = list.n_experts, parts = layout_parts(n), each = (n_chunks + parts - 1) / parts;
+    int *start = layout_memory + parts * n;
+    for (int i = threadIdx.x; i < parts * n; i += LAYOUT_THREADS) {
+        int first = i / n * each;
+        layout_memory[i] = sum_counts(list, i % n, first, min(first + each, n_chunks), 0, false);
     }
     __syncthreads();
-    lay_out_experts(list, layout_memory, warp_sums);
+    for (int i = threadIdx.x; i < parts * n; i += LAYOUT_THREADS) {
+        int part = i / n, e = i % n, first = part * each, before = 0;
+        for (int j = 0; j < part; j++)
+            before += layout_memory[j * n + e];
+        before = sum_counts(list, e, first, min(first + each, n_chunks), before, true);
+        if (part == parts - 1)
+            start[e] = before;
+    }
+    if (threadIdx.x == 0)
+        *list.n_runs = 0; /* until they are found */
+    __syncthreads();
+    lay_out_experts(list, start, warp_sums);
 }
 
 __global__ void place_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
@@ -418,14 +457,13 @@ qv_status route_many(const int32_t *ids, const qv_k_list &list, int n_pairs, cud
                              (int)place_bytes) != cudaSuccess)
         return qv_k_check_launch("moe_route");
     count_kernel<<<n_chunks, CHUNK, start_bytes, stream>>>(ids, list, n_pairs);
-    layout_kernel<<<1, 1024, start_bytes, stream>>>(list, n_chunks);
+    layout_kernel<<<1, LAYOUT_THREADS, (size_t)(layout_parts(list.n_experts) + 1) * start_bytes,
+                    stream>>>(list, n_chunks);
     place_kernel<<<n_chunks, threads, place_bytes, stream>>>(ids, list, n_pairs);
     if (list.n_segs > 0) {
         count_runs_kernel<<<n_chunks, CHUNK, 0, stream>>>(list);
         find_runs_kernel<<<n_chunks, CHUNK, 0, stream>>>(list);
         finish_runs_kernel<<<64, 256, 0, stream>>>(list);
-    } else {
-        cudaMemsetAsync(list.n_runs, 0, sizeof(int32_t), stream);
     }
     return qv_k_check_launch("moe_route");
 }

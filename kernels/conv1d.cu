@@ -16,6 +16,7 @@ namespace
 constexpr int MAX_TAPS = 16;
 constexpr int WIDE = 8;         /* channels of a thread: 16 bytes */
 constexpr int WIDE_TAPS = 4;    /* taps that the wide form is made for */
+constexpr int AHEAD = 4;        /* tokens of a tile that are on their way */
 constexpr int TILE_TOKENS = 32; /* tokens of a tile: 3 / 32 of the inputs are read twice */
 
 __device__ __forceinline__ void unpack(uint4 raw, float (&x)[WIDE])
@@ -199,10 +200,26 @@ __global__ void __launch_bounds__(128) tile_conv_kernel(qv_k_steps s, qv_k_conv1
             continue; /* empty */
         float past[3][WIDE];
         load_past(s, c, seq, start, t, channel, past);
-#pragma unroll 4 /* y is not x here, so that loads run ahead of stores */
-        for (; t < stop; t++)
-            *(uint4 *)(y + (int64_t)t * c.y_stride) =
-                wide_token(w, past, __ldg((const uint4 *)(x + (int64_t)t * c.x_stride)));
+        /* y is not x here, so that loads run ahead of stores: AHEAD tokens */
+        uint4 ahead[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (t + i < stop)
+                ahead[i] = __ldg((const uint4 *)(x + (int64_t)(t + i) * c.x_stride));
+        for (; t < stop; t += AHEAD) {
+            uint4 now[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                now[i] = ahead[i];
+                if (t + AHEAD + i < stop)
+                    ahead[i] = __ldg((const uint4 *)(x + (int64_t)(t + AHEAD + i) * c.x_stride));
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++)
+                if (t + i < stop)
+                    *(uint4 *)(y + (int64_t)(t + i) * c.y_stride) = wide_token(w, past, now[i]);
+        }
+        t = stop;
     }
 }
 

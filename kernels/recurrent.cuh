@@ -126,26 +126,38 @@ __device__ __forceinline__ void load_keys(bf16 *tile, const qv_k_heads &keys, in
     }
 }
 
-/* out [n, n] = a [n, n] b [n, n] times `sign`, all in shared memory with pitch PITCH, `threads`
- * threads beginning at 0. n is 16 or 32; each thread makes a row's run of four. */
+/* out [N, N] = a [N, N] b [N, N] times `sign`, all float32 in shared memory with pitch PITCH, by
+ * `n_warps` warps: on the tensor cores, each number as two of BF16, of which the product of both
+ * low halves is left out: up to 2^-16. */
 template <int N>
 __device__ __forceinline__ void small_product(const float *a, const float *b, float *out,
-                                              float sign, int thread, int threads)
+                                              float sign, int warp, int n_warps)
 {
-    for (int i = thread; i < N * N / 4; i += threads) {
-        int row = i / (N / 4), col = i % (N / 4) * 4;
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll 8
-        for (int j = 0; j < N; j++) {
-            float x = a[row * PITCH + j];
-            float4 y = *(const float4 *)(b + j * PITCH + col);
-            sum.x = fmaf(x, y.x, sum.x);
-            sum.y = fmaf(x, y.y, sum.y);
-            sum.z = fmaf(x, y.z, sum.z);
-            sum.w = fmaf(x, y.w, sum.w);
+    int lane = threadIdx.x & 31, group = lane >> 2, pair = (lane & 3) * 2;
+    for (int tile = warp; tile < N / 16 * (N / 8); tile += n_warps) {
+        int row = tile / (N / 8) * 16 + group, col = tile % (N / 8) * 8;
+        float acc[4] = {};
+#pragma unroll
+        for (int k = 0; k < N; k += 16) {
+            uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                float2 x = *(const float2 *)(a + (row + i % 2 * 8) * PITCH + k + pair + i / 2 * 8);
+                split_bf16(x.x, x.y, a_high[i], a_low[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float *x = b + (k + pair + i * 8) * PITCH + col + group;
+                split_bf16(x[0], x[PITCH], b_high[i], b_low[i]);
+            }
+            mma(acc, a_high, b_low[0], b_low[1]);
+            mma(acc, a_low, b_high[0], b_high[1]);
+            mma(acc, a_high, b_high[0], b_high[1]);
         }
-        *(float4 *)(out + row * PITCH + col) =
-            make_float4(sign * sum.x, sign * sum.y, sign * sum.z, sign * sum.w);
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            *(float2 *)(out + (row + i * 8) * PITCH + col + pair) =
+                make_float2(sign * acc[2 * i], sign * acc[2 * i + 1]);
     }
 }
 
@@ -168,20 +180,20 @@ __device__ __forceinline__ void invert(const float *a, float *t, float *spare)
         }
     }
     __syncthreads();
-    /* Pairs of blocks: 64 threads each. */
-    int pair = thread >> 6, in_pair = thread & 63, corner = pair * 32 * (PITCH + 1);
-    small_product<16>(a + corner + 16 * PITCH, t + corner, spare + pair * 16 * PITCH, 1, in_pair,
-                      64);
+    /* Pairs of blocks: two warps each. */
+    int pair = warp >> 1, in_pair = thread & 63, corner = pair * 32 * (PITCH + 1);
+    small_product<16>(a + corner + 16 * PITCH, t + corner, spare + pair * 16 * PITCH, 1, warp & 1,
+                      2);
     __syncthreads();
     small_product<16>(t + corner + 16 * (PITCH + 1), spare + pair * 16 * PITCH,
-                      t + corner + 16 * PITCH, -1, in_pair, 64);
+                      t + corner + 16 * PITCH, -1, warp & 1, 2);
     /* Above the diagonal, within the halves: the next products read whole blocks. */
     for (int i = in_pair; i < 256; i += 64)
         t[corner + i / 16 * PITCH + 16 + i % 16] = 0;
     __syncthreads();
-    small_product<32>(a + 32 * PITCH, t, spare, 1, thread, 128);
+    small_product<32>(a + 32 * PITCH, t, spare, 1, warp, 4);
     __syncthreads();
-    small_product<32>(t + 32 * (PITCH + 1), spare, t + 32 * PITCH, -1, thread, 128);
+    small_product<32>(t + 32 * (PITCH + 1), spare, t + 32 * PITCH, -1, warp, 4);
     __syncthreads();
 }
 
@@ -213,15 +225,15 @@ template <bool DELTA> struct prepare_shared {
         q_scale[CHUNK];
 };
 
-/* P and T - I of one head from the products of its keys, which lie in accumulators: warp w has rows
- * 16 w... The gates are in m. */
+/* P and T - I of one head from the products of its keys, which lie in accumulators of rows 16
+ * warp... The gates are in m. */
 template <bool DELTA>
 __device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, int head,
                                             const float (&kk)[8][4], const float (&qk)[8][4],
-                                            chunk_record<DELTA> &record)
+                                            int warp, chunk_record<DELTA> &record)
 {
     const float *g = m.g[head], *beta = m.beta[head];
-    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    int thread = threadIdx.x, lane = thread & 31;
     if (thread < CHUNK) {
         record.g[thread] = g[thread];
         record.beta[thread] = beta[thread];
@@ -269,20 +281,18 @@ __device__ __forceinline__ void finish_head(prepare_shared<DELTA> &m, int head,
     }
 }
 
-/* The gates of a chunk, g summed up: a warp a head, two tokens a lane. */
+/* The gates of a chunk, g summed up, of n tokens: a warp a head, two tokens a lane. */
 template <bool DELTA>
-__device__ __forceinline__ void load_gates(prepare_shared<DELTA> &m, const qv_k_recurrent_args &c,
-                                           int64_t start, int n, int first_head, int n_heads)
+__device__ __forceinline__ void store_gates(prepare_shared<DELTA> &m, const qv_k_recurrent_args &c,
+                                            const gate_inputs (&in)[2], int n)
 {
     int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    if (warp >= n_heads)
-        return;
     gate gt[2] = {};
     float sum[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (half * 32 + lane < n)
-            gt[half] = gate_of<DELTA>(c, start + half * 32 + lane, first_head + warp);
+            gt[half] = gate_from<DELTA>(c, in[half]);
         sum[half] = gt[half].g;
 #pragma unroll
         for (int i = 1; i < 32; i <<= 1) {
@@ -306,7 +316,10 @@ __global__ void __launch_bounds__(128, DELTA ? 5 : 4)
 {
     extern __shared__ __align__(16) char prepare_memory[];
     prepare_shared<DELTA> &m = *(prepare_shared<DELTA> *)prepare_memory;
-    int thread = threadIdx.x, warp = thread >> 5;
+    /* Which rows a warp has: the last take the longest, so not on the same scheduler in all blocks
+     * of a multiprocessor. */
+    int block = (int)(blockIdx.y * gridDim.x + blockIdx.x);
+    int thread = threadIdx.x, warp = ((thread >> 5) + (block >> 2)) & 3;
     int place = place_0 + blockIdx.x, low = 0, high = s.n_seqs;
     while (high - low > 1) {
         int middle = (low + high) >> 1;
@@ -325,11 +338,19 @@ __global__ void __launch_bounds__(128, DELTA ? 5 : 4)
     int key_head = blockIdx.y / parts, first = blockIdx.y % parts * PREPARE_HEADS<DELTA>;
     int n_heads = DELTA ? 1 : min(PREPARE_HEADS<DELTA>, per_key - first);
 
-    /* Load */
+    /* Load: what the gates are made of comes first, because a single warp needs it. */
+    int lane = thread & 31, gate_head = thread >> 5;
+    gate_inputs gates[2] = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        if (gate_head < n_heads && half * 32 + lane < n)
+            gates[half] = gate_inputs_of<DELTA>(c, start + half * 32 + lane,
+                                                key_head * per_key + first + gate_head);
     load_keys(m.k, c.k, start, n, key_head, c.d_k, thread, 128);
     load_keys(m.q, c.q, start, n, key_head, c.d_k, thread, 128);
     copies_commit();
-    load_gates(m, c, start, n, key_head * per_key + first, n_heads);
+    if (gate_head < n_heads)
+        store_gates<DELTA>(m, c, gates, n);
     copies_wait<0>();
     __syncthreads();
     if (DELTA) {
@@ -367,7 +388,7 @@ __global__ void __launch_bounds__(128, DELTA ? 5 : 4)
     /* Store, head by head; a and t take the place of k and q. */
     __syncthreads();
     for (int i = 0; i < n_heads; i++)
-        finish_head(m, i, kk, qk,
+        finish_head(m, i, kk, qk, warp,
                     records[(int64_t)blockIdx.x * c.n_v_heads + key_head * per_key + first + i]);
 }
 
@@ -699,6 +720,58 @@ inline bool is_aligned(const qv_k_heads &v)
     return (uintptr_t)v.data % 16 == 0 && v.token % 8 == 0 && v.head % 8 == 0;
 }
 
+/* The rows of one head's keys or queries of all tokens; see walk_maps. */
+inline qv_status map_keys(const char *name, const qv_k_heads &keys, const qv_k_steps &s,
+                          const qv_k_recurrent_args &c, int rows, CUtensorMap *map)
+{
+    const cuuint64_t sizes[3] = {(cuuint64_t)c.d_k, (cuuint64_t)c.n_k_heads,
+                                 (cuuint64_t)s.n_tokens};
+    const cuuint64_t strides[2] = {(cuuint64_t)keys.head * sizeof(bf16),
+                                   (cuuint64_t)keys.token * sizeof(bf16)};
+    const cuuint32_t box[3] = {64, 1, (cuuint32_t)rows};
+    return qv_k_tensor_map(name, keys.data, sizes, strides, box, map);
+}
+
+inline qv_status map_squares(const char *name, const void *first, int64_t n, size_t apart, int rows,
+                             CUtensorMap *map)
+{
+    const cuuint64_t sizes[3] = {CHUNK, CHUNK, (cuuint64_t)n};
+    const cuuint64_t strides[2] = {CHUNK * sizeof(bf16), apart};
+    const cuuint32_t box[3] = {64, (cuuint32_t)rows, 1};
+    return qv_k_tensor_map(name, first, sizes, strides, box, map);
+}
+
+template <bool DELTA>
+qv_status launch_walk(const char *name, const qv_k_steps &s, const qv_k_recurrent_args &c,
+                      dim3 grid, int place, int n, int most_tokens,
+                      const chunk_record<DELTA> *records, cudaStream_t stream)
+{
+    int shares = grid.x % 2 == 0 ? 2 : 1, rows = CHUNK / shares;
+    int64_t n_records = (int64_t)n * c.n_v_heads;
+    walk_maps maps;
+    QV_TRY(map_keys(name, c.k, s, c, rows, &maps.k));
+    QV_TRY(map_keys(name, c.q, s, c, rows, &maps.q));
+    QV_TRY(map_squares(name, records->p, n_records, sizeof *records, rows, &maps.p));
+    QV_TRY(map_squares(name, DELTA ? records->l : records->p, n_records, sizeof *records, rows,
+                       &maps.l));
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = (unsigned)shares;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(WALK_THREADS);
+    config.dynamicSmemBytes = sizeof(walk_shared<DELTA>) + 1024;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    cudaError_t error = cudaLaunchKernelEx(&config, walk_kernel<DELTA>, s, c, place, n, most_tokens,
+                                           shares, maps, records);
+    return error == cudaSuccess
+               ? QV_OK
+               : qv_fail(QV_ERR_DEVICE, "cuda: %s: %s", name, cudaGetErrorString(error));
+}
+
 /* Chunks of at most what the scratch holds at a time. */
 template <bool DELTA>
 qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurrent_args &c,
@@ -722,6 +795,8 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
                              walk_bytes) != cudaSuccess)
         return qv_k_check_launch(name);
     int parts = (c.n_v_heads / c.n_k_heads + PREPARE_HEADS<DELTA> - 1) / PREPARE_HEADS<DELTA>;
+    int64_t pieces = (all + fit - 1) / fit;
+    fit = (all + pieces - 1) / pieces; /* of one size */
     for (int64_t place = 0; place < all; place += fit) {
         int n = (int)(all - place < fit ? all - place : fit);
         prepare_kernel<DELTA>
@@ -730,8 +805,8 @@ qv_status launch_chunks(const char *name, const qv_k_steps &s, const qv_k_recurr
         dim3 grid((unsigned)((c.d_v + TILE_V - 1) / TILE_V), (unsigned)c.n_v_heads,
                   (unsigned)s.n_seqs);
         if (hopper)
-            walk_kernel<DELTA><<<grid, WALK_THREADS, walk_bytes, stream>>>(
-                s, c, (int)place, n, most_tokens, (const record *)scratch);
+            QV_TRY(launch_walk<DELTA>(name, s, c, grid, (int)place, n, most_tokens,
+                                      (const record *)scratch, stream));
         else
             scan_kernel<DELTA><<<grid, 256, scan_bytes, stream>>>(s, c, (int)place, n, most_tokens,
                                                                   (const record *)scratch);

@@ -17,19 +17,41 @@ struct gate {
     float g, beta; /* log of the decay; beta of the delta rule, dt of SSD */
 };
 
-template <bool DELTA> __device__ gate gate_of(const qv_k_recurrent_args &c, int64_t t, int head)
+/* What a head's gates are made of at a token. */
+struct gate_inputs {
+    float a, b, a_log, dt_bias;
+};
+
+template <bool DELTA>
+__device__ __forceinline__ gate_inputs gate_inputs_of(const qv_k_recurrent_args &c, int64_t t,
+                                                      int head)
 {
-    float raw = to_float(((const bf16 *)c.a.data)[t * c.a.token + head]);
-    float dt = softplus(raw + c.dt_bias[head]);
+    gate_inputs in;
+    in.a = to_float(((const bf16 *)c.a.data)[t * c.a.token + head]);
+    in.b = DELTA ? to_float(((const bf16 *)c.b.data)[t * c.b.token + head]) : 0.0f;
+    in.a_log = c.a_log[head];
+    in.dt_bias = c.dt_bias[head];
+    return in;
+}
+
+template <bool DELTA>
+__device__ __forceinline__ gate gate_from(const qv_k_recurrent_args &c, const gate_inputs &in)
+{
+    float dt = softplus(in.a + in.dt_bias);
     gate out;
     if (DELTA) {
-        out.beta = sigmoid(to_float(((const bf16 *)c.b.data)[t * c.b.token + head]));
+        out.beta = sigmoid(in.b);
     } else {
         dt = dt < c.dt_min ? c.dt_min : dt > c.dt_max ? c.dt_max : dt;
         out.beta = dt;
     }
-    out.g = -expf(c.a_log[head]) * dt;
+    out.g = -expf(in.a_log) * dt;
     return out;
+}
+
+template <bool DELTA> __device__ gate gate_of(const qv_k_recurrent_args &c, int64_t t, int head)
+{
+    return gate_from<DELTA>(c, gate_inputs_of<DELTA>(c, t, head));
 }
 
 /* Where a head's state starts. */

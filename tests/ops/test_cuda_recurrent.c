@@ -143,6 +143,49 @@ Test(cuda_recurrent, gdn_agrees_with_the_cpu, .timeout = 600)
     }
 }
 
+/* Whole tiles of keys are read, so what follows a sequence must be kept from it. */
+Test(cuda_recurrent, a_sequence_does_not_feel_the_ones_behind_it)
+{
+    enum { HEADS = 2, D = 64, WIDTH = 3 * HEADS * D, SPOILT = 151 };
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(4);
+    float *x = random_floats(&rng, n_all() * WIDTH, 1), *got[2];
+    float *gates = random_floats(&rng, n_all() * 2 * HEADS, 3);
+    both a_log = random_f32(p, &rng, 1, HEADS, 1), dt_bias = random_f32(p, &rng, 1, HEADS, 1);
+    step s;
+    int32_t done[MAX_SEQS] = {0}, n = next_step(&s, done, 1000);
+    qv_batch batch[2];
+    upload_batch(p, &s, batch);
+    for (int spoilt = 0; spoilt < 2; spoilt++) {
+        for (int64_t i = SPOILT * WIDTH; i < n * WIDTH && spoilt; i++)
+            x[i] = NAN;
+        both in = step_rows(p, x, &s, WIDTH, 0), g = step_rows(p, gates, &s, 2 * HEADS, 0);
+        both state = nan_f32(p, N_SLOTS, HEADS * D * D), out = nan_act(p, n, HEADS * D);
+        qv_tensor t = in.t[GPU];
+        const qv_gdn_args args = {
+            .q = qv_tensor_split(qv_tensor_cols(t, 0, HEADS * D), HEADS, D),
+            .k = qv_tensor_split(qv_tensor_cols(t, HEADS * D, HEADS * D), HEADS, D),
+            .v = qv_tensor_split(qv_tensor_cols(t, 2 * HEADS * D, HEADS * D), HEADS, D),
+            .a = qv_tensor_cols(g.t[GPU], 0, HEADS),
+            .b = qv_tensor_cols(g.t[GPU], HEADS, HEADS),
+            .a_log = qv_tensor_1d(a_log.t[GPU].data, QV_F32, HEADS),
+            .dt_bias = qv_tensor_1d(dt_bias.t[GPU].data, QV_F32, HEADS),
+            .state = qv_tensor_4d(state.t[GPU].data, QV_F32, N_SLOTS, HEADS, D, D),
+            .o = qv_tensor_split(out.t[GPU], HEADS, D),
+        };
+        PASS(qv_op_gdn(p->be[GPU], &batch[GPU], &args));
+        got[spoilt] = fetch(p, GPU, out.t[GPU]);
+    }
+    for (int64_t i = 0; i < SPOILT * HEADS * D; i++)
+        cr_assert_eq(got[1][i], got[0][i], "number %lld: %g, not %g", (long long)i, got[1][i],
+                     got[0][i]);
+    free(got[0]);
+    free(got[1]);
+    free(x);
+    free(gates);
+    close_pair(p);
+}
+
 /* --- ssd ---------------------------------------------------------------------------------- */
 
 static void check_ssd(const qv_ssd_shape *shape, int32_t chunk, bool limited)

@@ -30,17 +30,21 @@ __device__ __forceinline__ void finish_add_norm(const qv_k_add_norm_args &c, int
                                                 const float (&v)[NV][8], float squares,
                                                 float *shared)
 {
+    float g[NV][8]; /* on its way while the block adds up */
+#pragma unroll
+    for (int j = 0; j < NV; j++) {
+        int i = (threadIdx.x + j * 256) * 8;
+        if (i < c.d)
+            load8(c.w + i, g[j]);
+    }
     squares = block_sum(squares, shared);
     float scale = norm_scale(squares, c.d, c.eps);
     bf16 *y = (bf16 *)c.y + t * c.y_stride, *rest = (bf16 *)c.rest + t * c.rest_stride;
 #pragma unroll
     for (int j = 0; j < NV; j++) {
         int i = (threadIdx.x + j * 256) * 8;
-        if (i >= c.d)
-            continue;
-        float g[8];
-        load8(c.w + i, g);
-        store_normed(v[j], g, scale, c.plus_one, y + i, rest + i, c.rest != nullptr);
+        if (i < c.d)
+            store_normed(v[j], g[j], scale, c.plus_one, y + i, rest + i, c.rest != nullptr);
     }
 }
 

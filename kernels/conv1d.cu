@@ -17,7 +17,7 @@ constexpr int MAX_TAPS = 16;
 constexpr int WIDE = 8;         /* channels of a thread: 16 bytes */
 constexpr int WIDE_TAPS = 4;    /* taps that the wide form is made for */
 constexpr int AHEAD = 4;        /* tokens of a tile that are on their way */
-constexpr int TILE_TOKENS = 32; /* tokens of a tile: 3 / 32 of the inputs are read twice */
+constexpr int TILE_TOKENS = 64; /* tokens of a tile: 3 / 64 of the inputs are read twice */
 
 __device__ __forceinline__ void unpack(uint4 raw, float (&x)[WIDE])
 {

@@ -673,7 +673,8 @@ __device__ __forceinline__ void sum_rows(const sum_args &c, const int32_t *place
 
 /* A block a token. Bit for bit combine_kernel in float32 and then the norm of norm.cu. */
 template <int NV>
-__global__ void __launch_bounds__(256) sum_add_norm_kernel(const __grid_constant__ sum_args c)
+__global__ void __launch_bounds__(256, NV == 1 ? 3 : 2)
+    sum_add_norm_kernel(const __grid_constant__ sum_args c)
 {
     let_next_start();
     extern __shared__ float sum_folded[];

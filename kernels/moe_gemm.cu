@@ -44,6 +44,21 @@ constexpr int FEW_SPLITS = 2;  /* ranges of k, beside each other */
 constexpr int FEW_TOKENS = 32; /* pairs that share a pass over the weights */
 constexpr int FEW_THREADS = 32 * (FEW_ROWS / 16) * FEW_SPLITS;
 
+constexpr int FEW_EARLY = 4; /* tokens */
+
+/* What a warp reads first of its rows, 128 numbers each, on their way into the L2 cache before its
+ * pairs and their rows of x have been looked up. Only for a few tokens: with more blocks than the
+ * device has room for it disturbs those that read (docs/performance.md). */
+__device__ __forceinline__ void call_first(const qv_k_moe_linear_args &c, const bf16 *w, int n_rows)
+{
+    int lane = threadIdx.x & 31, row = lane & 15;
+    int64_t begin, end;
+    split_range(c.n_in, (threadIdx.x >> 5) / (FEW_ROWS / 16), FEW_SPLITS, begin, end);
+    begin += (lane >> 4) * 64;
+    if (row < n_rows && begin < end)
+        prefetch(w + row * c.n_in + begin);
+}
+
 /* `w` is this warp's first row, `n_rows` what is left from there. */
 template <int NT, bool ALIGNED>
 __device__ __forceinline__ void few_product(const qv_k_moe_linear_args &c, const bf16 *w,
@@ -83,6 +98,8 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
     if (group >= width)
         row += c.n_out / 2;
     const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + (n_rows > 0 ? row : 0) * c.n_in;
+    if (list.n_tokens <= FEW_EARLY)
+        call_first(c, w, n_rows);
     for (int done = 0; done < n_pairs; done += FEW_TOKENS) {
         int n = min(FEW_TOKENS, n_pairs - done);
         __syncthreads();

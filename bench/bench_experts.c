@@ -136,11 +136,16 @@ static void call_products(void *ctx, int round)
     bench_pass(qv_op_linears(l->be, l->x, n, parts));
 }
 
+static void choose(layer *l, const qv_beside *beside)
+{
+    bench_pass(qv_op_choose(l->be, &l->how, l->logits, l->ids, l->chosen, 0, NULL, NULL, &l->list,
+                            beside));
+}
+
 static void call_choose(void *ctx, int round)
 {
-    layer *l = ctx;
     (void)round;
-    bench_pass(qv_op_choose(l->be, &l->how, l->logits, l->ids, l->chosen, 0, NULL, NULL, &l->list));
+    choose(ctx, NULL);
 }
 
 static void call_sum(void *ctx, int round)
@@ -169,9 +174,7 @@ static void call_layer(void *ctx, int round)
     const weights *w = &l->w[round % COPIES];
     qv_act act = l->m->gated ? QV_ACT_SWIGLU : QV_ACT_RELU2;
     call_products(l, round);
-    bench_pass(
-        qv_op_linear_f32(l->be, w->shared_out, l->hidden, (qv_tensor){.data = NULL}, l->shared));
-    call_choose(l, round);
+    choose(l, &(qv_beside){.w = w->shared_out, .x = l->hidden, .y = l->shared});
     bench_pass(qv_op_moe_linear_act(l->be, w->up, &l->list, l->m->latent > 0 ? l->latent : l->x,
                                     QV_MOE_TOKENS, act, l->pairs_wide, l->pairs));
     bench_pass(qv_op_moe_linear(l->be, w->down, &l->list, l->pairs, QV_MOE_PAIRS, l->out));

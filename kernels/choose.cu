@@ -50,6 +50,7 @@ __device__ __forceinline__ void count_list(const int32_t *ids, const qv_k_list &
 
 __global__ void __launch_bounds__(THREADS) choose_kernel(qv_k_router_args c, qv_k_list list)
 {
+    let_next_start();
     extern __shared__ __align__(16) float choose_memory[];
     __shared__ rank_shared scores;
     __shared__ int expert[RANK_EXPERTS];

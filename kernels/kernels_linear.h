@@ -22,6 +22,9 @@ typedef struct {
     int64_t n_tokens, n_out, n_in;
     int64_t x_stride, rest_stride, y_stride; /* elements between rows */
     bool w_f32, y_f32;
+    /* x was there before the kernel launched right ahead began, which was launched to begin behind
+     * all others: qv_k_stream_linear does not wait for it. */
+    bool x_is_there;
 } qv_k_linear_args;
 
 /* The most tokens of qv_k_skinny_linear. */

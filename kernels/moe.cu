@@ -294,6 +294,7 @@ __device__ int find_runs(const qv_k_list &list, int first, int before, int *warp
 /* Everything for up to ONE_BLOCK pairs. Shared: start [n_experts], counts [warps][n_experts]. */
 __global__ void route_kernel(const int32_t *ids, qv_k_list list, int n_pairs)
 {
+    let_next_start();
     extern __shared__ int route_memory[];
     __shared__ int warp_sums[32];
     int *start = route_memory;

@@ -358,7 +358,8 @@ __global__ void __launch_bounds__(THREADS, 3)
     for (int i = FIRST; i < STAGES - 1; i++)
         if (i < p.n_steps)
             load_w(m, c, p, i);
-    wait_for_previous();
+    if (!c.x_is_there)
+        wait_for_previous();
     int steps = p.n_steps + unit_steps;
     /* x of a step, or a step of units. */
     auto load = [&](int step) {
@@ -408,6 +409,8 @@ __global__ void __launch_bounds__(THREADS, 3)
         if (first_tile + i < NT)
             put(m.delta, row, first_tile + i, delta[i]);
     finish<NT, STAGES, LORA>(m, c, p);
+    if (c.x_is_there)
+        wait_for_previous(); /* whoever waits for this kernel also waits for that one */
 }
 
 /* --- Launch ------------------------------------------------------------------------------- */

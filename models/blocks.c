@@ -168,6 +168,16 @@ static qv_tensor rest_for(const qv_pass *pass, qv_proj proj)
     return proj == QV_PROJ_ROUTER ? rest_of(pass) : (qv_tensor){.data = NULL};
 }
 
+const qv_weight *qv_pass_plain(const qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor *x)
+{
+    const qv_proj_shape *shape = &pass->layout->proj[proj];
+    if (site_of(pass, layer, proj) != NULL)
+        return NULL;
+    if (shape->x_cols != shape->n_in)
+        *x = qv_tensor_cols(*x, shape->x_col, shape->n_in);
+    return qv_weights_layer(pass->weights, layer)->proj[proj];
+}
+
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
     const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];

@@ -136,8 +136,10 @@ typedef struct {
 
 /* x [T, hidden]. All of it is good until the next mixer or MLP. */
 qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_moe_input *out);
-/* Choose experts for each token by its logits [T, experts], into the pass's list. */
-qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor logits);
+/* Choose experts for each token by its logits, into the pass's list; and what comes out of experts
+ * that every token goes through, shared [T, hidden] F32, empty where there are none. */
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
+                         const qv_moe_input *in, qv_tensor shared);
 /* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch, in a latent
  * space. x, y [T, latent], not the same. */
 qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,
@@ -147,8 +149,6 @@ qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_act act, qv_t
  * see y, the sums are left to the qv_block_add_norm that follows with y as its delta. */
 qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_tensor shared,
                            qv_tensor gate, qv_tensor y);
-/* Experts that every token goes through: hidden as qv_block_moe_in gives it, y [T, hidden] F32. */
-qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_tensor hidden, qv_tensor y);
 /* y += shared, [T, hidden] F32, where routed experts are in a latent space. */
 qv_status qv_block_moe_sum(qv_pass *pass, int64_t layer, qv_tensor shared, qv_tensor y);
 

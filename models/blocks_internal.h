@@ -4,6 +4,10 @@
 
 #include "models/blocks.h"
 
+/* The matrix of a projection that no adapter of the batch is on, and in *x what of it it reads;
+ * NULL: there may be adapters. */
+const qv_weight *qv_pass_plain(const qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor *x);
+
 /* A buffer seen as this step's [T, n]. */
 static inline qv_tensor view(const qv_pass *pass, qv_buffer buffer, int64_t n)
 {

@@ -57,16 +57,25 @@ qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,
     return QV_OK;
 }
 
-qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router, qv_tensor logits)
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
+                         const qv_moe_input *in, qv_tensor shared)
 {
     const qv_batch *batch = pass->batch;
+    qv_beside beside = {.x = in->hidden, .y = shared};
     qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
     qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
-    probe(pass, layer, "router_logits", logits);
-    QV_TRY(qv_op_choose(pass->be, router, logits, ids, weights, batch->n_segs, batch->seg_start,
-                        batch->seg_slot, pass->list));
+    if (shared.data != NULL)
+        beside.w = qv_pass_plain(pass, layer, QV_PROJ_SHARED_OUT, &beside.x);
+    probe(pass, layer, "router_logits", in->logits);
+    QV_TRY(qv_op_choose(pass->be, router, in->logits, ids, weights, batch->n_segs, batch->seg_start,
+                        batch->seg_slot, pass->list, &beside));
     probe(pass, layer, "experts", ids);
     probe(pass, layer, "expert_weights", weights);
+    if (shared.data == NULL)
+        return QV_OK;
+    if (beside.w == NULL)
+        QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_OUT, in->hidden, shared));
+    probe(pass, layer, "shared_out", shared);
     return QV_OK;
 }
 
@@ -153,13 +162,6 @@ qv_status qv_block_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x
     QV_TRY(qv_op_moe_combine_f32(pass->be, sum.list, sum.weights, sum.o, sum.site, sum.scratch,
                                  shared, gate, y));
     probe(pass, layer, "moe_out", y);
-    return QV_OK;
-}
-
-qv_status qv_block_shared_expert(qv_pass *pass, int64_t layer, qv_tensor hidden, qv_tensor y)
-{
-    QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_OUT, hidden, y));
-    probe(pass, layer, "shared_out", y);
     return QV_OK;
 }
 

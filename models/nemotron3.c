@@ -320,9 +320,7 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
     qv_tensor none = {.data = NULL}, shared = has_shared ? qv_pass_shared(pass) : none;
     qv_moe_input in;
     QV_TRY(qv_block_moe_in(pass, layer, QV_ACT_RELU2, x, &in));
-    if (has_shared)
-        QV_TRY(qv_block_shared_expert(pass, layer, in.hidden, shared));
-    QV_TRY(qv_block_route(pass, layer, &router, in.logits));
+    QV_TRY(qv_block_route(pass, layer, &router, &in, shared));
     if (!(config->layer_parts[layer] & QV_PART_LATENT))
         return qv_block_experts(pass, layer, QV_ACT_RELU2, x, shared, none, y);
     qv_tensor routed = qv_pass_latent(pass, 1); /* [T, latent] */

@@ -276,8 +276,7 @@ static qv_status moe(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
     qv_tensor shared = qv_pass_shared(pass); /* [T, hidden] F32 */
     qv_moe_input in;
     QV_TRY(qv_block_moe_in(pass, layer, QV_ACT_SWIGLU, x, &in));
-    QV_TRY(qv_block_shared_expert(pass, layer, in.hidden, shared));
-    QV_TRY(qv_block_route(pass, layer, &router, in.logits));
+    QV_TRY(qv_block_route(pass, layer, &router, &in, shared));
     return qv_block_experts(pass, layer, QV_ACT_SWIGLU, x, shared, in.gate, y);
 }
 

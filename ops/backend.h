@@ -131,9 +131,9 @@ typedef struct {
     bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);
     qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
-    /* Of one token. NULL: router, then moe_route, as for more. */
+    /* Of one token. NULL: router, then moe_route, then the product, as for more. */
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
-                        qv_tensor weights, qv_moe_list *list);
+                        qv_tensor weights, qv_moe_list *list, const qv_beside *beside);
     /* Of a backend without peers. NULL: moe_combine_f32, then add_rms_norm. */
     qv_status (*combine_add_rms_norm)(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                       qv_tensor delta, qv_tensor w, float eps, bool plus_one,

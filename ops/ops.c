@@ -1045,15 +1045,19 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
 
 qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                        qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
-                       const int32_t *seg_slot, qv_moe_list *list)
+                       const int32_t *seg_slot, qv_moe_list *list, const qv_beside *beside)
 {
+    const qv_beside nothing = {.w = NULL}, *b = beside != NULL ? beside : &nothing;
     if (be->table->choose != NULL && logits.shape[0] == 1) {
         QV_TRY(check_router_op(router, logits, ids, weights));
         QV_TRY(begin_list(list, ids, n_segs, seg_start, seg_slot));
-        return CALL_ON(be->table, choose, 0, 0, be, router, logits, ids, weights, list);
+        if (b->w != NULL)
+            QV_TRY(check_linear(be, b->w, b->x, b->y, QV_F32));
+        return CALL_ON(be->table, choose, 0, 0, be, router, logits, ids, weights, list, b);
     }
     QV_TRY(qv_op_router(be, router, logits, ids, weights));
-    return qv_op_moe_route(be, ids, n_segs, seg_start, seg_slot, list);
+    QV_TRY(qv_op_moe_route(be, ids, n_segs, seg_start, seg_slot, list));
+    return b->w != NULL ? qv_op_linear_f32(be, b->w, b->x, (qv_tensor){.data = NULL}, b->y) : QV_OK;
 }
 
 static int64_t n_pairs_of(const qv_moe_list *list)

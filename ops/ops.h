@@ -432,7 +432,8 @@ qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *ar
  *
  *   qv_op_linear_f32    x and its rest [T, d]        -> logits [T, E] then qv_op_lora_f32
  *   qv_op_router        logits                       -> ids, weights [T, k]
- *   qv_op_moe_route     ids, the batch's segments    -> list       (both: qv_op_choose)
+ *   qv_op_moe_route     ids, the batch's segments    -> list       (both: qv_op_choose, beside
+ *                                                       the shared expert's last product)
  *   qv_op_moe_gather    x                            -> x, one row a pair, or left alone
  *   qv_op_moe_linear    x                            -> h [P, n]      then qv_op_moe_lora into h
  *   qv_op_swiglu/relu2  h                            -> a [P, f]   (both: qv_op_moe_linear_act)
@@ -508,11 +509,18 @@ qv_status qv_moe_list_init(qv_moe_list *list, int32_t n_experts, int32_t top_k, 
 qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const int32_t *seg_start,
                           const int32_t *seg_slot, qv_moe_list *list);
 
+/* What needs nothing of a choice of experts. */
+typedef struct {
+    const qv_weight *w; /* NULL: no product */
+    qv_tensor x, y;     /* y = x W^T as by qv_op_linear_f32 */
+} qv_beside;
+
 /* qv_op_router and then qv_op_moe_route of its choice, of one token in one launch where the backend
- * can. Errors: those of the two. */
+ * can; and what stands `beside` (NULL: nothing), at the same time where it can. Errors: those of
+ * the three. */
 qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                        qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
-                       const int32_t *seg_slot, qv_moe_list *list);
+                       const int32_t *seg_slot, qv_moe_list *list, const qv_beside *beside);
 
 /* What a tensor has one row of. */
 typedef enum {

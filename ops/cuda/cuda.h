@@ -254,7 +254,7 @@ qv_status qv_cuda_gated_attention(qv_backend *be, const qv_batch *batch, const q
 /* --- launch_moe.c ------------------------------------------------------------------------- */
 
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
-                         qv_tensor weights, qv_moe_list *list);
+                         qv_tensor weights, qv_moe_list *list, const qv_beside *beside);
 
 qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                        qv_tensor delta, qv_tensor w, float eps, bool plus_one,

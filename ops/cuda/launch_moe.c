@@ -62,16 +62,30 @@ qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
     return qv_k_moe_route(ids.data, &l, qv_cuda(be)->stream);
 }
 
+/* A product whose x was there before the launch in front of it began. */
+static qv_status product_beside(qv_cuda_backend *cuda, const qv_beside *beside)
+{
+    const qv_tensor none = {.data = NULL};
+    qv_k_linear_args c = qv_cuda_linear_args(beside->w, beside->x, none, beside->y);
+    if (c.n_out <= QV_K_FEW_ROWS || !qv_cuda_streams(cuda, &c) || !qv_k_stream_linear_can(&c, NULL))
+        return qv_cuda_linear_f32(&cuda->base, beside->w, beside->x, none, beside->y);
+    c.x_is_there = true;
+    return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
+}
+
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
-                         qv_tensor weights, qv_moe_list *list)
+                         qv_tensor weights, qv_moe_list *list, const qv_beside *beside)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     qv_k_router_args args = router_args(be, router, logits, ids, weights);
     qv_k_list l = list_of(be, list);
-    if (qv_k_choose_can(&args))
-        return qv_k_choose(&args, &l, cuda->stream);
-    QV_TRY(qv_k_router(&args, cuda->stream));
-    return qv_k_moe_route(ids.data, &l, cuda->stream);
+    if (qv_k_choose_can(&args)) {
+        QV_TRY(qv_k_choose(&args, &l, cuda->stream));
+    } else {
+        QV_TRY(qv_k_router(&args, cuda->stream));
+        QV_TRY(qv_k_moe_route(ids.data, &l, cuda->stream));
+    }
+    return beside->w != NULL ? product_beside(cuda, beside) : QV_OK;
 }
 
 static bool has_vectors(qv_tensor x)

@@ -337,7 +337,7 @@ static void check_choose(const qv_router *r, int32_t n_experts, int32_t first, i
         l.list[side].first_expert = first;
         PASS(qv_op_choose(p->be[side], &router, logits,
                           qv_tensor_2d(ids.at[side], QV_I32, 1, r->top_k), weights.t[side], n_segs,
-                          starts.at[side], of_segs.at[side], &l.list[side]));
+                          starts.at[side], of_segs.at[side], &l.list[side], NULL));
         PASS(qv_op_router(p->be[side], &router, logits,
                           qv_tensor_2d(ids_apart.at[side], QV_I32, 1, r->top_k), apart.t[side]));
     }
@@ -385,6 +385,56 @@ Test(cuda_moe, router_and_list_at_once_are_those_of_two_ops, .timeout = 600)
             check_choose(&r, cases[i].n_experts, cases[i].first, cases[i].n_here, cases[i].bias,
                          way > 0 ? 3 : 0, way > 1 ? 2 : -1);
         }
+}
+
+/* --- A product beside the choice ---------------------------------------------------------- */
+
+static void check_beside(int32_t n, int64_t n_out, int64_t n_in)
+{
+    enum { EXPERTS = 64, TOP_K = 4 };
+    pair *p = open_pair();
+    qv_rng rng = qv_rng_seed(16);
+    const qv_router router = {.top_k = TOP_K, .scale = 1, .n_groups = 1, .topk_groups = 1};
+    const qv_tensor none = {.data = NULL};
+    both logits = random_f32(p, &rng, n, EXPERTS, 1), weights = nan_f32(p, n, TOP_K);
+    both from = random_act(p, &rng, n, n_in, 1), x = nan_act(p, n, n_in);
+    both y = nan_f32(p, n, n_out), apart = nan_f32(p, n, n_out);
+    size_t bytes = qv_moe_list_bytes(EXPERTS, TOP_K, n), ids_bytes = (size_t)(n * TOP_K) * 4;
+    both_memory memory = alloc_both(p, bytes, bytes), ids = alloc_both(p, ids_bytes, ids_bytes);
+    for (int side = 0; side < 2; side++) {
+        qv_backend *be = p->be[side];
+        qv_moe_list list;
+        qv_weight *w;
+        PASS(qv_weight_new(be, n_out, n_in, QV_BF16, &w));
+        PASS(qv_weight_fill(be, w, 0.05f, 1));
+        PASS(qv_moe_list_init(&list, EXPERTS, TOP_K, n, memory.at[side]));
+        PASS(qv_op_relu2(be, from.t[side], x.t[side])); /* the launch right in front */
+        PASS(qv_op_choose(be, &router, logits.t[side], qv_tensor_2d(ids.at[side], QV_I32, n, TOP_K),
+                          weights.t[side], 0, NULL, NULL, &list,
+                          &(qv_beside){.w = w, .x = x.t[side], .y = y.t[side]}));
+        PASS(qv_op_linear_f32(be, w, x.t[side], none, apart.t[side]));
+        float *a = fetch(p, side, y.t[side]), *b = fetch(p, side, apart.t[side]);
+        check_same("beside", a, b, n * n_out);
+        free(a);
+        free(b);
+        qv_weight_free(be, w);
+    }
+    compare_i32(p, "beside", ids.at[CPU], ids.at[GPU], n * TOP_K);
+    close_pair(p);
+}
+
+Test(cuda_moe, a_product_beside_the_choice_is_that_of_its_op)
+{
+    static const int64_t shapes[][2] = {
+        {2048, 512},
+        {300, 3712},
+        {64, 33}, /* not by the streaming kernel */
+        {3, 64},  /* few rows */
+    };
+    static const int32_t sizes[] = {1, 2, 9};
+    for (size_t i = 0; i < QV_ROWS(shapes); i++)
+        for (size_t j = 0; j < QV_ROWS(sizes); j++)
+            check_beside(sizes[j], shapes[i][0], shapes[i][1]);
 }
 
 /* --- Weighted sum, residual and norm at once ---------------------------------------------- */

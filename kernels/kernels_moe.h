@@ -55,9 +55,17 @@ typedef struct {
 /* Make the list from ids [n_tokens, top_k]. Errors: LIMIT (2048 experts), DEVICE. */
 qv_status qv_k_moe_route(const int32_t *ids, const qv_k_list *list, void *stream);
 
-/* Both at once for one token and up to 1024 experts. Errors: DEVICE. */
+/* Memory that later kernels read, in the order in which they do. */
+typedef struct {
+    const void *data[2]; /* on 16 */
+    int64_t bytes[2];    /* multiples of 16; 0: none */
+} qv_k_ahead;
+
+/* Both at once for one token and up to 1024 experts. Meanwhile, on devices of 9.0, what is `ahead`
+ * is called into the L2 cache. Errors: DEVICE. */
 bool qv_k_choose_can(const qv_k_router_args *args);
-qv_status qv_k_choose(const qv_k_router_args *args, const qv_k_list *list, void *stream);
+qv_status qv_k_choose(const qv_k_router_args *args, const qv_k_list *list, qv_k_ahead ahead,
+                      void *stream);
 
 /* What is done to a row's results; SWIGLU: the first half of the matrix's rows is the gate. */
 typedef enum {

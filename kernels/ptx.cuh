@@ -144,6 +144,18 @@ __device__ __forceinline__ uint64_t now_ns()
 
 /* --- Where there is 9.0 ------------------------------------------------------------------- */
 
+/* Bytes from `p` on, both multiples of 16, on their way into the L2 cache, where they outlast what
+ * is read without such a wish. */
+__device__ __forceinline__ void prefetch_to_stay(const void *p, uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;\n" : "=l"(policy));
+    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;\n" ::"l"(p),
+                 "r"(bytes), "l"(policy));
+#endif
+}
+
 /* Dependent launches (9.0 and later): a kernel that lets its successor start early, and a successor
  * that waits before it reads or writes what others may be working on. A successor that was launched
  * the ordinary way waits by itself. */

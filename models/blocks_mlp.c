@@ -57,11 +57,25 @@ qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,
     return QV_OK;
 }
 
+/* The matrix that is read first behind a layer. */
+static const qv_weight *first_behind(const qv_pass *pass, int64_t layer)
+{
+    static const qv_proj first[] = {QV_PROJ_ATTN_IN, QV_PROJ_GDN_IN, QV_PROJ_SSM_IN, QV_PROJ_MLP_IN,
+                                    QV_PROJ_SHARED_IN};
+    if (layer + 1 == pass->config->n_layers)
+        return qv_weights_layer(pass->weights, QV_GLOBAL)->proj[QV_PROJ_LM_HEAD];
+    const qv_layer_weights *next = qv_weights_layer(pass->weights, layer + 1);
+    for (size_t i = 0; i < sizeof first / sizeof *first; i++)
+        if (next->proj[first[i]] != NULL)
+            return next->proj[first[i]];
+    return NULL;
+}
+
 qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
                          const qv_moe_input *in, qv_tensor shared)
 {
     const qv_batch *batch = pass->batch;
-    qv_beside beside = {.x = in->hidden, .y = shared};
+    qv_beside beside = {.x = in->hidden, .y = shared, .next = first_behind(pass, layer)};
     qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
     qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
     if (shared.data != NULL)

@@ -513,6 +513,9 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
 typedef struct {
     const qv_weight *w; /* NULL: no product */
     qv_tensor x, y;     /* y = x W^T as by qv_op_linear_f32 */
+    /* What is read first behind the experts, for a backend that can call it into a cache; NULL:
+     * nothing. Changes no result. */
+    const qv_weight *next;
 } qv_beside;
 
 /* qv_op_router and then qv_op_moe_route of its choice, of one token in one launch where the backend

@@ -73,6 +73,37 @@ static qv_status product_beside(qv_cuda_backend *cuda, const qv_beside *beside)
     return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
 }
 
+/* What comes from memory while one token's experts are chosen. The experts' own 50 MB pass through
+ * the cache before the rest of it is read, and more than this it does not keep
+ * (docs/performance.md). */
+#define CHOICE_BYTES ((int64_t)16 << 20)
+
+static int64_t bytes_of(const qv_weight *w)
+{
+    return w->n_out * w->n_in * (int64_t)qv_dtype_size(w->dtype);
+}
+
+static const void *call(const qv_weight *w, int64_t most, int64_t *bytes)
+{
+    int64_t all = bytes_of(w);
+    *bytes = (all < most ? all : most) / 16 * 16;
+    return qv_cuda_weight_of(w)->data;
+}
+
+/* The part of the next weight that there is time for; in front of it the product's own, which would
+ * have to wait for all of that. */
+static qv_k_ahead ahead_of(const qv_beside *beside)
+{
+    int64_t most = CHOICE_BYTES - (beside->w != NULL ? bytes_of(beside->w) : 0);
+    qv_k_ahead ahead = {.bytes = {0}};
+    if (beside->next == NULL || most <= 0)
+        return ahead;
+    if (beside->w != NULL)
+        ahead.data[0] = call(beside->w, CHOICE_BYTES, &ahead.bytes[0]);
+    ahead.data[1] = call(beside->next, most, &ahead.bytes[1]);
+    return ahead;
+}
+
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                          qv_tensor weights, qv_moe_list *list, const qv_beside *beside)
 {
@@ -80,7 +111,7 @@ qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logi
     qv_k_router_args args = router_args(be, router, logits, ids, weights);
     qv_k_list l = list_of(be, list);
     if (qv_k_choose_can(&args)) {
-        QV_TRY(qv_k_choose(&args, &l, cuda->stream));
+        QV_TRY(qv_k_choose(&args, &l, ahead_of(beside), cuda->stream));
     } else {
         QV_TRY(qv_k_router(&args, cuda->stream));
         QV_TRY(qv_k_moe_route(ids.data, &l, cuda->stream));

@@ -389,7 +389,8 @@ Test(cuda_moe, router_and_list_at_once_are_those_of_two_ops, .timeout = 600)
 
 /* --- A product beside the choice ---------------------------------------------------------- */
 
-static void check_beside(int32_t n, int64_t n_out, int64_t n_in)
+/* `next` numbers of a weight that is read later; 0: none. */
+static void check_beside(int32_t n, int64_t n_out, int64_t n_in, int64_t next)
 {
     enum { EXPERTS = 64, TOP_K = 4 };
     pair *p = open_pair();
@@ -404,14 +405,17 @@ static void check_beside(int32_t n, int64_t n_out, int64_t n_in)
     for (int side = 0; side < 2; side++) {
         qv_backend *be = p->be[side];
         qv_moe_list list;
-        qv_weight *w;
+        qv_weight *w, *later = NULL;
         PASS(qv_weight_new(be, n_out, n_in, QV_BF16, &w));
         PASS(qv_weight_fill(be, w, 0.05f, 1));
+        if (next > 0)
+            PASS(qv_weight_new(be, next, 1, QV_BF16, &later));
         PASS(qv_moe_list_init(&list, EXPERTS, TOP_K, n, memory.at[side]));
         PASS(qv_op_relu2(be, from.t[side], x.t[side])); /* the launch right in front */
         PASS(qv_op_choose(be, &router, logits.t[side], qv_tensor_2d(ids.at[side], QV_I32, n, TOP_K),
                           weights.t[side], 0, NULL, NULL, &list,
-                          &(qv_beside){.w = w, .x = x.t[side], .y = y.t[side]}));
+                          &(qv_beside){.w = w, .x = x.t[side], .y = y.t[side], .next = later}));
+        qv_weight_free(be, later); /* the launch is behind: nobody comes back to it */
         PASS(qv_op_linear_f32(be, w, x.t[side], none, apart.t[side]));
         float *a = fetch(p, side, y.t[side]), *b = fetch(p, side, apart.t[side]);
         check_same("beside", a, b, n * n_out);
@@ -434,7 +438,10 @@ Test(cuda_moe, a_product_beside_the_choice_is_that_of_its_op)
     static const int32_t sizes[] = {1, 2, 9};
     for (size_t i = 0; i < QV_ROWS(shapes); i++)
         for (size_t j = 0; j < QV_ROWS(sizes); j++)
-            check_beside(sizes[j], shapes[i][0], shapes[i][1]);
+            check_beside(sizes[j], shapes[i][0], shapes[i][1], 0);
+    static const int64_t next[] = {1, 8, 8197, 16 << 20}; /* numbers, of two bytes */
+    for (size_t i = 0; i < QV_ROWS(next); i++)
+        check_beside(1, 512, 64, next[i]);
 }
 
 /* --- Weighted sum, residual and norm at once ---------------------------------------------- */

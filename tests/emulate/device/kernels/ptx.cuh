@@ -112,6 +112,14 @@ inline uint64_t now_ns()
 
 /* --- Where there is 9.0 ------------------------------------------------------------------- */
 
+/* Nothing, but what is called for must be there. */
+inline void prefetch_to_stay(const void *p, uint32_t bytes)
+{
+    const volatile char *from = (const volatile char *)p;
+    if (emu::code() >= 90 && bytes > 0)
+        (void)from[0], (void)from[bytes - 1];
+}
+
 inline void let_next_start() {}
 
 inline void wait_for_previous() {}

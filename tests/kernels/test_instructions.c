@@ -85,8 +85,8 @@ static const struct {
     wgmma_form form;
     int n;
 } products[] = {
-    {WGMMA_ROWS, 32},    {WGMMA_ROWS, 64},    {WGMMA_ROWS, 80},    {WGMMA_ROWS, 96},
-    {WGMMA_ROWS, 112},   {WGMMA_ROWS, 128},   {WGMMA_COLUMNS, 64}, {WGMMA_VALUES, 64},
+    {WGMMA_ROWS, 32},    {WGMMA_ROWS, 64},    {WGMMA_ROWS, 144},   {WGMMA_ROWS, 96},
+    {WGMMA_ROWS, 176},   {WGMMA_ROWS, 128},   {WGMMA_COLUMNS, 64}, {WGMMA_VALUES, 64},
     {WGMMA_VALUES, 128}, {WGMMA_VALUES, 256},
 };
 

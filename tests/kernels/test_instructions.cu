@@ -217,9 +217,9 @@ qv_status test_wgmma(wgmma_form form, int n, const void *a, const void *b, float
                           : launch_wgmma<WGMMA_VALUES, 256>(a, b, d);
     return n == 32    ? launch_wgmma<WGMMA_ROWS, 32>(a, b, d)
            : n == 64  ? launch_wgmma<WGMMA_ROWS, 64>(a, b, d)
-           : n == 80  ? launch_wgmma<WGMMA_ROWS, 80>(a, b, d)
+           : n == 144 ? launch_wgmma<WGMMA_ROWS, 144>(a, b, d)
            : n == 96  ? launch_wgmma<WGMMA_ROWS, 96>(a, b, d)
-           : n == 112 ? launch_wgmma<WGMMA_ROWS, 112>(a, b, d)
+           : n == 176 ? launch_wgmma<WGMMA_ROWS, 176>(a, b, d)
                       : launch_wgmma<WGMMA_ROWS, 128>(a, b, d);
 }
 

@@ -322,7 +322,8 @@ static qv_k_list new_list(const moe_shape *s, int n, int n_adapters)
     l.expert_start = take((s->n_experts + 1) * 4.0);
     l.pair = take((double)n_pairs * 4);
     l.place = take((double)n_pairs * 4);
-    l.n_runs = take(8);
+    l.n_runs = take(4);
+    l.next_item = take(4);
     l.runs = take((double)n_pairs * 16);
     l.work = take((double)(most + n_pairs / 512 + 2) * 8);
     free(host);

@@ -40,8 +40,8 @@ __device__ __forceinline__ void count_list(const int32_t *ids, const qv_k_list &
     }
     if (p == 0) {
         list.work[0] = list.work[1] = places;
-        list.n_runs[0] = slot >= 0 ? places : 0;
-        list.n_runs[1] = 0;
+        *list.n_runs = slot >= 0 ? places : 0;
+        *list.next_item = 0;
     }
     for (int i = p; i <= list.n_experts; i += THREADS) {
         int before = 0;

@@ -39,16 +39,16 @@ typedef struct {
 /* As qv_moe_list: what of it the device needs. `work` holds what the grouped GEMM walks: number of
  * experts that have pairs, number of tiles of QV_K_MOE_TILE pairs, then for each such expert its
  * index, with the tiles of four times that size before it in the bits above, and the tiles before
- * it. n_runs[1] hands out items of a product; zero between launches. */
+ * it. `next_item` counts what a product has handed out; zero between launches. */
 #define QV_K_MOE_TILE        64
 #define QV_K_MOE_EXPERT_BITS 11
 
 typedef struct {
     int32_t n_experts, first_expert, top_k, n_tokens, n_segs;
     const int32_t *seg_start, *seg_slot;
-    int32_t *expert_start, *pair, *place, *n_runs;
+    int32_t *expert_start, *pair, *place, *n_runs, *next_item;
     qv_k_run *runs;
-    int32_t *work;    /* [2 * (max(n_experts, n_tokens * top_k) + 1)] */
+    int32_t *work;    /* the int64_t of qv_moe_list, two in each */
     uint8_t one_form; /* 1: a pair is summed in the same order however many there are */
 } qv_k_list;
 

@@ -226,7 +226,7 @@ __device__ void lay_out_experts(const qv_k_list &list, int *start, int *warp_sum
         list.expert_start[list.n_experts] = places;
         list.work[0] = active;
         list.work[1] = tiles;
-        list.n_runs[1] = 0;
+        *list.next_item = 0;
     }
     __syncthreads();
 }

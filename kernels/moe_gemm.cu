@@ -133,24 +133,24 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
 
 /* --- Many, on any device ------------------------------------------------------------------ */
 
-constexpr int MANY_ROWS = 128; /* rows of the matrix of a tile */
+constexpr int MANY_PAIRS = QV_K_MOE_TILE; /* of a tile */
+constexpr int MANY_ROWS = 128;            /* rows of the matrix of a tile */
 constexpr int MANY_K = 64;
 constexpr int MANY_STAGES = 3;
 constexpr int MANY_THREADS = 256;
 
-template <int PAIRS> struct many_stage {
-    bf16 x[PAIRS * MANY_K], w[MANY_ROWS * MANY_K];
+struct many_stage {
+    bf16 x[MANY_PAIRS * MANY_K], w[MANY_ROWS * MANY_K];
 };
 
-template <int PAIRS>
-__device__ __forceinline__ void load_many(many_stage<PAIRS> &m, const bf16 *const *x, const bf16 *w,
+__device__ __forceinline__ void load_many(many_stage &m, const bf16 *const *x, const bf16 *w,
                                           int64_t w_stride, int width, int64_t jump, int n_cols,
                                           int64_t k, int64_t n_in)
 {
     int col = threadIdx.x % 8 * 8;
     bool inside = k + col < n_in;
 #pragma unroll
-    for (int i = 0; i < PAIRS / 32; i++) {
+    for (int i = 0; i < MANY_PAIRS / 32; i++) {
         int row = threadIdx.x / 8 + 32 * i;
         const bf16 *from = x[row];
         copy16(m.x + tile_at<MANY_K>(row, col), from ? from + k + col : w, from && inside);
@@ -165,20 +165,19 @@ __device__ __forceinline__ void load_many(many_stage<PAIRS> &m, const bf16 *cons
 }
 
 /* Rows from `width` on lie `jump` further: a tile of SWIGLU is 64 rows of both halves.
- * Grid (tiles of rows, tiles of pairs), 8 warps as 2 x 4 over PAIRS x 128. */
-template <int PAIRS>
-__global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
+ * Grid (tiles of rows, tiles of pairs), 8 warps as 2 x 4 over MANY_PAIRS x 128. */
+__global__ void __launch_bounds__(MANY_THREADS, 3)
     many_kernel(qv_k_list list, qv_k_moe_linear_args c)
 {
     extern __shared__ __align__(128) char many_memory[];
-    many_stage<PAIRS> *stage = (many_stage<PAIRS> *)many_memory;
-    __shared__ const bf16 *x[PAIRS];
-    constexpr int MT = PAIRS / 32; /* tiles of 16 pairs of a warp */
+    many_stage *stage = (many_stage *)many_memory;
+    __shared__ const bf16 *x[MANY_PAIRS];
+    constexpr int MT = MANY_PAIRS / 32; /* tiles of 16 pairs of a warp */
     int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
 
-    /* Which expert: tiles of QV_K_MOE_TILE pairs are numbered; this kernel's may be two of them. */
+    /* Which expert. */
     const int32_t *work = list.work;
-    int tile = blockIdx.y * (PAIRS / QV_K_MOE_TILE), low = 0, high = work[0];
+    int tile = blockIdx.y, low = 0, high = work[0];
     if (tile >= work[1])
         return;
     while (high - low > 1) {
@@ -193,9 +192,9 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
     int n_cols = (int)min((int64_t)width, y_columns(c) - y_col);
     int expert = work[2 + 2 * low] & EXPERT_MASK, end = list.expert_start[expert + 1];
     int first = list.expert_start[expert] + (tile - work[3 + 2 * low]) * QV_K_MOE_TILE;
-    int n = min(PAIRS, end - first);
+    int n = min(MANY_PAIRS, end - first);
     const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + y_col * c.n_in;
-    if (thread < PAIRS)
+    if (thread < MANY_PAIRS)
         x[thread] = thread < n ? x_of(list, c, first + thread) : nullptr;
     __syncthreads();
 
@@ -203,19 +202,19 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
 #pragma unroll
     for (int i = 0; i < MANY_STAGES - 1; i++) {
         if (i < steps)
-            load_many<PAIRS>(stage[i], x, w, c.n_in, width, jump, n_cols, i * MANY_K, c.n_in);
+            load_many(stage[i], x, w, c.n_in, width, jump, n_cols, i * MANY_K, c.n_in);
         copies_commit();
     }
-    int pair_row = (warp & 1) * (PAIRS / 2), w_row = (warp >> 1) * 32;
+    int pair_row = (warp & 1) * (MANY_PAIRS / 2), w_row = (warp >> 1) * 32;
     float acc[MT][4][4] = {};
     for (int64_t step = 0; step < steps; step++) {
         copies_wait<MANY_STAGES - 2>();
         __syncthreads(); /* this stage is there, the one before has been read */
         if (step + MANY_STAGES - 1 < steps)
-            load_many<PAIRS>(stage[(step + MANY_STAGES - 1) % MANY_STAGES], x, w, c.n_in, width,
-                             jump, n_cols, (step + MANY_STAGES - 1) * MANY_K, c.n_in);
+            load_many(stage[(step + MANY_STAGES - 1) % MANY_STAGES], x, w, c.n_in, width, jump,
+                      n_cols, (step + MANY_STAGES - 1) * MANY_K, c.n_in);
         copies_commit();
-        const many_stage<PAIRS> &m = stage[step % MANY_STAGES];
+        const many_stage &m = stage[step % MANY_STAGES];
 #pragma unroll
         for (int k = 0; k < MANY_K; k += 16) {
             uint32_t a[MT][4], b[2][4];
@@ -236,7 +235,7 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
     /* Store through shared memory, so that rows leave in pieces of 16 bytes. */
     copies_wait<0>();
     __syncthreads();
-    bf16 *out = (bf16 *)many_memory; /* [PAIRS][128], a tile */
+    bf16 *out = (bf16 *)many_memory; /* [MANY_PAIRS][128], a tile */
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -256,16 +255,15 @@ __global__ void __launch_bounds__(MANY_THREADS, PAIRS == 128 ? 2 : 3)
     }
 }
 
-template <int PAIRS>
 void launch_many(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n_pairs,
                  int64_t n_active, cudaStream_t stream)
 {
-    const int bytes = (int)sizeof(many_stage<PAIRS>) * MANY_STAGES;
-    cudaFuncSetAttribute(many_kernel<PAIRS>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int64_t tiles = n_pairs / PAIRS + n_active; /* each expert's last may be a part of one */
+    const int bytes = (int)sizeof(many_stage) * MANY_STAGES;
+    cudaFuncSetAttribute(many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    int64_t tiles = n_pairs / MANY_PAIRS + n_active; /* each expert's last may be a part of one */
     int width = c.act == QV_K_MOE_SWIGLU ? MANY_ROWS / 2 : MANY_ROWS;
     dim3 grid((unsigned)((y_columns(c) + width - 1) / width), (unsigned)tiles);
-    many_kernel<PAIRS><<<grid, MANY_THREADS, bytes, stream>>>(list, c);
+    many_kernel<<<grid, MANY_THREADS, bytes, stream>>>(list, c);
 }
 
 } // namespace
@@ -299,7 +297,7 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
     if (tiles && c.x_pairs && c.w_expert == c.n_out * c.n_in && qv_k_moe_wants_pairs(list))
         return qv_k_moe_linear_hopper(list, args, n_active, stream);
     if (tiles && n_pairs > FEW_TOKENS * n_active) {
-        launch_many<QV_K_MOE_TILE>(*list, c, n_pairs, n_active, on);
+        launch_many(*list, c, n_pairs, n_active, on);
     } else {
         int width = c.act == QV_K_MOE_SWIGLU ? FEW_ROWS / 2 : FEW_ROWS;
         dim3 grid((unsigned)((y_columns(c) + width - 1) / width), (unsigned)n_active);

@@ -150,9 +150,9 @@ draw_number(const qv_k_list &list, wide_shared &m, int rank, int turn, int n_ite
     barrier_expect(&m.numbered[at], (int)sizeof(int));
     if (rank != 0)
         return;
-    int drawn = atomicAdd(&list.n_runs[1], 1);
+    int drawn = atomicAdd(list.next_item, 1);
     if (drawn == n_items - 1)
-        list.n_runs[1] = 0;
+        *list.next_item = 0;
     for (int i = 0; i < WIDE_CLUSTER; i++)
         send_int(&m.number[at], n_clusters + drawn, &m.numbered[at], i);
 }

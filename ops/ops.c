@@ -989,7 +989,8 @@ static size_t lay_out_list(qv_moe_list *list, char *memory)
     TAKE(expert_start, n_experts + 1);
     TAKE(pair, n_pairs);
     TAKE(place, n_pairs);
-    TAKE(n_runs, 2);
+    TAKE(n_runs, 1);
+    TAKE(next_item, 1);
     TAKE(runs, n_pairs);
     TAKE(work, (n_pairs > n_experts ? n_pairs : n_experts) + n_pairs / 512 + 2);
 #undef TAKE

@@ -490,10 +490,10 @@ typedef struct {
     int32_t *expert_start; /* [n_experts + 1] places of each expert; the last entry ends the list */
     int32_t *pair;         /* [max_tokens * top_k] the pair at each place */
     int32_t *place;        /* [max_tokens * top_k] the place of each pair; -1 = left out */
-    int32_t *n_runs;       /* [2], the second one the ops' own */
+    int32_t *n_runs;       /* [1] */
+    int32_t *next_item;    /* [1] the ops' own, as is work */
     qv_moe_run *runs;      /* [max_tokens * top_k] in the order of the list */
-    int64_t
-        *work; /* [max(n_experts, max_tokens * top_k) + max_tokens * top_k / 512 + 2] the same */
+    int64_t *work;         /* [max(n_experts, max_tokens * top_k) + max_tokens * top_k / 512 + 2] */
 } qv_moe_list;
 
 /* Bytes of backend memory for a list; SIZE_MAX when it cannot be. */

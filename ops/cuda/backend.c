@@ -27,6 +27,7 @@ static qv_status cuda_reserve(qv_backend *be, const qv_backend_limits *limits)
     }
 #undef GROW
     void *scratch;
+    /* All chunks of 8192 tokens of 32 heads of a recurrent layer at once. */
     QV_TRY(qv_cuda_scratch_require(cuda, (size_t)80 << 20, &scratch));
     for (int i = 0; i < QV_MAX_SAMPLINGS; i++) /* with some tokens to penalise each */
         QV_TRY(qv_cuda_sampling_require(cuda, &cuda->samplings[i], have->max_logits,

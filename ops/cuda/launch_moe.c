@@ -51,6 +51,7 @@ static qv_k_list list_of(qv_backend *be, const qv_moe_list *list)
                        .pair = list->pair,
                        .place = list->place,
                        .n_runs = list->n_runs,
+                       .next_item = list->next_item,
                        .runs = (qv_k_run *)list->runs,
                        .work = (int32_t *)list->work,
                        .one_form = qv_cuda(be)->deterministic};

@@ -9,6 +9,10 @@
 
 #include "tests/ops/ops_test.h"
 
+#ifdef QV_WITH_CUDA
+#include "ops/cuda/cuda.h"
+#endif
+
 enum { CPU, GPU };
 
 #define PAIR_BLOCKS 4096
@@ -18,6 +22,17 @@ typedef struct {
     void *block[2][PAIR_BLOCKS]; /* all that was uploaded, freed by close_pair */
     int n_blocks;
 } pair;
+
+/* Whether the device has the kernels of 9.0; says so if not. */
+static inline bool is_hopper(const pair *p)
+{
+#ifdef QV_WITH_CUDA
+    if (strcmp(qv_backend_name(p->be[GPU]), "cuda") == 0 && qv_cuda(p->be[GPU])->major == 9)
+        return true;
+#endif
+    fprintf(stderr, "%s is not a device of 9.0\n", qv_backend_name(p->be[GPU]));
+    return false;
+}
 
 /* A tensor on both sides: activations are F32 on the CPU, BF16 on the device. */
 typedef struct {

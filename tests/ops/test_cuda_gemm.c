@@ -3,10 +3,6 @@
  */
 #include "tests/ops/linear_lora_test.h"
 
-#ifdef QV_WITH_CUDA
-#include "ops/cuda/cuda.h"
-#endif
-
 static void check_between(pair *p, const char *what, qv_tensor whole, int64_t n_out)
 {
     int64_t n = whole.shape[0], d = whole.shape[1];
@@ -132,14 +128,6 @@ Test(cuda_gemm, agrees_with_the_cpu, .timeout = 600)
 #ifdef QV_WITH_CUDA
 
 /* --- Every form --------------------------------------------------------------------------- */
-
-static bool is_hopper(const pair *p)
-{
-    if (strcmp(qv_backend_name(p->be[GPU]), "cuda") == 0 && qv_cuda(p->be[GPU])->major == 9)
-        return true;
-    fprintf(stderr, "not a device of 9.0\n");
-    return false;
-}
 
 /* A block has many tiles where there are few multiprocessors. */
 static int n_sms_for(const qv_cuda_backend *cuda, int64_t n_tokens)

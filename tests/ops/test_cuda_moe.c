@@ -216,7 +216,7 @@ Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 6
             check_linear(&shapes[i], sizes[j], true);
 }
 
-/* Whatever the device wants: rows of pairs are those of their tokens. */
+/* 36 pairs an expert: on Hopper they get a row each, that of their token. */
 Test(cuda_moe, gathered_rows_are_those_of_the_pairs)
 {
     enum { TOKENS = 90, EXPERTS = 5, TOP_K = 2, D = 136 };
@@ -231,6 +231,7 @@ Test(cuda_moe, gathered_rows_are_those_of_the_pairs)
     qv_tensor rows_of = x.t[GPU];
     qv_moe_rows rows;
     PASS(qv_op_moe_gather(p->be[GPU], &l.list[GPU], room.t[GPU], &rows_of, &rows));
+    cr_assert_eq(rows, is_hopper(p) ? QV_MOE_PAIRS : QV_MOE_TOKENS);
     cr_assert(rows_of.data == (rows == QV_MOE_PAIRS ? room : x).t[GPU].data);
     uint16_t *from = bits_of(p, x.t[GPU]), *to = bits_of(p, room.t[GPU]);
     const qv_moe_list *list = &l.list[CPU];

@@ -89,6 +89,24 @@ static const qv_gdn_shape more_gdn[] = {{1, 1, 128, 40}, {2, 4, 128, 128}, {1, 2
  * to 2 % of the root mean square of all. */
 #define CHUNKED 0.016, 0.03
 
+/* Of rows [n, q k v] and gates [n, a b]. */
+static qv_gdn_args gdn_args(const qv_gdn_shape *shape, qv_tensor x, qv_tensor gates,
+                            qv_tensor a_log, qv_tensor dt_bias, qv_tensor state, qv_tensor out)
+{
+    int64_t hk = shape->n_k_heads, hv = shape->n_v_heads, dk = shape->d_k, dv = shape->d_v;
+    return (qv_gdn_args){
+        .q = qv_tensor_split(qv_tensor_cols(x, 0, hk * dk), hk, dk),
+        .k = qv_tensor_split(qv_tensor_cols(x, hk * dk, hk * dk), hk, dk),
+        .v = qv_tensor_split(qv_tensor_cols(x, 2 * hk * dk, hv * dv), hv, dv),
+        .a = qv_tensor_cols(gates, 0, hv),
+        .b = qv_tensor_cols(gates, hv, hv),
+        .a_log = qv_tensor_1d(a_log.data, QV_F32, hv),
+        .dt_bias = qv_tensor_1d(dt_bias.data, QV_F32, hv),
+        .state = qv_tensor_4d(state.data, QV_F32, N_SLOTS, hv, dk, dv),
+        .o = qv_tensor_split(out, hv, dv),
+    };
+}
+
 static void check_gdn(const qv_gdn_shape *shape, int32_t chunk)
 {
     pair *p = open_pair();
@@ -108,18 +126,8 @@ static void check_gdn(const qv_gdn_shape *shape, int32_t chunk)
         both in = step_rows(p, x, &s, d, 8), g = step_rows(p, gates, &s, 2 * hv, 0);
         both out = nan_act(p, n, hv * dv);
         for (int side = 0; side < 2; side++) {
-            qv_tensor t = in.t[side];
-            qv_gdn_args args = {
-                .q = qv_tensor_split(qv_tensor_cols(t, 0, hk * dk), hk, dk),
-                .k = qv_tensor_split(qv_tensor_cols(t, hk * dk, hk * dk), hk, dk),
-                .v = qv_tensor_split(qv_tensor_cols(t, 2 * hk * dk, hv * dv), hv, dv),
-                .a = qv_tensor_cols(g.t[side], 0, hv),
-                .b = qv_tensor_cols(g.t[side], hv, hv),
-                .a_log = qv_tensor_1d(a_log.t[side].data, QV_F32, hv),
-                .dt_bias = qv_tensor_1d(dt_bias.t[side].data, QV_F32, hv),
-                .state = qv_tensor_4d(state.t[side].data, QV_F32, N_SLOTS, hv, dk, dv),
-                .o = qv_tensor_split(out.t[side], hv, dv),
-            };
+            const qv_gdn_args args = gdn_args(shape, in.t[side], g.t[side], a_log.t[side],
+                                              dt_bias.t[side], state.t[side], out.t[side]);
             PASS(qv_op_gdn(p->be[side], &batch[side], &args));
         }
         snprintf(what, sizeof what, "gdn of %lld/%lld heads %lldx%lld, chunks of %d", (long long)hk,
@@ -147,6 +155,7 @@ Test(cuda_recurrent, gdn_agrees_with_the_cpu, .timeout = 600)
 Test(cuda_recurrent, a_sequence_does_not_feel_the_ones_behind_it)
 {
     enum { HEADS = 2, D = 64, WIDTH = 3 * HEADS * D, SPOILT = 151 };
+    const qv_gdn_shape shape = {HEADS, HEADS, D, D};
     pair *p = open_pair();
     qv_rng rng = qv_rng_seed(4);
     float *x = random_floats(&rng, n_all() * WIDTH, 1), *got[2];
@@ -161,18 +170,8 @@ Test(cuda_recurrent, a_sequence_does_not_feel_the_ones_behind_it)
             x[i] = NAN;
         both in = step_rows(p, x, &s, WIDTH, 0), g = step_rows(p, gates, &s, 2 * HEADS, 0);
         both state = nan_f32(p, N_SLOTS, HEADS * D * D), out = nan_act(p, n, HEADS * D);
-        qv_tensor t = in.t[GPU];
-        const qv_gdn_args args = {
-            .q = qv_tensor_split(qv_tensor_cols(t, 0, HEADS * D), HEADS, D),
-            .k = qv_tensor_split(qv_tensor_cols(t, HEADS * D, HEADS * D), HEADS, D),
-            .v = qv_tensor_split(qv_tensor_cols(t, 2 * HEADS * D, HEADS * D), HEADS, D),
-            .a = qv_tensor_cols(g.t[GPU], 0, HEADS),
-            .b = qv_tensor_cols(g.t[GPU], HEADS, HEADS),
-            .a_log = qv_tensor_1d(a_log.t[GPU].data, QV_F32, HEADS),
-            .dt_bias = qv_tensor_1d(dt_bias.t[GPU].data, QV_F32, HEADS),
-            .state = qv_tensor_4d(state.t[GPU].data, QV_F32, N_SLOTS, HEADS, D, D),
-            .o = qv_tensor_split(out.t[GPU], HEADS, D),
-        };
+        const qv_gdn_args args = gdn_args(&shape, in.t[GPU], g.t[GPU], a_log.t[GPU], dt_bias.t[GPU],
+                                          state.t[GPU], out.t[GPU]);
         PASS(qv_op_gdn(p->be[GPU], &batch[GPU], &args));
         got[spoilt] = fetch(p, GPU, out.t[GPU]);
     }

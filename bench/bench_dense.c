@@ -518,7 +518,7 @@ static void try_forms(const char *name, decode_ctx *c)
     for (int i = 0; i < n && i < BEST; i++) {
         char what[160];
         const qv_k_decode_form *f = &forms[timed[i].tuning.form - 1];
-        snprintf(what, sizeof what, "%s: %d rows, %d stages, %d shares", name, f->rows, f->stages,
+        snprintf(what, sizeof what, "%s: %d stages, %d shares", name, f->stages,
                  timed[i].tuning.shares);
         report(what, c->bytes, c->flop, timed[i].time);
     }

@@ -2,10 +2,10 @@
  * several sequences, which is bound by reading W and B once.
  *
  * W is wgmma's first operand and tokens are its columns, so that only tokens are padded. A block
- * takes 64 or 128 rows of W, all tokens, and a share of k. One warp fetches W and x by the copy
- * engine into a ring of stages of 64 along k, whose full size is in flight always; a warpgroup for
- * each 64 rows multiplies. Blocks of a cluster share k: they exchange sums through each other's
- * shared memory, and each adds up, in the order of the shares, and writes a part of the outputs.
+ * takes 64 rows of W, all tokens, and a share of k. One warp fetches W and x by the copy engine
+ * into a ring of stages of 64 along k, whose full size is in flight always; a warpgroup multiplies.
+ * Blocks of a cluster share k: they exchange sums through each other's shared memory, and each adds
+ * up, in the order of the shares, and writes a part of the outputs.
  *
  * The pairs of adapters follow in the same ring, as more of k: a unit is 16 ranks of one adapter in
  * one slice, B [16][rows] as the pool has it and x1 = A x of its tokens. They go through mma.sync
@@ -21,9 +21,9 @@
  * who would, waits for this grid. What is read ahead of the wait (W, B, segments, slices) does not
  * change in a step.
  *
- * Bytes: 2 n_out n_in + 2 r n_out an adapter. Of W and B 64 KiB and more are in flight on every
- * multiprocessor; rings of half the shared memory leave room for a second block, which may be the
- * next product's.
+ * Bytes: 2 n_out n_in + 2 r n_out an adapter. Rings of a third of the shared memory leave room for
+ * three blocks to a multiprocessor, so that all of a product's are there at once and each has the
+ * same part of the memory's rate; one may be the next product's.
  */
 #include "kernels/linear_parts.cuh"
 #include "kernels/tensor_map.cuh"
@@ -34,7 +34,10 @@ namespace
 
 constexpr int STEP = 64;      /* of k, of a stage */
 constexpr int MAX_SHARES = 8; /* blocks of a cluster */
-constexpr int HALF_OF_SHARED = 112 * 1024;
+constexpr int ROWS = 64;      /* of W, of a block */
+constexpr int WORKERS = 128;
+constexpr int THREADS = WORKERS + 32;
+constexpr int BLOCKS = 3; /* of a multiprocessor */
 
 /* One adapter in one slice. */
 struct entry {
@@ -45,21 +48,20 @@ struct entry {
     uint8_t plane, slice;
 };
 
-/* Room for N tokens, ROWS rows of W a block. */
-template <int N_, int ROWS_, int STAGES_, bool LORA_> struct form {
-    static constexpr int N = N_, ROWS = ROWS_, STAGES = STAGES_;
+/* Room for N tokens. */
+template <int N_, int STAGES_, bool LORA_> struct form {
+    static constexpr int N = N_, STAGES = STAGES_;
     static constexpr bool LORA = LORA_;
-    static constexpr int GROUPS = ROWS / 64, WORKERS = 128 * GROUPS, THREADS = WORKERS + 32;
     static constexpr int ENTRIES = LORA ? N * QV_K_STREAM_SLICES : 1;
 };
 
 template <class F> struct decode_shared {
     union {
         struct {
-            bf16 w[F::STAGES][F::ROWS * STEP]; /* or UNITS of B, each [64 rows'][rank][64] */
-            bf16 x[F::STAGES][F::N * STEP];    /* or UNITS of x1, float32 [token][rank] */
+            bf16 w[F::STAGES][ROWS * STEP]; /* or UNITS of B, each [rank][64] */
+            bf16 x[F::STAGES][F::N * STEP]; /* or UNITS of x1, float32 [token][rank] */
         };
-        float sums[F::N][F::ROWS + 4]; /* [token][row]: lanes of a fragment hit different banks */
+        float sums[F::N][ROWS + 4]; /* [token][row]: lanes of a fragment hit different banks */
     };
     /* full: W and x, or B, are there. x1_full: x1 is. empty: what the stage held has been read. */
     uint64_t full[F::STAGES], x1_full[F::STAGES], empty[F::STAGES];
@@ -82,7 +84,7 @@ __device__ __forceinline__ void fetch_w(decode_shared<F> &m, const void *map, co
                                         int step)
 {
     int at = step % F::STAGES;
-    barrier_expect(&m.full[at], (F::ROWS + F::N) * STEP * (int)sizeof(bf16));
+    barrier_expect(&m.full[at], (ROWS + F::N) * STEP * (int)sizeof(bf16));
     copy_box_here(m.w[at], map, (p.first_step + step) * STEP, p.row0, 0, &m.full[at]);
 }
 
@@ -109,10 +111,10 @@ __device__ __forceinline__ void find_entries(decode_shared<F> &m, const qv_k_seg
     while (first_slice + 1 < site.ranges.n && site.ranges.start[first_slice + 1] <= p.row0)
         first_slice++;
     int slice = first_slice + (int)threadIdx.x % QV_K_STREAM_SLICES;
-    bool overlaps = slice < site.ranges.n && site.ranges.start[slice] < p.row0 + F::ROWS &&
+    bool overlaps = slice < site.ranges.n && site.ranges.start[slice] < p.row0 + ROWS &&
                     site.ranges.start[slice] < site.ranges.start[slice + 1];
     for (int seg = (int)threadIdx.x / QV_K_STREAM_SLICES; overlaps && seg < s.n_segs;
-         seg += F::THREADS / QV_K_STREAM_SLICES) {
+         seg += THREADS / QV_K_STREAM_SLICES) {
         int slot = s.seg_slot[seg], first = s.seg_start[seg], end = min(s.seg_start[seg + 1], p.n);
         if (slot < 0 || first >= end || seg % p.n_shares != p.share)
             continue;
@@ -138,10 +140,7 @@ template <class F>
 __device__ __forceinline__ void fetch_b(decode_shared<F> &m, const void *map, const place &p,
                                         int at, int unit, const entry &e, int rank)
 {
-#pragma unroll
-    for (int i = 0; i < F::GROUPS; i++)
-        copy_box_here(m.w[at] + (unit * F::GROUPS + i) * RANKS * 64, map, p.row0 + i * 64, rank,
-                      e.slot, &m.full[at]);
+    copy_box_here(m.w[at] + unit * RANKS * ROWS, map, p.row0, rank, e.slot, &m.full[at]);
 }
 
 /* x1 of a unit; ranks that the pool does not have as zeros. One warp. */
@@ -165,8 +164,7 @@ __device__ __forceinline__ void fetch_x1(decode_shared<F> &m, const qv_k_lora_si
     return n >= 2 ? 0xffffffffu : n == 1 ? 0xffffu : 0;
 }
 
-/* acc += scale B x1 of a unit for a warp's 16 rows, `row` being the first of them in their 64 and
- * `place` in W; b [16][64] are those 64's. */
+/* acc += scale B x1 of a unit for a warp's 16 rows from `row` on, which is `row_of_w` of W. */
 template <class F>
 __device__ __forceinline__ void multiply_unit(const bf16 *b, const float *x1, const entry &e,
                                               const qv_k_slices &ranges, int rank, int row,
@@ -246,7 +244,7 @@ __device__ __forceinline__ void fetch(decode_shared<F> &m, const qv_k_stream_lor
         wait_for_stage(m, step);
         cursor first = next;
         if (lane == 0)
-            barrier_expect(&m.full[at], n * F::GROUPS * RANKS * 64 * (int)sizeof(bf16));
+            barrier_expect(&m.full[at], n * RANKS * ROWS * (int)sizeof(bf16));
         for (int u = 0; u < n; u++, advance(m, next))
             if (lane == 0)
                 fetch_b(m, b_map, p, at, u, m.entries[next.index], next.rank);
@@ -275,18 +273,18 @@ template <class F> __device__ __forceinline__ void release(decode_shared<F> &m, 
     }
 }
 
-/* A warpgroup's 64 rows, to m.sums when the whole block has multiplied. */
+/* The block's rows, to m.sums when the whole block has multiplied. */
 template <class F>
 __device__ __forceinline__ void multiply(decode_shared<F> &m, const qv_k_stream_lora &lora,
                                          const place &p, float (&acc)[F::N / 2])
 {
-    int group = warpgroup(), row = ((int)threadIdx.x >> 5 & 3) * 16;
+    int row = ((int)threadIdx.x >> 5) * 16;
     reader r = {0, 0};
     wgmma_keep(acc);
 #pragma unroll 1
     for (int step = 0; step < p.n_steps; step++) {
         barrier_wait(&m.full[r.at], r.parity);
-        uint64_t a = wgmma_tile(m.w[r.at] + group * 64 * STEP), b = wgmma_tile(m.x[r.at]);
+        uint64_t a = wgmma_tile(m.w[r.at]), b = wgmma_tile(m.x[r.at]);
         wgmma_begin();
 #pragma unroll
         for (int k = 0; k < STEP / 16; k++)
@@ -304,9 +302,9 @@ __device__ __forceinline__ void multiply(decode_shared<F> &m, const qv_k_stream_
         barrier_wait(&m.x1_full[r.at], (i / F::STAGES) & 1);
         int n = min(UNITS, m.n_units - i * UNITS);
         for (int u = 0; u < n; u++, advance(m, next))
-            multiply_unit<F>(m.w[r.at] + (u * F::GROUPS + group) * RANKS * 64,
+            multiply_unit<F>(m.w[r.at] + u * RANKS * ROWS,
                              (const float *)m.x[r.at] + u * F::N * RANKS, m.entries[next.index],
-                             lora.site.ranges, next.rank, row, p.row0 + group * 64 + row, acc);
+                             lora.site.ranges, next.rank, row, p.row0 + row, acc);
         __syncwarp();
         release(m, r);
     }
@@ -330,9 +328,9 @@ template <class F>
 __device__ __forceinline__ void finish(decode_shared<F> &m, const qv_k_linear_args &c,
                                        const place &p)
 {
-    constexpr int FOURS = F::ROWS / 4;
+    constexpr int FOURS = ROWS / 4;
     int n = p.n * FOURS, end = n * (p.share + 1) / p.n_shares;
-    for (int i = n * p.share / p.n_shares + (int)threadIdx.x; i < end; i += F::THREADS) {
+    for (int i = n * p.share / p.n_shares + (int)threadIdx.x; i < end; i += THREADS) {
         int token = i / FOURS, row = i % FOURS * 4;
         const float *from = &m.sums[token][row];
         float4 v[MAX_SHARES]; /* all loads before the first sum */
@@ -356,7 +354,7 @@ __device__ __forceinline__ void finish(decode_shared<F> &m, const qv_k_linear_ar
 
 /* Grid (shares of k, tiles of rows), a cluster being all shares of a tile. */
 template <class F>
-__global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_OF_SHARED ? 2 : 1)
+__global__ void __launch_bounds__(THREADS, BLOCKS)
     decode_kernel(const __grid_constant__ qv_k_linear_args c,
                   const __grid_constant__ qv_k_stream_lora lora,
                   const __grid_constant__ CUtensorMap w_map,
@@ -370,17 +368,17 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
     place p;
     p.share = (int)blockIdx.x;
     p.n_shares = (int)gridDim.x;
-    p.row0 = (int)blockIdx.y * F::ROWS;
+    p.row0 = (int)blockIdx.y * ROWS;
     p.n = (int)c.n_tokens;
     int all_steps = (int)((c.n_in + STEP - 1) / STEP);
     p.first_step = all_steps * p.share / p.n_shares;
     p.n_steps = all_steps * (p.share + 1) / p.n_shares - p.first_step;
 
-    if (threadIdx.x == F::WORKERS) {
+    if (threadIdx.x == WORKERS) {
         for (int i = 0; i < F::STAGES; i++) {
             barrier_init(&m.full[i], 1);
             barrier_init(&m.x1_full[i], 32);
-            barrier_init(&m.empty[i], F::WORKERS / 32);
+            barrier_init(&m.empty[i], WORKERS / 32);
         }
         barriers_publish();
         for (int i = 0; i < min(F::STAGES, p.n_steps); i++) {
@@ -393,7 +391,7 @@ __global__ void __launch_bounds__(F::THREADS, sizeof(decode_shared<F>) <= HALF_O
     if (F::LORA)
         find_entries(m, lora.segments, lora.site, p);
 
-    if (threadIdx.x >= F::WORKERS) {
+    if (threadIdx.x >= WORKERS) {
         fetch(m, lora, &w_map, &x_map, &b_map, p);
         __syncthreads();
     } else {
@@ -433,7 +431,7 @@ qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int sh
                  cudaStream_t stream)
 {
     CUtensorMap w, x, b = {};
-    QV_TRY(make_map(c.w, c.n_in, c.n_out, 1, c.n_in, F::ROWS, &w));
+    QV_TRY(make_map(c.w, c.n_in, c.n_out, 1, c.n_in, ROWS, &w));
     QV_TRY(make_map(c.x, c.n_in, c.n_tokens, 1, c.x_stride, F::N, &x));
     if (F::LORA)
         QV_TRY(make_map(lora.site.b, c.n_out, lora.site.max_rank, lora.site.n_slots, c.n_out, RANKS,
@@ -446,8 +444,8 @@ qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int sh
     attributes[1].val.clusterDim.y = 1;
     attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)shares, (unsigned)((c.n_out + F::ROWS - 1) / F::ROWS));
-    config.blockDim = dim3(F::THREADS);
+    config.gridDim = dim3((unsigned)shares, (unsigned)((c.n_out + ROWS - 1) / ROWS));
+    config.blockDim = dim3(THREADS);
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
@@ -465,84 +463,48 @@ qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int sh
 typedef qv_status launch_fn(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int shares,
                             cudaStream_t stream);
 
-/* The forms there are: tokens, rows, stages. For each number of tokens rings of half the shared
- * memory, two blocks to a multiprocessor, and deep ones of all of it. */
-#define QV_DECODE_FORMS(X)                                                                         \
-    X(32, 64, 8)                                                                                   \
-    X(32, 128, 5)                                                                                  \
-    X(32, 128, 10)                                                                                 \
-    X(64, 128, 4)                                                                                  \
-    X(64, 128, 8)
+/* The forms there are: tokens, stages. */
+#define QV_DECODE_FORMS(X) X(32, 5) X(64, 4)
 
 const qv_k_decode_form forms[] = {
-#define QV_DECODE_ROW(tokens, rows, stages) {tokens, rows, stages},
+#define QV_DECODE_ROW(tokens, stages) {tokens, stages},
     QV_DECODE_FORMS(QV_DECODE_ROW)
 #undef QV_DECODE_ROW
 };
 
 launch_fn *const launchers[][2] = {
-#define QV_DECODE_ROW(tokens, rows, stages)                                                        \
-    {launch<form<tokens, rows, stages, false>>, launch<form<tokens, rows, stages, true>>},
+#define QV_DECODE_ROW(tokens, stages)                                                              \
+    {launch<form<tokens, stages, false>>, launch<form<tokens, stages, true>>},
     QV_DECODE_FORMS(QV_DECODE_ROW)
 #undef QV_DECODE_ROW
 };
 
 constexpr int N_FORMS = sizeof forms / sizeof *forms;
 
-int64_t tiles_of(const qv_k_linear_args &c, int rows)
+int choose_form(const qv_k_linear_args &c)
 {
-    return (c.n_out + rows - 1) / rows;
+    return c.n_tokens <= forms[0].tokens ? 0 : 1;
 }
 
-bool is_half(const qv_k_decode_form &f)
-{
-    return (int64_t)f.stages * (f.rows + f.tokens) * STEP * 2 <= HALF_OF_SHARED;
-}
-
-int find_form(int tokens, int rows, bool half)
-{
-    int i = 0;
-    while (i < N_FORMS - 1 &&
-           (forms[i].tokens != tokens || forms[i].rows != rows || is_half(forms[i]) != half))
-        i++;
-    return i;
-}
-
-/* k from which on deep rings win with adapters too, while tokens are few. */
-constexpr int LONG_K = 8192;
-
-/* By the shapes of W and of the batch. The best on an H100 (132 multiprocessors) of all forms and
- * shares, with 8 adapters of rank 16, as rows x stages x shares:
+/* Blocks that share k: so many that a multiprocessor has nearly two, with some steps each; with
+ * adapters, which they share too, at least two if all have room at once. The best on an H100 (132
+ * multiprocessors) at 16 and 64 tokens:
  *
- *                     16 tokens                        64 tokens
- *   12352 x 2048      64 x 8 x 1 (alone 128 x 10 x 1)
- *   12352 x 2560                                       128 x 4 x 2
- *    2560 x 4096      64 x 8 x 5                       128 x 8 x 4
- *    2560 x 9216      128 x 10 x 5                     128 x 8 x 5
- *   18432 x 2560      128 x 5 x 3                      128 x 4 x 3
+ *                  alone    8 adapters of rank 16
+ *   12352 x 2560   1, 1     2, 2
+ *   10240 x 2560   1, 1     1 (2 as good), 2
+ *   18432 x 2560   1, 1     1, 1
+ *    2560 x 4096   4, 4     8 (5: 1.5 % more), 4
+ *    2560 x 9216   4, 5     4 (5 as good), 5
  */
-int choose_form(const qv_k_linear_args &c, bool lora, int n_sms)
+int choose_shares(const qv_k_linear_args &c, bool lora, int n_sms)
 {
-    int64_t tiles = tiles_of(c, 128);
-    bool few = c.n_tokens <= 32, wide = tiles > n_sms, narrow = 2 * tiles <= n_sms;
-    bool deep = !wide && (!lora || (narrow && (!few || c.n_in >= LONG_K)));
-    return find_form(few ? 32 : 64, few && !deep && !wide ? 64 : 128, !deep);
-}
-
-/* Blocks that share k: so many that most of the places for blocks are taken, while all blocks are
- * on the device at once and each has some steps; where there are more tiles than multiprocessors,
- * three, so that those that end last are short. */
-int choose_shares(const qv_k_linear_args &c, const qv_k_decode_form &f, int n_sms)
-{
-    int64_t tiles = tiles_of(c, f.rows), steps = (c.n_in + STEP - 1) / STEP;
-    int64_t room = is_half(f) ? 2 * n_sms : n_sms;
+    int64_t tiles = (c.n_out + ROWS - 1) / ROWS, steps = (c.n_in + STEP - 1) / STEP;
     int shares = 1;
-    if (tiles_of(c, 128) > n_sms)
-        return steps >= 3 * 4 ? 3 : 1;
-    while (shares < MAX_SHARES && tiles * (shares + 1) * 10 <= room * 9 &&
+    while (shares < MAX_SHARES && tiles * (shares + 1) * 10 <= 2 * n_sms * 9 &&
            steps >= (shares + 1) * 4)
         shares++;
-    return shares;
+    return shares == 1 && lora && 2 * tiles <= BLOCKS * n_sms && steps >= 2 * 4 ? 2 : shares;
 }
 
 } // namespace
@@ -562,20 +524,19 @@ bool qv_k_decode_linear_can(const qv_k_linear_args *c, const qv_k_stream_lora *l
         return can;
     const qv_k_lora_site *s = &lora->site;
     return c->n_out % 8 == 0 && (uintptr_t)s->b % 16 == 0 && s->max_rank % 4 == 0 &&
-           (uintptr_t)lora->x1 % 16 == 0 && most_slices(s->ranges, 128) <= QV_K_STREAM_SLICES &&
-           most_slices(s->ranges, 64) <= QV_K_STREAM_SLICES;
+           (uintptr_t)lora->x1 % 16 == 0 && most_slices(s->ranges, ROWS) <= QV_K_STREAM_SLICES;
 }
 
 qv_status qv_k_decode_linear(const qv_k_linear_args *c, const qv_k_stream_lora *lora,
                              qv_k_decode_tuning tuning, int n_sms, void *stream)
 {
     qv_k_stream_lora none = {};
-    int form = tuning.form > 0 ? tuning.form - 1 : choose_form(*c, lora != NULL, n_sms);
+    int form = tuning.form > 0 ? tuning.form - 1 : choose_form(*c);
     if (form >= N_FORMS || c->n_tokens > forms[form].tokens)
         return qv_fail(QV_ERR_LIMIT, "decode_linear: form %d of %d for %lld tokens", form + 1,
                        N_FORMS, (long long)c->n_tokens);
     int steps = (int)((c->n_in + STEP - 1) / STEP);
-    int shares = tuning.shares > 0 ? tuning.shares : choose_shares(*c, forms[form], n_sms);
+    int shares = tuning.shares > 0 ? tuning.shares : choose_shares(*c, lora != NULL, n_sms);
     shares = shares > MAX_SHARES ? MAX_SHARES : shares > steps ? steps : shares;
     return launchers[form][lora != NULL](*c, lora != NULL ? *lora : none, shares,
                                          (cudaStream_t)stream);

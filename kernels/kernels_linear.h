@@ -91,10 +91,9 @@ qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool st
  * in an order that depends on the number of tokens and on whether there are adapters. */
 #define QV_K_DECODE_TOKENS 64
 
-/* The forms that the kernel exists in: room for so many tokens, rows of W of a block, stages of its
- * ring. */
+/* The forms that the kernel exists in: room for so many tokens, stages of a block's ring. */
 typedef struct {
-    int tokens, rows, stages;
+    int tokens, stages;
 } qv_k_decode_form;
 
 /* What tests and benchmarks vary: a form, counted from 1, and blocks that share k, at most 8. 0:

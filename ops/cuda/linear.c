@@ -189,11 +189,11 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
 
 /* Products of decode that our kernel does faster than cuBLASLt, on an H100.
  *
- * Without adapters, or with adapters added behind: up to 32 tokens (bench_model, 4B at 16 / 32 / 64
- * sequences: 5.046 to 4.903, 6.205 to 6.061, 8.152 to 8.274 ms), and not the widest (18432 x 2560,
- * 16 tokens: 36.5 to 40.7 us; 12352 x 2560 25.1 to 24.6), whose tiles of 128 rows are more than
- * multiprocessors, nor the smallest (35B at 16 sequences 14.23 to 14.19 ms; cuBLASLt for all
- * products 14.05).
+ * Without adapters, or with adapters added behind: up to 32 tokens (behind a norm, 16 tokens, us:
+ * 18432 x 2560 39.5 to 37.2, 10240 x 2560 23.3 to 22.7, 2560 x 9216 22.6 to 22.0, 2560 x 4096 12.9
+ * to 12.2), and not so many rows that blocks come after others, nor the smallest (35B at 16
+ * sequences 14.23 to 14.19 ms; cuBLASLt for all products 14.05). With 64 tokens some are faster and
+ * some slower.
  *
  * With adapters: all tokens that it has room for, if adapters are small and few: a unit of 16 ranks
  * of one adapter costs each block more than a tile of expand does. 8 adapters of rank 16 in the
@@ -201,7 +201,7 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
  * to 7.366, 10.137 to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A recorded step counts as many
  * segments as its sequences or the adapter slots and one for the base, what is less. */
 #define DECODE_BASE_TOKENS 32
-#define DECODE_BASE_ROWS   16384
+#define DECODE_BASE_ROWS   25344
 #define DECODE_BASE_LEAST  (4 << 20) /* numbers of W */
 #define DECODE_RANK        32
 #define DECODE_SEGMENTS    16

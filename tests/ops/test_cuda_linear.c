@@ -158,8 +158,8 @@ static void check_forms(duo *d, qv_weight *const w[2], const qv_linear_shape *s,
     for (int form = 1; form <= n_forms; form++)
         for (int shares = 1; shares <= 8; shares += shares < 3 ? 1 : 5) {
             char what[128];
-            snprintf(what, sizeof what, "%s, %lld tokens, %d rows, %d stages, %d shares", s->name,
-                     (long long)n, forms[form - 1].rows, forms[form - 1].stages, shares);
+            snprintf(what, sizeof what, "%s, %lld tokens, %d stages, %d shares", s->name,
+                     (long long)n, forms[form - 1].stages, shares);
             if (forms[form - 1].tokens < n)
                 break;
             qv_cuda(d->dev)->decode_tuning = (qv_k_decode_tuning){form, shares};
@@ -199,14 +199,15 @@ Test(cuda_linear, nine_to_32_tokens_are_decodes_where_the_matrix_is_neither_wide
     qv_weight *w;
     PASS(qv_weight_new(d.dev, 64, 64, QV_BF16, &w));
     for (int64_t n = 8; n <= 65; n++)
-        for (int shape = 0; shape < 3; shape++) {
-            static const int64_t rows[] = {12352, 18432, 1024}, of[] = {2560, 2560, 2048};
+        for (int shape = 0; shape < 4; shape++) {
+            static const int64_t rows[] = {12352, 18432, 32768, 1024},
+                                 of[] = {2560, 2560, 2560, 2048};
             twin x = NEW_TWIN(&d, QV_BF16, n, 64), y = NEW_TWIN(&d, QV_BF16, n, 64);
             qv_k_linear_args c = qv_cuda_linear_args(w, x.dev, (qv_tensor){0}, y.dev);
             c.n_out = rows[shape];
             c.n_in = of[shape];
             for (int form = -1; form < 2; form++) {
-                bool in_use = n <= 32 && shape == 0, there = n > 8 && n <= 64 && cuda->major == 9;
+                bool in_use = n <= 32 && shape<2, there = n> 8 && n <= 64 && cuda->major == 9;
                 cuda->decode_tuning.form = form;
                 cr_expect_eq(
                     qv_cuda_decodes(cuda, &c, NULL), there && (form > 0 || (form == 0 && in_use)),

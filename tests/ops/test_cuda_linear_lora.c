@@ -300,7 +300,7 @@ Test(cuda_linear_lora, an_adapter_of_nans_harms_none_but_its_own_tokens)
 /* Tokens of no adapter have the bits of the product alone, in the same form of it. */
 Test(cuda_linear_lora, base_tokens_have_the_bits_of_the_product_in_a_form_for_decode)
 {
-    enum { T = 60, FORM = 4 };
+    enum { T = 60, FORM = 2 };
     int32_t start[T + 8], slot[T + 8];
     for (size_t i = 0; i < N_SHAPES; i++) {
         pair *p = open_pair();

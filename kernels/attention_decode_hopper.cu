@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(32 * STREAM_WARPS, 2)
     __shared__ __align__(8) uint64_t full[STREAM_WARPS][UNITS];
     __shared__ warp_ends<STREAM_WARPS> ends;
     __shared__ bool is_last;
-    bf16 *memory = (bf16 *)(((uintptr_t)stream_memory + 1023) / 1024 * 1024);
+    bf16 *memory = (bf16 *)(stream_memory + (-shared_address(stream_memory) & 1023));
 
     piece_of_context piece = find_piece<STREAM_WARPS * PAGE_BOX>(c);
     if (piece.begin >= piece.end) {

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     using shape = wide_shape<D, KEYS, STAGES>;
     extern __shared__ __align__(1024) char wide_memory[];
     __shared__ __align__(8) wide_barriers<STAGES> bars;
-    bf16 *q_tiles = (bf16 *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
+    bf16 *q_tiles = (bf16 *)(wide_memory + (-shared_address(wide_memory) & 1023));
     bf16 *k_stages = q_tiles + 2 * shape::QUERIES, *v_stages = k_stages + STAGES * shape::STAGE;
 
     int kv_head = blockIdx.x, per_token = c.n_heads / c.n_kv_heads, in_seq;

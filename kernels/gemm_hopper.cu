@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char gemm_memory[];
-    gemm_shared<F> &m = *(gemm_shared<F> *)(((uintptr_t)gemm_memory + 1023) / 1024 * 1024);
+    gemm_shared<F> &m = *(gemm_shared<F> *)(gemm_memory + (-shared_address(gemm_memory) & 1023));
     int thread = threadIdx.x, rank = blockIdx.x % F::CLUSTER;
     int cluster = blockIdx.x / F::CLUSTER, n_clusters = gridDim.x / F::CLUSTER;
     if (thread == 0) {

@@ -336,7 +336,7 @@ __global__ void QV_CLUSTER(WIDE_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char wide_memory[];
-    wide_shared &m = *(wide_shared *)(((uintptr_t)wide_memory + 1023) / 1024 * 1024);
+    wide_shared &m = *(wide_shared *)(wide_memory + (-shared_address(wide_memory) & 1023));
     int thread = threadIdx.x, rank = blockIdx.x % WIDE_CLUSTER;
     int cluster = blockIdx.x / WIDE_CLUSTER, n_clusters = gridDim.x / WIDE_CLUSTER;
     if (thread == 0) {

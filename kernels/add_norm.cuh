@@ -1,5 +1,6 @@
 /* The end of what adds to the residual stream and takes its norm, for kernels that have a token in
- * a block of 256 threads: thread i has the numbers from 8 i on, from 8 (i + 256) on, and so on.
+ * a block of THREADS threads: thread i has the numbers from 8 i on, from 8 (i + THREADS) on, and so
+ * on.
  */
 #ifndef QV_KERNELS_ADD_NORM_CUH
 #define QV_KERNELS_ADD_NORM_CUH
@@ -23,26 +24,66 @@ __device__ __forceinline__ void store8(float *p, const float (&v)[8])
     *(float4 *)(p + 4) = make_float4(v[4], v[5], v[6], v[7]);
 }
 
-/* v is the new residual, which the caller has stored, and `squares` the thread's part of the sum of
- * its squares. shared: 8 floats. */
-template <int NV>
-__device__ __forceinline__ void finish_add_norm(const qv_k_add_norm_args &c, int64_t t,
-                                                const float (&v)[NV][8], float squares,
-                                                float *shared)
+__device__ __forceinline__ float add_squares(const float (&v)[8], float sum)
 {
-    float g[NV][8]; /* on its way while the block adds up */
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        sum = fmaf(v[k], v[k], sum);
+    return sum;
+}
+
+/* The sum of the squares of a row with a vector a thread, of more than 256 threads, in the order
+ * of 256 threads: thread i goes on with the sum of thread i - 256, and its warp stands for that
+ * one's. shared: 256 floats. */
+template <int THREADS>
+__device__ __forceinline__ float sum_squares_wide(const float (&v)[8], bool has, float *shared)
+{
+    constexpr int MORE = THREADS / 32 - 8; /* warps */
+    int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    float squares = add_squares(v, 0);
+    if (thread < MORE * 32)
+        shared[thread] = squares;
+    __syncthreads();
+    if (thread >= 256) {
+        squares = shared[thread - 256];
+        if (has)
+            squares = add_squares(v, squares);
+    }
+    squares = warp_sum(squares);
+    __syncthreads();
+    if (lane == 0 && warp >= MORE)
+        shared[warp % 8] = squares;
+    __syncthreads();
+    return warp_sum(lane < 8 ? shared[lane] : 0.0f);
+}
+
+/* v is the new residual, which the caller has stored. shared: 8 floats, 256 of more threads. */
+template <int NV, int THREADS = 256>
+__device__ __forceinline__ void finish_add_norm(const qv_k_add_norm_args &c, int64_t t,
+                                                const float (&v)[NV][8], float *shared)
+{
+    float g[NV][8], squares = 0; /* g is on its way while the block adds up */
 #pragma unroll
     for (int j = 0; j < NV; j++) {
-        int i = (threadIdx.x + j * 256) * 8;
+        int i = (threadIdx.x + j * THREADS) * 8;
         if (i < c.d)
             load8(c.w + i, g[j]);
     }
-    squares = block_sum(squares, shared);
+    if (THREADS > 256) {
+        static_assert(THREADS <= 256 || NV == 1, "a vector a thread");
+        squares = sum_squares_wide<THREADS>(v[0], threadIdx.x * 8 < c.d, shared);
+    } else {
+#pragma unroll
+        for (int j = 0; j < NV; j++)
+            if ((threadIdx.x + j * THREADS) * 8 < c.d)
+                squares = add_squares(v[j], squares);
+        squares = block_sum(squares, shared);
+    }
     float scale = norm_scale(squares, c.d, c.eps);
     bf16 *y = (bf16 *)c.y + t * c.y_stride, *rest = (bf16 *)c.rest + t * c.rest_stride;
 #pragma unroll
     for (int j = 0; j < NV; j++) {
-        int i = (threadIdx.x + j * 256) * 8;
+        int i = (threadIdx.x + j * THREADS) * 8;
         if (i < c.d)
             store_normed(v[j], g[j], scale, c.plus_one, y + i, rest + i, c.rest != nullptr);
     }

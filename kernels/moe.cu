@@ -672,27 +672,30 @@ __device__ __forceinline__ void sum_rows(const sum_args &c, const int32_t *place
     }
 }
 
+/* Columns of Nano, a vector of 8 a thread. */
+constexpr int WIDE_SUM_THREADS = 352;
+
 /* A block a token. Bit for bit combine_kernel in float32 and then the norm of norm.cu. */
-template <int NV>
-__global__ void __launch_bounds__(256, NV == 1 ? 3 : 2)
+template <int NV, int THREADS>
+__global__ void __launch_bounds__(THREADS, NV == 1 && THREADS == 256 ? 3 : 2)
     sum_add_norm_kernel(const __grid_constant__ sum_args c)
 {
     let_next_start();
     extern __shared__ float sum_folded[];
-    __shared__ float shared[8];
+    __shared__ float shared[THREADS > 256 ? 256 : 8];
     int64_t t = blockIdx.x;
     const int32_t *place = c.list.place + t * c.list.top_k;
     const float *w = c.weights + t * c.list.top_k;
     float *residual = c.norm.residual + t * c.norm.residual_stride;
     const float *more = c.shared.data ? c.shared.data + t * c.shared.stride : nullptr;
-    float gate = 1, v[NV][8], squares = 0;
+    float gate = 1, v[NV][8];
     if (c.shared.gate)
         gate = sigmoid(to_float(((const bf16 *)c.shared.gate)[t * c.shared.gate_stride]));
     const qv_k_moe_lora_slot *part =
         fold_shared(c.list, c.site, t, w, place, c.scratch, sum_folded);
 #pragma unroll
     for (int j = 0; j < NV; j++) {
-        int i = (threadIdx.x + j * 256) * 8;
+        int i = (threadIdx.x + j * THREADS) * 8;
         if (i >= c.norm.d)
             continue;
         float sum[8] = {}, also[8] = {};
@@ -711,11 +714,8 @@ __global__ void __launch_bounds__(256, NV == 1 ? 3 : 2)
         for (int k = 0; k < 8; k++)
             v[j][k] += sum[k];
         store8(residual + i, v[j]);
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            squares = fmaf(v[j][k], v[j][k], squares);
     }
-    finish_add_norm<NV>(c.norm, t, v, squares, shared);
+    finish_add_norm<NV, THREADS>(c.norm, t, v, shared);
 }
 
 } // namespace
@@ -827,10 +827,12 @@ qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
     if (args->shared)
         c.shared = *args->shared;
     if (c.norm.d <= 2048)
-        sum_add_norm_kernel<1><<<n_tokens, 256, bytes, on>>>(c);
+        sum_add_norm_kernel<1, 256><<<n_tokens, 256, bytes, on>>>(c);
+    else if (c.norm.d <= WIDE_SUM_THREADS * 8)
+        sum_add_norm_kernel<1, WIDE_SUM_THREADS><<<n_tokens, WIDE_SUM_THREADS, bytes, on>>>(c);
     else if (c.norm.d <= 4096)
-        sum_add_norm_kernel<2><<<n_tokens, 256, bytes, on>>>(c);
+        sum_add_norm_kernel<2, 256><<<n_tokens, 256, bytes, on>>>(c);
     else
-        sum_add_norm_kernel<4><<<n_tokens, 256, bytes, on>>>(c);
+        sum_add_norm_kernel<4, 256><<<n_tokens, 256, bytes, on>>>(c);
     return qv_k_check_launch("moe_sum_add_norm");
 }

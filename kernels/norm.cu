@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args
     int64_t t = blockIdx.x;
     float *residual = c.residual + t * c.residual_stride;
     const float *delta = c.delta ? c.delta + t * c.delta_stride : nullptr;
-    float v[NV][8], squares = 0;
+    float v[NV][8];
 #pragma unroll
     for (int j = 0; j < NV; j++) {
         int i = (threadIdx.x + j * 256) * 8;
@@ -141,11 +141,8 @@ __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args
                 v[j][k] += add[k];
             store8(residual + i, v[j]);
         }
-#pragma unroll
-        for (int k = 0; k < 8; k++)
-            squares = fmaf(v[j][k], v[j][k], squares);
     }
-    finish_add_norm<NV>(c, t, v, squares, shared);
+    finish_add_norm<NV>(c, t, v, shared);
 }
 
 /* Any length and alignment. Each thread reads what it wrote itself. */

@@ -6,8 +6,9 @@
  *
  *   STREAM  qv_k_stream_linear: 64 rows and a range of k a block, through a ring of asynchronous
  *           copies; the blocks of a group, neighbours in a cluster, add up in their order.
- *   SKINNY  qv_k_skinny_linear: 16 rows a block, W straight into fragments. That kernel has 8 or 16
- *           warps, whose sums are added in their order; here 8 warps do the work of either.
+ *   SKINNY  qv_k_skinny_linear: W straight into fragments. That kernel has 16 rows a block and 8 or
+ *           16 warps, whose sums are added in their order; here it is 8 rows, the other half of a
+ *           product being zeros, and 8 warps do the work of either.
  *   ROWS    few rows: a warp a token.
  *
  * Groups of several sizes, powers of two, share clusters of the largest: parts stand in the order
@@ -56,16 +57,20 @@ struct stream_stage {
 };
 
 /* SKINNY */
-constexpr int SKINNY_TILE = 16;
+constexpr int SKINNY_TILE = 8;
 constexpr int SKINNY_WARPS = 16; /* at most */
+constexpr int SKINNY_AHEAD = 3;  /* pieces of a warp on their way */
+
+struct skinny_shared {
+    uint4 w[SKINNY_AHEAD][4][THREADS]; /* a thread's own */
+    float warps[SKINNY_WARPS][2][32];
+};
 
 union joined_shared {
     stream_stage stages[STAGES];
     float halves[2][TOKENS][PITCH];
-    float warps[SKINNY_WARPS][4][32];
+    skinny_shared skinny;
 };
-
-constexpr size_t SMALL_BYTES = sizeof(float) * SKINNY_WARPS * 4 * 32; /* without STREAM */
 
 /* --- Rows and results --------------------------------------------------------------------- */
 
@@ -107,18 +112,37 @@ __device__ __forceinline__ void store(const part &p, int64_t token, int64_t col,
 
 /* --- STREAM ------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ void load_w(joined_shared &m, const part &p, int64_t tile,
-                                       int first_step, int step)
+constexpr int OF_STAGE = TILE * STEP / 8 / THREADS; /* copies of W of a thread */
+
+/* What a thread copies of W: its first numbers of each row, NULL where there is no row. */
+struct w_rows {
+    const bf16 *from[OF_STAGE];
+};
+
+__device__ __forceinline__ w_rows rows_of(const part &p, int64_t tile, int first_step)
 {
-    int col = threadIdx.x % 8 * 8;
-    int k = (first_step + step) * STEP + col;
+    w_rows rows;
 #pragma unroll
-    for (int i = 0; i < TILE * STEP / 8 / THREADS; i++) {
-        int row = threadIdx.x / 8 + i * (THREADS / 8);
-        int64_t from = row_of<TILE>(p, tile, row);
-        bool valid = from >= 0 && k < p.c.n_in;
-        copy16_stream(m.stages[step % STAGES].w + tile_at<STEP>(row, col),
-                      valid ? (const bf16 *)p.c.w + from * p.c.n_in + k : p.c.w, valid);
+    for (int i = 0; i < OF_STAGE; i++) {
+        int64_t row = row_of<TILE>(p, tile, threadIdx.x / 8 + i * (THREADS / 8));
+        rows.from[i] = row < 0 ? nullptr
+                               : (const bf16 *)p.c.w + row * p.c.n_in + first_step * STEP +
+                                     threadIdx.x % 8 * 8;
+    }
+    return rows;
+}
+
+/* left: what there is of k from the block's first step on. */
+__device__ __forceinline__ void load_w(joined_shared &m, const w_rows &rows, const void *w,
+                                       int step, int left)
+{
+    int col = threadIdx.x % 8 * 8, k = step * STEP;
+#pragma unroll
+    for (int i = 0; i < OF_STAGE; i++) {
+        bool valid = rows.from[i] && k + col < left;
+        copy16_stream(m.stages[step % STAGES].w +
+                          tile_at<STEP>(threadIdx.x / 8 + i * (THREADS / 8), col),
+                      valid ? rows.from[i] + k : w, valid);
     }
 }
 
@@ -138,10 +162,12 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
     int64_t tile = block / p.splits;
     int share = block % p.splits, all = (int)((p.c.n_in + STEP - 1) / STEP);
     int first = all * share / p.splits, steps = all * (share + 1) / p.splits - first;
+    const w_rows rows = rows_of(p, tile, first);
+    int left = (int)p.c.n_in - first * STEP;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++)
         if (i < steps)
-            load_w(m, p, tile, first, i);
+            load_w(m, rows, p.c.w, i, left);
     wait_for_previous();
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
@@ -156,7 +182,7 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
         __syncthreads();
         int next = step + STAGES - 1;
         if (next < steps) {
-            load_w(m, p, tile, first, next);
+            load_w(m, rows, p.c.w, next, left);
             load_x(m, p, first, next);
         }
         copies_commit();
@@ -225,58 +251,108 @@ __device__ __forceinline__ void stream_finish(const joined_shared &m, const part
 
 /* --- SKINNY ------------------------------------------------------------------------------- */
 
-/* The pieces of warp `warp` of `n_warps`, added up one after the other; then those of warp + 8 by
- * themselves. The first is on its way before the kernel waits for the one before it, whose results
- * x and rest are. */
-__device__ __forceinline__ void skinny_sums(joined_shared &m, const part &p, int block)
+/* A piece is eight rows, PIECE of k: thread (g, t) of a warp has k = 8 t .. 8 t + 7 of each 32 of
+ * row g, which it alone copies and reads. A warp's pieces are those of sum `as`, as many apart as
+ * there are sums, then those of sum as + 8. */
+struct place {
+    int as, k;
+};
+
+__device__ __forceinline__ void advance(place &p, int splits, int n_in)
 {
-    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    int n_in = (int)p.c.n_in, stride = p.splits * PIECE;
-    int64_t upper = row_of<SKINNY_TILE>(p, block, g), lower = row_of<SKINNY_TILE>(p, block, g + 8);
-    /* Rows beyond the end read another one, and are not stored. */
-    const bf16 *w0 = (const bf16 *)p.c.w + (upper < 0 ? 0 : upper) * n_in + t * 8;
-    const bf16 *w1 = (const bf16 *)p.c.w + (lower < 0 ? 0 : lower) * n_in + t * 8;
-    int64_t token = g < p.c.n_tokens ? g : p.c.n_tokens - 1;
-    const bf16 *x = (const bf16 *)p.c.x + token * p.c.x_stride + t * 8;
-    const bf16 *rest =
-        p.c.rest ? (const bf16 *)p.c.rest + token * p.c.rest_stride + t * 8 : nullptr;
-    piece now, next;
-    load_piece(now, w0, w1, warp * PIECE, n_in);
-    wait_for_previous();
-    for (int as = warp; as < p.splits; as += WARPS) {
-        float acc[4] = {};
-        for (int k = as * PIECE; k < n_in; k += stride) {
-            int after = k + stride; /* or the first of the next sum */
-            if (after >= n_in)
-                after = as + WARPS < p.splits ? (as + WARPS) * PIECE : n_in;
-            load_piece(next, w0, w1, after, n_in);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (k + j * 32 >= n_in)
-                    break;
-                multiply_piece(now, j, x + k + j * 32, acc);
-                if (rest)
-                    multiply_piece(now, j, rest + k + j * 32, acc);
-            }
-            now = next;
-        }
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            m.warps[as][j][lane] = acc[j];
+    p.k += splits * PIECE;
+    if (p.k >= n_in) {
+        p.as += WARPS;
+        p.k = p.as < splits ? p.as * PIECE : n_in;
     }
 }
 
-/* Row `row` of the tile, added up over warps: number j of lane (g, t) is row g + 8 (j / 2) of token
- * 2 t + j % 2. */
-__device__ __forceinline__ float skinny_sum(const joined_shared &m, int n_warps, int token, int row)
+__device__ __forceinline__ void copy_piece(skinny_shared &m, int slot, const bf16 *w, int k,
+                                           int n_in)
+{
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+        if (k + j * 32 < n_in)
+            copy16_stream(&m.w[slot][j][threadIdx.x], w + k + j * 32, true);
+    copies_commit();
+}
+
+__device__ __forceinline__ void multiply_thin(const uint4 &w, const uint4 &x, float (&acc)[4])
+{
+    const uint32_t first[4] = {w.x, 0, w.y, 0}, second[4] = {w.z, 0, w.w, 0};
+    mma(acc, first, x.x, x.y);
+    mma(acc, second, x.z, x.w);
+}
+
+/* All of x and rest flies together. */
+template <bool REST>
+__device__ __forceinline__ void multiply_piece(const skinny_shared &m, int slot, const bf16 *x,
+                                               const bf16 *rest, int k, int n_in, float (&acc)[4])
+{
+    uint4 of_x[4], of_rest[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        of_x[j] = k + j * 32 < n_in ? *(const uint4 *)(x + k + j * 32) : uint4{};
+        if (REST)
+            of_rest[j] = k + j * 32 < n_in ? *(const uint4 *)(rest + k + j * 32) : uint4{};
+    }
+    copies_wait<SKINNY_AHEAD - 1>();
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        if (k + j * 32 >= n_in)
+            break;
+        uint4 w = m.w[slot][j][threadIdx.x];
+        multiply_thin(w, of_x[j], acc);
+        if (REST)
+            multiply_thin(w, of_rest[j], acc);
+    }
+}
+
+/* The first pieces are on their way before the kernel waits for the one before it, whose results x
+ * and rest are. */
+template <bool REST>
+__device__ __forceinline__ void skinny_sums(skinny_shared &m, const part &p, int block)
+{
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int n_in = (int)p.c.n_in, splits = p.splits;
+    int64_t row = row_of<SKINNY_TILE>(p, block, g);
+    /* A row beyond the end reads another one, and is not stored. */
+    const bf16 *w = (const bf16 *)p.c.w + (row < 0 ? 0 : row) * n_in + t * 8;
+    place at = {warp, warp * PIECE}, ahead = at;
+#pragma unroll
+    for (int i = 0; i < SKINNY_AHEAD; i++) {
+        copy_piece(m, i, w, ahead.k, n_in);
+        advance(ahead, splits, n_in);
+    }
+    wait_for_previous();
+    int64_t token = g < p.c.n_tokens ? g : p.c.n_tokens - 1;
+    const bf16 *x = (const bf16 *)p.c.x + token * p.c.x_stride + t * 8;
+    const bf16 *rest = (const bf16 *)p.c.rest + token * p.c.rest_stride + t * 8;
+    float acc[4] = {};
+    for (int slot = 0; at.as < splits; slot = slot + 1 < SKINNY_AHEAD ? slot + 1 : 0) {
+        multiply_piece<REST>(m, slot, x, rest, at.k, n_in, acc);
+        copy_piece(m, slot, w, ahead.k, n_in);
+        advance(ahead, splits, n_in);
+        int as = at.as;
+        advance(at, splits, n_in);
+        if (at.as != as) {
+            m.warps[as][0][lane] = acc[0];
+            m.warps[as][1][lane] = acc[1];
+            acc[0] = acc[1] = acc[2] = acc[3] = 0;
+        }
+    }
+}
+
+/* Row `row` of the tile, added up over warps: number j of lane (g, t) is row g of token 2 t + j. */
+__device__ __forceinline__ float skinny_sum(const skinny_shared &m, int n_warps, int token, int row)
 {
     float v = 0;
     for (int i = 0; i < n_warps; i++)
-        v += m.warps[i][(row >> 3) * 2 + (token & 1)][(row & 7) * 4 + (token >> 1)];
+        v += m.warps[i][token & 1][row * 4 + (token >> 1)];
     return v;
 }
 
-__device__ __forceinline__ void skinny_finish(const joined_shared &m, const part &p, int block)
+__device__ __forceinline__ void skinny_finish(const skinny_shared &m, const part &p, int block)
 {
     int width = width_of<SKINNY_TILE>(p), i = threadIdx.x;
     if (i >= (int)p.c.n_tokens * width)
@@ -292,24 +368,57 @@ __device__ __forceinline__ void skinny_finish(const joined_shared &m, const part
 
 /* --- ROWS --------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ void few_rows(const part &p)
+constexpr int ROW_VECTORS = 8; /* of a lane, that fly together */
+
+/* A row of W a thread's own vectors of 256 numbers from one to the next: the first of them are on
+ * their way before x is waited for. */
+__device__ __forceinline__ void copy_row(skinny_shared &m, const bf16 *w, int64_t k, int64_t n)
+{
+#pragma unroll
+    for (int i = 0; i < ROW_VECTORS; i++)
+        if (k + i * 256 < n)
+            copy16_stream(&m.w[i / 4][i % 4][threadIdx.x], w + k + i * 256, true);
+    copies_commit();
+}
+
+__device__ __forceinline__ float row_product(const skinny_shared &m, const bf16 *x, int64_t k,
+                                             int64_t n, float sum)
+{
+    uint4 of_x[ROW_VECTORS];
+#pragma unroll
+    for (int i = 0; i < ROW_VECTORS; i++)
+        if (k + i * 256 < n)
+            of_x[i] = *(const uint4 *)(x + k + i * 256);
+    copies_wait<0>();
+#pragma unroll
+    for (int i = 0; i < ROW_VECTORS; i++) {
+        if (k + i * 256 >= n)
+            break;
+        float a[8], b[8];
+        unpack8(bf16x8{of_x[i]}, a);
+        unpack8(bf16x8{m.w[i / 4][i % 4][threadIdx.x]}, b);
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+            sum = fmaf(a[j], b[j], sum);
+    }
+    return sum;
+}
+
+__device__ __forceinline__ void few_rows(skinny_shared &m, const part &p)
 {
     int lane = threadIdx.x & 31, token = threadIdx.x >> 5;
+    const bf16 *w = (const bf16 *)p.c.w, *x = (const bf16 *)p.c.x + token * p.c.x_stride;
+    if (token < p.c.n_tokens)
+        copy_row(m, w, lane * 8, p.c.n_in);
     wait_for_previous();
     if (token >= p.c.n_tokens)
         return;
-    const bf16 *x = (const bf16 *)p.c.x + token * p.c.x_stride;
-    for (int64_t row = 0; row < p.c.n_out; row++) {
-        const bf16 *w = (const bf16 *)p.c.w + row * p.c.n_in;
+    for (int64_t row = 0; row < p.c.n_out; row++, w += p.c.n_in) {
         float sum = 0;
-#pragma unroll 4
-        for (int64_t k = lane * 8; k < p.c.n_in; k += 256) {
-            float a[8], b[8];
-            unpack8(*(const bf16x8 *)(x + k), a);
-            unpack8(*(const bf16x8 *)(w + k), b);
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                sum = fmaf(a[i], b[i], sum);
+        for (int64_t k = lane * 8; k < p.c.n_in; k += ROW_VECTORS * 256) {
+            if (row > 0 || k > lane * 8)
+                copy_row(m, w, k, p.c.n_in);
+            sum = row_product(m, x, k, p.c.n_in, sum);
         }
         sum = warp_sum(sum);
         if (lane == 0)
@@ -335,10 +444,12 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
         wait_for_previous();
     else if (p.how == STREAM)
         stream_sums(m, p, block);
+    else if (p.how == SKINNY && p.c.rest)
+        skinny_sums<true>(m.skinny, p, block);
     else if (p.how == SKINNY)
-        skinny_sums(m, p, block);
+        skinny_sums<false>(m.skinny, p, block);
     else
-        few_rows(p);
+        few_rows(m.skinny, p);
     if (all.cluster > 1)
         cluster_sync();
     else
@@ -346,7 +457,7 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
     if (!idle && p.how == STREAM)
         stream_finish(m, p, block, all.cluster);
     else if (!idle && p.how == SKINNY)
-        skinny_finish(m, p, block);
+        skinny_finish(m.skinny, p, block);
     if (all.cluster > 1)
         cluster_sync(); /* the others have read this block's sums */
 }
@@ -395,7 +506,7 @@ bool plan(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms, jo
         if (!find_form(parts[i], stream, n_sms, &found[i]))
             return false;
     out->cluster = 1;
-    out->bytes = SMALL_BYTES;
+    out->bytes = sizeof(skinny_shared);
     for (int group = MAX_SHARES; group > 0; group /= 2)
         for (int i = 0; i < n_parts; i++) {
             if ((found[i].how == STREAM ? found[i].splits : 1) != group)

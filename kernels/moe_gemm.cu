@@ -14,10 +14,24 @@
 namespace
 {
 
+/* The places of an expert. Of one token each expert has a pair at most, and the pairs stand in the
+ * order of experts in both lists, so that nothing need be looked up. */
+struct places {
+    int first, n;
+};
+
+__device__ __forceinline__ places places_of(const qv_k_list &list, int index, int expert)
+{
+    if (list.n_tokens == 1)
+        return {index, 1};
+    int first = list.expert_start[expert];
+    return {first, list.expert_start[expert + 1] - first};
+}
+
 __device__ __forceinline__ const bf16 *x_of(const qv_k_list &list, const qv_k_moe_linear_args &c,
                                             int place)
 {
-    int64_t row = c.x_pairs ? place : list.pair[place] / list.top_k;
+    int64_t row = c.x_pairs ? place : list.n_tokens == 1 ? 0 : list.pair[place] / list.top_k;
     return (const bf16 *)c.x + row * c.x_stride;
 }
 
@@ -86,10 +100,11 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
 {
     __shared__ const bf16 *x[FEW_TOKENS];
     __shared__ float sums[FEW_SPLITS][FEW_ROWS][FEW_TOKENS + 1];
-    if ((int)blockIdx.y >= list.work[0])
+    int n_active = list.work[0], item = list.work[2 + 2 * blockIdx.y]; /* both on their way */
+    if ((int)blockIdx.y >= n_active)
         return;
-    int expert = list.work[2 + 2 * blockIdx.y] & EXPERT_MASK, thread = threadIdx.x;
-    int first = list.expert_start[expert], n_pairs = list.expert_start[expert + 1] - first;
+    int expert = item & EXPERT_MASK, thread = threadIdx.x;
+    const places at = places_of(list, blockIdx.y, expert);
     int width = c.act == QV_K_MOE_SWIGLU ? FEW_ROWS / 2 : FEW_ROWS; /* columns of y */
     int group = (thread >> 5) % (FEW_ROWS / 16) * 16;
     int64_t col = (int64_t)blockIdx.x * width, row = col + group % width;
@@ -100,11 +115,11 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
     const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + (n_rows > 0 ? row : 0) * c.n_in;
     if (list.n_tokens <= FEW_EARLY)
         call_first(c, w, n_rows);
-    for (int done = 0; done < n_pairs; done += FEW_TOKENS) {
-        int n = min(FEW_TOKENS, n_pairs - done);
+    for (int done = 0; done < at.n; done += FEW_TOKENS) {
+        int n = min(FEW_TOKENS, at.n - done);
         __syncthreads();
         if (thread < n)
-            x[thread] = x_of(list, c, first + done + thread);
+            x[thread] = x_of(list, c, at.first + done + thread);
         __syncthreads();
         if (n <= 8)
             few_product<1, ALIGNED>(c, w, n_rows, x, n, sums);
@@ -126,7 +141,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
             else if (c.act == QV_K_MOE_RELU2)
                 sum = relu2(round_bf16(sum));
             if (r < n_cols)
-                ((bf16 *)c.y)[(first + done + p) * c.y_stride + col + r] = __float2bfloat16(sum);
+                ((bf16 *)c.y)[(at.first + done + p) * c.y_stride + col + r] = __float2bfloat16(sum);
         }
     }
 }

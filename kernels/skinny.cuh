@@ -45,7 +45,11 @@ template <bool ALIGNED> __device__ __forceinline__ uint4 load_w8(const bf16 *p, 
 /* acc [16 x 8 NT] += rows [0, n_rows) of w times rows [0, n_x) of x over k in [begin, end), begin a
  * multiple of 8. x is a table of row addresses. The loads of AHEAD steps of 32 fly together. One
  * warp. */
-template <int NT, bool ALIGNED, int AHEAD = NT <= 2 ? 4 : NT == 4 ? 2 : 1>
+template <int NT, bool ALIGNED,
+          int AHEAD = NT == 1   ? 8
+                      : NT == 2 ? 4
+                      : NT == 4 ? 2
+                                : 1>
 __device__ __forceinline__ void skinny_product(const bf16 *w, int64_t w_stride, int n_rows,
                                                const bf16 *const *x, int n_x, int64_t begin,
                                                int64_t end, float (&acc)[NT][4])

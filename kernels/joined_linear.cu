@@ -12,7 +12,7 @@
  *   ROWS    few rows: a warp a token.
  *
  * Groups of several sizes, powers of two, share clusters of the largest: parts stand in the order
- * of their sizes, so that no group crosses a cluster. All blocks meet in the cluster's barriers,
+ * of their sizes, so that no group crosses a cluster. All blocks meet in the cluster's barrier,
  * also those that have nothing to add up.
  *
  * With SwiGLU the tile of a block is half rows of the gate and half those of up, so that the
@@ -20,7 +20,7 @@
  *
  * Memory bound: 2 n_out n_in bytes a part.
  */
-#include "kernels/linear_parts.cuh"
+#include "kernels/cluster_sums.cuh"
 
 namespace
 {
@@ -28,7 +28,7 @@ namespace
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 constexpr int TOKENS = QV_K_JOINED_TOKENS;
-static_assert(TOKENS == 8, "tokens fill one tile of mma");
+static_assert(TOKENS == 8 && TOKENS == SUM_TOKENS, "tokens fill one tile of mma");
 
 enum form { STREAM, SKINNY, ROWS };
 
@@ -49,8 +49,7 @@ struct joined {
 constexpr int TILE = 64; /* rows of W, of a block */
 constexpr int STEP = 64; /* of k, of a stage */
 constexpr int STAGES = 7;
-constexpr int MAX_SHARES = 8;
-constexpr int PITCH = TILE + 4; /* of sums, by token: lanes of a fragment hit different banks */
+static_assert(TILE == SUM_ROWS, "a block finishes its part of a tile");
 
 struct stream_stage {
     bf16 w[TILE * STEP], x[TOKENS * STEP];
@@ -156,7 +155,7 @@ __device__ __forceinline__ void load_x(joined_shared &m, const part &p, int firs
                valid ? (const bf16 *)p.c.x + token * p.c.x_stride + k : p.c.x, valid);
 }
 
-/* A warp has 16 of the rows, and half of every stage. Leaves the block's sums in halves[0]. */
+/* A warp has 16 of the rows, and half of every stage, whose sums it leaves in halves. */
 __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int block)
 {
     int64_t tile = block / p.splits;
@@ -200,52 +199,31 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
     for (int j = 0; j < 4; j++)
         m.halves[half][2 * (lane & 3) + (j & 1)][row + (lane >> 2) + 8 * (j >> 1)] = acc[j];
     __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * TILE / 4; i += THREADS) {
-        float4 *sum = (float4 *)&m.halves[0][i / (TILE / 4)][i % (TILE / 4) * 4];
-        float4 v = *sum;
-        add4(v, *(const float4 *)&m.halves[1][i / (TILE / 4)][i % (TILE / 4) * 4]);
-        *sum = v;
-    }
 }
 
-/* Four rows of a token, added up over the blocks of a group that begins at `base` of the cluster.
- */
-__device__ __forceinline__ void sum_of_group(const joined_shared &m, int n_shares, int base,
-                                             int token, int row, float (&sum)[4])
+__device__ __forceinline__ sum_group group_of(const part &p, int block, int cluster)
 {
-    float4 v[MAX_SHARES]; /* all loads before the first sum */
-    if (n_shares == 1) {
-        v[0] = *(const float4 *)&m.halves[0][token][row];
-    } else {
-#pragma unroll
-        for (int i = 0; i < MAX_SHARES; i++)
-            if (i < n_shares)
-                v[i] = load_from(&m.halves[0][token][row], base + i);
-    }
-#pragma unroll
-    for (int i = 1; i < MAX_SHARES; i++)
-        if (i < n_shares)
-            add4(v[0], v[i]);
-    sum[0] = v[0].x, sum[1] = v[0].y, sum[2] = v[0].z, sum[3] = v[0].w;
+    int share = block % p.splits;
+    return {p.splits, share, (int)(blockIdx.x % cluster) - share, (int)p.c.n_tokens,
+            width_of<TILE>(p)};
 }
 
 /* A block finishes its share of the columns. */
-__device__ __forceinline__ void stream_finish(const joined_shared &m, const part &p, int block,
-                                              int cluster)
+__device__ __forceinline__ void stream_finish(const joined_shared &m, const cluster_sums &sums,
+                                              const part &p, int block, const sum_group &g)
 {
-    int share = block % p.splits, width = width_of<TILE>(p), fours = width / 4 / p.splits;
-    int base = (int)(blockIdx.x % cluster) - share;
-    int64_t first = (int64_t)(block / p.splits) * width, n = columns_of(p);
-    for (int i = threadIdx.x; i < (int)p.c.n_tokens * fours; i += THREADS) {
-        int token = i / fours, row = (share * fours + i % fours) * 4;
-        float v[4], up[4] = {};
-        sum_of_group(m, p.splits, base, token, row, v);
+    int fours = g.width / 4 / g.n;
+    int64_t first = (int64_t)(block / g.n) * g.width + g.share * fours * 4, n = columns_of(p);
+    for (int i = threadIdx.x; i < g.n_tokens * fours; i += THREADS) {
+        int token = i / fours, four = i % fours;
+        float4 v = sum_four(sums, g, m.halves, token, 0, four), up = v;
         if (p.act == QV_K_LINEAR_SWIGLU)
-            sum_of_group(m, p.splits, base, token, row + width, up);
+            up = sum_four(sums, g, m.halves, token, 1, four);
+        const float of[4] = {v.x, v.y, v.z, v.w}, with[4] = {up.x, up.y, up.z, up.w};
 #pragma unroll
         for (int j = 0; j < 4; j++)
-            if (first + row + j < n)
-                store(p, token, first + row + j, activated(p, v[j], up[j]));
+            if (first + four * 4 + j < n)
+                store(p, token, first + four * 4 + j, activated(p, of[j], with[j]));
     }
 }
 
@@ -432,6 +410,7 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
 {
     let_next_start();
     extern __shared__ __align__(128) char joined_memory[];
+    __shared__ cluster_sums sums;
     joined_shared &m = *(joined_shared *)joined_memory;
     int index = 0;
     while (index + 1 < all.n_parts && all.parts[index + 1].first_block <= (int)blockIdx.x)
@@ -440,9 +419,16 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
     int block = (int)blockIdx.x - p.first_block;
     bool idle = (int)blockIdx.x >= all.n_blocks; /* it fills a cluster */
 
+    bool streams = !idle && p.how == STREAM;
+    sum_group group = {1, 0, 0, 0, TILE};
+    if (streams)
+        group = group_of(p, block, all.cluster);
+    if (all.cluster > 1)
+        begin_sums(sums, group);
+
     if (idle)
         wait_for_previous();
-    else if (p.how == STREAM)
+    else if (streams)
         stream_sums(m, p, block);
     else if (p.how == SKINNY && p.c.rest)
         skinny_sums<true>(m.skinny, p, block);
@@ -450,16 +436,15 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
         skinny_sums<false>(m.skinny, p, block);
     else
         few_rows(m.skinny, p);
+    __syncthreads();
     if (all.cluster > 1)
-        cluster_sync();
-    else
-        __syncthreads();
-    if (!idle && p.how == STREAM)
-        stream_finish(m, p, block, all.cluster);
+        await_cluster();
+    if (group.n > 1)
+        send_sums(sums, group, m.halves);
+    if (streams)
+        stream_finish(m, sums, p, block, group);
     else if (!idle && p.how == SKINNY)
         skinny_finish(m.skinny, p, block);
-    if (all.cluster > 1)
-        cluster_sync(); /* the others have read this block's sums */
 }
 
 /* --- Launch ------------------------------------------------------------------------------- */

@@ -137,6 +137,28 @@ __device__ __forceinline__ void send_int(int *to, int value, uint64_t *barrier, 
         : "memory");
 }
 
+/* The same of four numbers, 16 bytes. */
+__device__ __forceinline__ void send_four(float4 *to, const float4 &v, uint64_t *barrier, int rank)
+{
+    asm volatile("{\n.reg .b32 there, hears;\nmapa.shared::cluster.u32 there, %0, %6;\n"
+                 "mapa.shared::cluster.u32 hears, %5, %6;\n"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], "
+                 "{%1, %2, %3, %4}, [hears];\n}\n" ::"r"(shared_address(to)),
+                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(shared_address(barrier)), "r"(rank)
+                 : "memory");
+}
+
+/* cluster_sync() in two halves, of which the first publishes nothing but initialised barriers. */
+__device__ __forceinline__ void cluster_arrive()
+{
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+}
+
 /* --- Tiles by the copy engine -------------------------------------------------------------- */
 
 /* A box of the map at (x, y, z) into `to` of every block in `blocks` (a bit each), whose barriers

@@ -14,7 +14,7 @@
  *
  * Memory bound: 2 n_out n_in + 2 r n_out bytes an adapter.
  */
-#include "kernels/linear_parts.cuh"
+#include "kernels/cluster_sums.cuh"
 
 namespace
 {
@@ -25,8 +25,6 @@ constexpr int STEP = 64; /* of k, of a stage */
 constexpr int MAX_TOKENS = QV_K_STREAM_TOKENS;
 constexpr int MAX_ENTRIES = MAX_TOKENS * QV_K_STREAM_SLICES;
 constexpr uint8_t NOBODY = 255;
-constexpr int MAX_SHARES = 8;   /* blocks of a cluster */
-constexpr int PITCH = ROWS + 4; /* of sums, by token: lanes of a fragment hit different banks */
 
 /* One adapter in one slice. Tokens count from the block's first. */
 struct entry {
@@ -321,6 +319,24 @@ __device__ void finish(stream_shared<NT, STAGES> &m, const qv_k_linear_args &c, 
         cluster_sync(); /* the others have read this block's sums */
 }
 
+/* The same of up to 8 tokens without adapters. */
+template <int NT, int STAGES>
+__device__ void finish_few(stream_shared<NT, STAGES> &m, cluster_sums &sums,
+                           const qv_k_linear_args &c, const place &p, const sum_group &g)
+{
+    __syncthreads();
+    if (g.n > 1) {
+        await_cluster();
+        send_sums(sums, g, m.base);
+    }
+    int fours = ROWS / 4 / g.n;
+    for (int i = threadIdx.x; i < p.n * fours; i += THREADS) {
+        int token = i / fours, four = i % fours;
+        store4(c, p.token0 + token, p.row0 + (g.share * fours + four) * 4,
+               sum_four(sums, g, m.base, token, 0, four));
+    }
+}
+
 /* --- The kernel --------------------------------------------------------------------------- */
 
 /* Grid (64 tokens, shares of k x 64 rows): blocks beside each other read the same rows of W. */
@@ -342,6 +358,11 @@ __global__ void __launch_bounds__(THREADS, 3)
     p.first_step = all_steps * p.share / n_shares;
     p.n_steps = all_steps * (p.share + 1) / n_shares - p.first_step;
 
+    constexpr bool FEW = NT == 1 && !LORA;
+    __shared__ cluster_sums sums;
+    const sum_group group = {n_shares, p.share, 0, p.n, ROWS};
+    if (FEW && n_shares > 1)
+        begin_sums(sums, group);
     constexpr int FIRST = LORA ? 2 : STAGES - 1; /* stages of W ahead of the adapters */
 #pragma unroll
     for (int i = 0; i < FIRST; i++)
@@ -408,7 +429,10 @@ __global__ void __launch_bounds__(THREADS, 3)
     for (int i = 0; LORA && i < HALF<NT>; i++)
         if (first_tile + i < NT)
             put(m.delta, row, first_tile + i, delta[i]);
-    finish<NT, STAGES, LORA>(m, c, p);
+    if constexpr (FEW)
+        finish_few(m, sums, c, p, group);
+    else
+        finish<NT, STAGES, LORA>(m, c, p);
     if (c.x_is_there)
         wait_for_previous(); /* whoever waits for this kernel also waits for that one */
 }

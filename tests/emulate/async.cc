@@ -7,6 +7,7 @@
 #include "tests/emulate/tensor_map.h"
 #include "tests/emulate/thread_state.h"
 
+#include <array>
 #include <string.h>
 
 namespace emu
@@ -181,6 +182,14 @@ void send_int(int *to, int value, uint64_t *barrier)
     later([to, value, barrier] {
         *to = value;
         bytes_came(barrier, (int)sizeof value);
+    });
+}
+
+void send_four(float *to, const float *value, uint64_t *barrier)
+{
+    later([to, v = std::array<float, 4>{value[0], value[1], value[2], value[3]}, barrier] {
+        memcpy(to, v.data(), sizeof v);
+        bytes_came(barrier, (int)sizeof v);
     });
 }
 

@@ -32,6 +32,7 @@ void mbarrier_wait(uint64_t *barrier, int parity);
  * `blocks`. `to` and `barrier` are this block's. */
 /* Later: the number, and its bytes to the barrier. */
 void send_int(int *to, int value, uint64_t *barrier);
+void send_four(float *to, const float *value, uint64_t *barrier);
 
 void copy_box(void *to, const void *map, box_position from, uint64_t *barrier, uint16_t blocks);
 

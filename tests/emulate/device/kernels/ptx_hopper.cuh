@@ -86,6 +86,22 @@ inline void send_int(int *to, int value, uint64_t *barrier, int rank)
                   (uint64_t *)emu::shared_of(rank, barrier));
 }
 
+inline void send_four(float4 *to, const float4 &v, uint64_t *barrier, int rank)
+{
+    emu::send_four((float *)emu::shared_of(rank, to), &v.x,
+                   (uint64_t *)emu::shared_of(rank, barrier));
+}
+
+inline void cluster_arrive()
+{
+    emu::cluster_arrive();
+}
+
+inline void cluster_wait()
+{
+    emu::cluster_wait();
+}
+
 /* --- Tiles by the copy engine -------------------------------------------------------------- */
 
 inline void copy_box(void *to, const void *map, int x, int y, int z, uint64_t *barrier,

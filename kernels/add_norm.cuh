@@ -24,6 +24,26 @@ __device__ __forceinline__ void store8(float *p, const float (&v)[8])
     *(float4 *)(p + 4) = make_float4(v[4], v[5], v[6], v[7]);
 }
 
+constexpr unsigned EARLY_ROWS = 256; /* of a decode step; in prefill each block would pay for it */
+
+/* In front of all else, of a launch that is early if it has no more than EARLY_ROWS blocks: gains,
+ * which no cache has kept since the step before, are on their way while the kernel in front ends.
+ */
+template <int NV, int THREADS = 256>
+__device__ __forceinline__ void begin_add_norm(const qv_k_add_norm_args &c)
+{
+    if (gridDim.x <= EARLY_ROWS) {
+#pragma unroll
+        for (int j = 0; j < NV; j++) {
+            int i = (threadIdx.x + j * THREADS) * 8;
+            if (i < c.d && threadIdx.x % 4 == 0)
+                prefetch(c.w + i);
+        }
+        wait_for_previous();
+    }
+    let_next_start();
+}
+
 __device__ __forceinline__ float add_squares(const float (&v)[8], float sum)
 {
 #pragma unroll

@@ -19,6 +19,25 @@ extern "C" qv_status qv_k_check_launch(const char *name);
  * before. */
 extern "C" bool qv_k_is_hopper(void);
 
+/* A launch that with `early` may begin before the one in front of it has ended, where there is such
+ * a thing: the kernel calls wait_for_previous(). */
+template <class... P, class... A>
+cudaError_t launch_early(bool early, void (*kernel)(P...), dim3 grid, unsigned threads,
+                         size_t bytes, void *stream, const A &...args)
+{
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = bytes;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = &attribute;
+    config.numAttrs = early && qv_k_is_hopper();
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 /* Eight BF16 numbers as one 16-byte access. (Of an array in its place the compiler makes four.) */
 struct bf16x8 {
     uint4 u;

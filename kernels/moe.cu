@@ -680,7 +680,7 @@ template <int NV, int THREADS>
 __global__ void __launch_bounds__(THREADS, NV == 1 && THREADS == 256 ? 3 : 2)
     sum_add_norm_kernel(const __grid_constant__ sum_args c)
 {
-    let_next_start();
+    begin_add_norm<NV, THREADS>(c.norm);
     extern __shared__ float sum_folded[];
     __shared__ float shared[THREADS > 256 ? 256 : 8];
     int64_t t = blockIdx.x;
@@ -814,7 +814,8 @@ qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
         *args->list, args->weights, (const bf16 *)args->o, args->o_stride, {}, args->scratch,
         {},          args->norm};
     unsigned n_tokens = (unsigned)args->list->n_tokens;
-    cudaStream_t on = (cudaStream_t)stream;
+    bool early = n_tokens <= EARLY_ROWS;
+    cudaError_t error;
     size_t bytes = site ? (size_t)site->ranges.n * site->max_rank * sizeof(float) : 0;
     if (!sum_can(args) || bytes > 40 * 1024) {
         QV_TRY(qv_k_moe_combine(args->list, args->weights, args->o, args->o_stride, site,
@@ -827,12 +828,15 @@ qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
     if (args->shared)
         c.shared = *args->shared;
     if (c.norm.d <= 2048)
-        sum_add_norm_kernel<1, 256><<<n_tokens, 256, bytes, on>>>(c);
+        error = launch_early(early, sum_add_norm_kernel<1, 256>, n_tokens, 256, bytes, stream, c);
     else if (c.norm.d <= WIDE_SUM_THREADS * 8)
-        sum_add_norm_kernel<1, WIDE_SUM_THREADS><<<n_tokens, WIDE_SUM_THREADS, bytes, on>>>(c);
+        error = launch_early(early, sum_add_norm_kernel<1, WIDE_SUM_THREADS>, n_tokens,
+                             WIDE_SUM_THREADS, bytes, stream, c);
     else if (c.norm.d <= 4096)
-        sum_add_norm_kernel<2, 256><<<n_tokens, 256, bytes, on>>>(c);
+        error = launch_early(early, sum_add_norm_kernel<2, 256>, n_tokens, 256, bytes, stream, c);
     else
-        sum_add_norm_kernel<4, 256><<<n_tokens, 256, bytes, on>>>(c);
+        error = launch_early(early, sum_add_norm_kernel<4, 256>, n_tokens, 256, bytes, stream, c);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: moe_sum_add_norm: %s", cudaGetErrorString(error));
     return qv_k_check_launch("moe_sum_add_norm");
 }

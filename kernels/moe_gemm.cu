@@ -100,6 +100,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
 {
     __shared__ const bf16 *x[FEW_TOKENS];
     __shared__ float sums[FEW_SPLITS][FEW_ROWS][FEW_TOKENS + 1];
+    let_next_start();
     int n_active = list.work[0], item = list.work[2 + 2 * blockIdx.y]; /* both on their way */
     if ((int)blockIdx.y >= n_active)
         return;

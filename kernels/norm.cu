@@ -121,7 +121,7 @@ template <qv_k_norm_kind KIND> __global__ void __launch_bounds__(256) norm_any_k
 template <int NV>
 __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args c)
 {
-    let_next_start();
+    begin_add_norm<NV>(c);
     __shared__ float shared[8];
     int64_t t = blockIdx.x;
     float *residual = c.residual + t * c.residual_stride;
@@ -219,13 +219,17 @@ qv_status qv_k_add_norm(const qv_k_add_norm_args *args, void *stream)
     const qv_k_add_norm_args &c = *args;
     cudaStream_t on = (cudaStream_t)stream;
     unsigned rows = (unsigned)c.n_tokens;
+    bool early = rows <= EARLY_ROWS;
+    cudaError_t error = cudaSuccess;
     if (!add_norm_vectors(c))
         add_norm_any_kernel<<<rows, 256, 0, on>>>(c);
     else if (c.d <= 2048)
-        add_norm_vector_kernel<1><<<rows, 256, 0, on>>>(c);
+        error = launch_early(early, add_norm_vector_kernel<1>, rows, 256, 0, stream, c);
     else if (c.d <= 4096)
-        add_norm_vector_kernel<2><<<rows, 256, 0, on>>>(c);
+        error = launch_early(early, add_norm_vector_kernel<2>, rows, 256, 0, stream, c);
     else
-        add_norm_vector_kernel<4><<<rows, 256, 0, on>>>(c);
+        error = launch_early(early, add_norm_vector_kernel<4>, rows, 256, 0, stream, c);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: add_norm: %s", cudaGetErrorString(error));
     return qv_k_check_launch("add_norm");
 }

@@ -79,8 +79,9 @@ typedef struct {
     const void *x; /* BF16 [n_tokens or pairs, n_in], rows x_stride apart */
     void *y;       /* BF16 [pairs, n_out], rows y_stride apart */
     int64_t w_expert, n_out, n_in, x_stride, y_stride;
-    uint8_t x_pairs;  /* 1: x has a row per place, 0: per token */
-    qv_k_moe_act act; /* of products that were rounded to BF16, as if it were an op of its own */
+    uint8_t x_pairs;    /* 1: x has a row per place, 0: per token */
+    bool list_is_there; /* before the launch in front of this one began */
+    qv_k_moe_act act;   /* of products that were rounded to BF16, as if it were an op of its own */
 } qv_k_moe_linear_args;
 
 /* Whether there are so many pairs that qv_k_moe_linear is faster if x has a row for each, gathered

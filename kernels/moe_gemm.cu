@@ -61,8 +61,9 @@ constexpr int FEW_THREADS = 32 * (FEW_ROWS / 16) * FEW_SPLITS;
 constexpr int FEW_EARLY = 4; /* tokens */
 
 /* What a warp reads first of its rows, 128 numbers each, on their way into the L2 cache before its
- * pairs and their rows of x have been looked up. Only for a few tokens: with more blocks than the
- * device has room for it disturbs those that read (docs/performance.md). */
+ * pairs and their rows of x have been looked up, and where the list was there before, while the
+ * product in front still runs. Only for a few tokens: with more blocks than the device has room for
+ * it disturbs those that read (docs/performance.md). */
 __device__ __forceinline__ void call_first(const qv_k_moe_linear_args &c, const bf16 *w, int n_rows)
 {
     int lane = threadIdx.x & 31, row = lane & 15;
@@ -116,6 +117,7 @@ __global__ void __launch_bounds__(FEW_THREADS, 2) few_kernel(qv_k_list list, qv_
     const bf16 *w = (const bf16 *)c.w + expert * c.w_expert + (n_rows > 0 ? row : 0) * c.n_in;
     if (list.n_tokens <= FEW_EARLY)
         call_first(c, w, n_rows);
+    wait_for_previous(); /* for x */
     for (int done = 0; done < at.n; done += FEW_TOKENS) {
         int n = min(FEW_TOKENS, at.n - done);
         __syncthreads();
@@ -317,10 +319,11 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
     } else {
         int width = c.act == QV_K_MOE_SWIGLU ? FEW_ROWS / 2 : FEW_ROWS;
         dim3 grid((unsigned)((y_columns(c) + width - 1) / width), (unsigned)n_active);
-        if (aligned)
-            few_kernel<true><<<grid, FEW_THREADS, 0, on>>>(*list, c);
-        else
-            few_kernel<false><<<grid, FEW_THREADS, 0, on>>>(*list, c);
+        bool early = c.list_is_there && list->n_tokens <= FEW_EARLY;
+        cudaError_t error = launch_early(early, aligned ? few_kernel<true> : few_kernel<false>,
+                                         grid, FEW_THREADS, 0, stream, *list, c);
+        if (error != cudaSuccess)
+            return qv_fail(QV_ERR_DEVICE, "cuda: moe_linear: %s", cudaGetErrorString(error));
     }
     return qv_k_check_launch("moe_linear");
 }

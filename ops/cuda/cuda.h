@@ -76,6 +76,7 @@ typedef struct {
     qv_backend base;
     int device, n_sms, major, minor;
     bool deterministic;
+    bool list_is_new; /* no product of experts has been launched since a list of them was made */
     /* Of tests and benchmarks, { 0 } in use. A form: wherever qv_k_decode_linear can do a product
      * of so many tokens; -1: nowhere. */
     qv_k_decode_tuning decode_tuning;

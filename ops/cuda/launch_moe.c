@@ -60,6 +60,7 @@ static qv_k_list list_of(qv_backend *be, const qv_moe_list *list)
 qv_status qv_cuda_moe_route(qv_backend *be, qv_tensor ids, qv_moe_list *list)
 {
     qv_k_list l = list_of(be, list);
+    qv_cuda(be)->list_is_new = true;
     return qv_k_moe_route(ids.data, &l, qv_cuda(be)->stream);
 }
 
@@ -111,6 +112,7 @@ qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logi
     qv_cuda_backend *cuda = qv_cuda(be);
     qv_k_router_args args = router_args(be, router, logits, ids, weights);
     qv_k_list l = list_of(be, list);
+    cuda->list_is_new = true;
     if (qv_k_choose_can(&args)) {
         QV_TRY(qv_k_choose(&args, &l, ahead_of(beside), cuda->stream));
     } else {
@@ -141,6 +143,7 @@ qv_status qv_cuda_moe_gather(qv_backend *be, const qv_moe_list *list, qv_tensor 
 static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                             qv_tensor x, qv_moe_rows rows, qv_k_moe_act act, qv_tensor y)
 {
+    qv_cuda_backend *cuda = qv_cuda(be);
     qv_k_list l = list_of(be, list);
     if (w->dtype != QV_BF16)
         return qv_fail(QV_ERR_UNSUPPORTED, "moe_linear: on CUDA experts are BF16, not %s",
@@ -154,8 +157,10 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_lis
                                  .x_stride = x.stride[0],
                                  .y_stride = y.stride[0],
                                  .x_pairs = rows == QV_MOE_PAIRS,
+                                 .list_is_there = !cuda->list_is_new,
                                  .act = act};
-    return qv_k_moe_linear(&l, &args, qv_cuda(be)->stream);
+    cuda->list_is_new = false; /* a launch the ordinary way: it waits for the list */
+    return qv_k_moe_linear(&l, &args, cuda->stream);
 }
 
 qv_status qv_cuda_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,

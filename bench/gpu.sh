@@ -59,8 +59,8 @@ run() { # COMMAND...: says what it runs, how long it took, and goes on when it f
 config() { echo "$repo/bench/configs/$1"; }
 model() { run "$bin/bench_model" "$(config "$1")" "${@:2}"; }
 four_b=qwen3.5-4b nine_b=qwen3.5-9b nano=nemotron3-nano-30b-a3b moe=qwen3.5-35b-a3b super=nemotron3-super-120b-a12b
-suites=(cuda_dense cuda_gemm cuda_linear cuda_linear_lora cuda_lora cuda_moe cuda_recurrent cuda_sample cuda_attention
-    cuda_gated_attention cuda_memory cuda_deterministic cuda_cuts)
+suites=(cuda_dense cuda_gemm cuda_linear cuda_linear_lora cuda_lora cuda_mixer cuda_moe cuda_recurrent cuda_sample
+    cuda_attention cuda_gated_attention cuda_memory cuda_deterministic cuda_cuts)
 
 for part in "${parts[@]}"; do
     case $part in
@@ -69,7 +69,8 @@ for part in "${parts[@]}"; do
         for suite in "${suites[@]}"; do
             run compute-sanitizer --target-processes all --tool memcheck --error-exitcode 9 "$tests" "$suite"
         done
-        for suite in cuda_attention cuda_gated_attention cuda_linear_lora cuda_moe cuda_recurrent cuda_sample; do
+        for suite in cuda_attention cuda_gated_attention cuda_linear_lora cuda_mixer cuda_moe cuda_recurrent \
+            cuda_sample; do
             run compute-sanitizer --target-processes all --tool racecheck --error-exitcode 9 "$tests" "$suite"
         done ;;
     ops) run "$bin/bench_dense"; run "$bin/bench_gemm"; run "$bin/bench_kernels"; run "$bin/bench_experts" ;;

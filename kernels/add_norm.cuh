@@ -11,13 +11,6 @@
 namespace
 {
 
-__device__ __forceinline__ void load8(const float *p, float (&v)[8])
-{
-    float4 a = *(const float4 *)p, b = *(const float4 *)(p + 4);
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
-    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-}
-
 __device__ __forceinline__ void store8(float *p, const float (&v)[8])
 {
     *(float4 *)p = make_float4(v[0], v[1], v[2], v[3]);

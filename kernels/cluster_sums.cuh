@@ -48,7 +48,7 @@ __device__ __forceinline__ void begin_sums(cluster_sums &m, const sum_group &g)
         barrier_expect(&m.came, g.n_tokens * SUM_ROWS * (int)sizeof(float));
     }
     __syncwarp();
-    cluster_arrive();
+    cluster_arrive_relaxed();
 #endif
 }
 

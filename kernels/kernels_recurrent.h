@@ -69,6 +69,25 @@ qv_status qv_k_ssd(const qv_k_steps *steps, const qv_k_recurrent_args *args, voi
 /* Bytes of scratch with which a step of such sizes takes the fewest launches. */
 size_t qv_k_recurrent_scratch(int64_t n_tokens, int64_t n_seqs, int64_t n_v_heads);
 
+/* A layer's convolution, its recurrence and the gated norm behind it. What q, k and v of the
+ * recurrence are is where they lie in y of the convolution; neither that nor o is written. */
+typedef struct {
+    qv_k_conv1d_args conv;
+    qv_k_recurrent_args layer;
+    qv_k_heads z, y; /* [T, n, d] of the norm: heads of GDN, groups of heads of SSD */
+    const float *w;  /* [d] of GDN, [n * d] of SSD */
+    float eps;
+} qv_k_mixer_args;
+
+/* Whether the next two can do it, and are the fastest: on 9.0, every sequence with at most one
+ * token. */
+bool qv_k_conv_gdn_norm_can(const qv_k_steps *steps, const qv_k_mixer_args *args);
+bool qv_k_conv_ssd_norm_can(const qv_k_steps *steps, const qv_k_mixer_args *args);
+
+/* What three launches give, bit by bit. Errors: DEVICE. */
+qv_status qv_k_conv_gdn_norm(const qv_k_steps *steps, const qv_k_mixer_args *args, void *stream);
+qv_status qv_k_conv_ssd_norm(const qv_k_steps *steps, const qv_k_mixer_args *args, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -7,6 +7,13 @@
 namespace
 {
 
+__device__ __forceinline__ void load8(const float *p, float (&v)[8])
+{
+    float4 a = *(const float4 *)p, b = *(const float4 *)(p + 4);
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w;
+    v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+}
+
 __device__ __forceinline__ float silu(float x)
 {
     return __fdividef(x, 1.0f + __expf(-x)); /* far closer than BF16 */

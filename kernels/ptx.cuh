@@ -183,6 +183,32 @@ __device__ __forceinline__ void cluster_sync()
 #endif
 }
 
+/* Its two halves: what was written before the one is seen behind the other. */
+__device__ __forceinline__ void cluster_arrive()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+#endif
+}
+
+/* A number to `p`, an address of this block's shared memory, in that of another of the cluster. */
+__device__ __forceinline__ void store_to(float *p, int rank, float x)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                 "st.shared::cluster.f32 [there], %2;\n}\n" ::"r"(shared_address(p)),
+                 "r"(rank), "f"(x)
+                 : "memory");
+#endif
+}
+
 /* Four numbers at `p`, an address of this block's shared memory, in that of another of the cluster;
  * zeros where there are no clusters. */
 __device__ __forceinline__ float4 load_from(const float *p, int rank)

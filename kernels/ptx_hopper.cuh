@@ -148,15 +148,10 @@ __device__ __forceinline__ void send_four(float4 *to, const float4 &v, uint64_t 
                  : "memory");
 }
 
-/* cluster_sync() in two halves, of which the first publishes nothing but initialised barriers. */
-__device__ __forceinline__ void cluster_arrive()
+/* cluster_arrive() that publishes nothing but initialised barriers. */
+__device__ __forceinline__ void cluster_arrive_relaxed()
 {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait()
-{
-    asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
 
 /* --- Tiles by the copy engine -------------------------------------------------------------- */

@@ -122,14 +122,18 @@ __device__ __forceinline__ float any_total(const float (&parts)[4][32], int lane
 constexpr int STEP_D = 128; /* d_k and d_v of the fast step */
 
 /* q or k of a head, four numbers a lane, scaled to norm `factor`. */
-__device__ __forceinline__ void load_unit(const bf16 *from, float factor, float *to, int lane)
+__device__ __forceinline__ void put_unit(uint2 raw, float factor, float *to, int lane)
 {
-    uint2 raw = *(const uint2 *)(from + lane * 4);
     float x[4] = {bf16_low(raw.x), bf16_high(raw.x), bf16_low(raw.y), bf16_high(raw.y)};
     float scale =
         factor / sqrtf(warp_sum(x[0] * x[0] + x[1] * x[1] + x[2] * x[2] + x[3] * x[3]) + 1e-6f);
     *(float4 *)(to + lane * 4) =
         make_float4(x[0] * scale, x[1] * scale, x[2] * scale, x[3] * scale);
+}
+
+__device__ __forceinline__ void load_unit(const bf16 *from, float factor, float *to, int lane)
+{
+    put_unit(*(const uint2 *)(from + lane * 4), factor, to, lane);
 }
 
 /* S^T k, S^T q and k . q over the rows of a warp: sum[0..3], [4..7], [8], in lanes 0 to 7. */

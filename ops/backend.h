@@ -117,6 +117,15 @@ typedef struct {
                                     qv_tensor q, qv_tensor k, qv_tensor v, const qv_kv_layer *kv);
     qv_status (*gated_attention)(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
                                  float scale, qv_tensor q, qv_tensor gate, qv_tensor o);
+    /* NULL, each pair: three ops, as where it does not take them. */
+    bool (*takes_conv_gdn_norm)(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                                const qv_gdn_args *args);
+    qv_status (*conv_gdn_norm)(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                               const qv_gdn_args *args);
+    bool (*takes_conv_ssd_norm)(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                                const qv_ssd_args *args);
+    qv_status (*conv_ssd_norm)(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                               const qv_ssd_args *args);
     /* NULL: two ops. */
     qv_status (*moe_linear_act)(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                 qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,

@@ -592,14 +592,21 @@ qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta
                : QV_OK;
 }
 
-qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
-                               bool gate_first, qv_tensor y)
+static qv_status check_gated_norm(const qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w,
+                                  bool gate_first, qv_tensor y)
 {
     qv_dtype act = be->table->activation_dtype;
     EXPECT("gated_rms_norm", x, act, ANY, ANY, ANY);
     EXPECT("gated_rms_norm", z, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("gated_rms_norm", y, act, x.shape[0], x.shape[1], x.shape[2]);
     EXPECT("gated_rms_norm", w, QV_F32, gate_first ? x.shape[1] * x.shape[2] : x.shape[2]);
+    return QV_OK;
+}
+
+qv_status qv_op_gated_rms_norm(qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w, float eps,
+                               bool gate_first, qv_tensor y)
+{
+    QV_TRY(check_gated_norm(be, x, z, w, gate_first, y));
     return qv_tensor_count(&x) ? CALL_SHAPED(gated_rms_norm, x.shape[1], x.shape[2], be, x, z, w,
                                              eps, gate_first, y)
                                : QV_OK;
@@ -883,8 +890,8 @@ qv_status qv_op_gated_attention(qv_backend *be, const qv_batch *batch, const qv_
 
 /* --- Recurrent layers --------------------------------------------------------------------- */
 
-qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
-                       qv_tensor bias, qv_tensor state, qv_tensor y)
+static qv_status check_conv(const qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
+                            qv_tensor bias, qv_tensor state, qv_tensor y)
 {
     qv_dtype act = be->table->activation_dtype;
     EXPECT("conv1d", x, act, batch->n_tokens, ANY);
@@ -895,10 +902,17 @@ qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_te
     EXPECT_CONTIGUOUS("conv1d", state, act, ANY, x.shape[1], w.shape[1] - 1);
     if (bias.data)
         EXPECT("conv1d", bias, QV_F32, x.shape[1]);
+    return QV_OK;
+}
+
+qv_status qv_op_conv1d(qv_backend *be, const qv_batch *batch, qv_tensor x, qv_tensor w,
+                       qv_tensor bias, qv_tensor state, qv_tensor y)
+{
+    QV_TRY(check_conv(be, batch, x, w, bias, state, y));
     return qv_tensor_count(&x) ? CALL(conv1d, be, batch, x, w, bias, state, y) : QV_OK;
 }
 
-qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
+static qv_status check_gdn(const qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
 {
     qv_dtype act = be->table->activation_dtype;
     int64_t n_tokens = batch->n_tokens;
@@ -913,11 +927,16 @@ qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *ar
     EXPECT("gdn", a_log, QV_F32, v.shape[1]);
     EXPECT("gdn", dt_bias, QV_F32, v.shape[1]);
     EXPECT_CONTIGUOUS("gdn", state, QV_F32, ANY, v.shape[1], q.shape[2], v.shape[2]);
-    QV_TRY(check_head_groups("gdn", v.shape[1], q.shape[1]));
-    return qv_tensor_count(&v) ? CALL(gdn, be, batch, args) : QV_OK;
+    return check_head_groups("gdn", v.shape[1], q.shape[1]);
 }
 
-qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
+qv_status qv_op_gdn(qv_backend *be, const qv_batch *batch, const qv_gdn_args *args)
+{
+    QV_TRY(check_gdn(be, batch, args));
+    return qv_tensor_count(&args->v) ? CALL(gdn, be, batch, args) : QV_OK;
+}
+
+static qv_status check_ssd(const qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
 {
     qv_dtype act = be->table->activation_dtype;
     int64_t n_tokens = batch->n_tokens;
@@ -937,7 +956,49 @@ qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *ar
     if (!(args->dt_min >= 0 && args->dt_min <= args->dt_max))
         return qv_fail(QV_ERR_ARG, "ssd: dt from %g to %g", (double)args->dt_min,
                        (double)args->dt_max);
-    return qv_tensor_count(&x) ? CALL(ssd, be, batch, args) : QV_OK;
+    return QV_OK;
+}
+
+qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args)
+{
+    QV_TRY(check_ssd(be, batch, args));
+    return qv_tensor_count(&args->x) ? CALL(ssd, be, batch, args) : QV_OK;
+}
+
+/* What stands around a recurrence. */
+static qv_status check_around(const qv_backend *be, const qv_batch *batch, const qv_around *a,
+                              bool gate_first)
+{
+    QV_TRY(check_conv(be, batch, a->x, a->w, a->bias, a->state, a->mixed));
+    return check_gated_norm(be, a->groups, a->z, a->norm, gate_first, a->groups);
+}
+
+qv_status qv_op_conv_gdn_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                              const qv_gdn_args *args)
+{
+    const qv_around *a = around;
+    QV_TRY(check_around(be, batch, a, false));
+    QV_TRY(check_gdn(be, batch, args));
+    if (batch->n_tokens > 0 && be->table->takes_conv_gdn_norm != NULL &&
+        be->table->takes_conv_gdn_norm(be, batch, a, args))
+        return CALL_ON(be->table, conv_gdn_norm, 0, 0, be, batch, a, args);
+    QV_TRY(qv_op_conv1d(be, batch, a->x, a->w, a->bias, a->state, a->mixed));
+    QV_TRY(qv_op_gdn(be, batch, args));
+    return qv_op_gated_rms_norm(be, a->groups, a->z, a->norm, a->eps, false, a->groups);
+}
+
+qv_status qv_op_conv_ssd_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                              const qv_ssd_args *args)
+{
+    const qv_around *a = around;
+    QV_TRY(check_around(be, batch, a, true));
+    QV_TRY(check_ssd(be, batch, args));
+    if (batch->n_tokens > 0 && be->table->takes_conv_ssd_norm != NULL &&
+        be->table->takes_conv_ssd_norm(be, batch, a, args))
+        return CALL_ON(be->table, conv_ssd_norm, 0, 0, be, batch, a, args);
+    QV_TRY(qv_op_conv1d(be, batch, a->x, a->w, a->bias, a->state, a->mixed));
+    QV_TRY(qv_op_ssd(be, batch, args));
+    return qv_op_gated_rms_norm(be, a->groups, a->z, a->norm, a->eps, true, a->groups);
 }
 
 /* --- Mixture of experts ------------------------------------------------------------------- */

@@ -425,6 +425,26 @@ typedef struct {
  * Source: Dao and Gu, "Transformers are SSMs", 2024, as in Nemotron-3. Errors: SHAPE, ARG. */
 qv_status qv_op_ssd(qv_backend *be, const qv_batch *batch, const qv_ssd_args *args);
 
+/* What stands before and behind a recurrence: qv_op_conv1d from x to `mixed`, which q, k, v or x,
+ * b, c of the recurrence are parts of, and qv_op_gated_rms_norm of its output, seen as `groups`. */
+typedef struct {
+    qv_tensor x, mixed; /* [T, C] */
+    qv_tensor w;        /* [C, K] F32 */
+    qv_tensor bias;     /* [C] F32 or empty */
+    qv_tensor state;    /* of the convolution */
+    qv_tensor groups;   /* [T, n, d]: what o or y of the recurrence is; normed in place */
+    qv_tensor z;        /* [T, n, d] */
+    qv_tensor norm;     /* [d] F32, or [n * d] of ssd */
+    float eps;
+} qv_around;
+
+/* conv1d, gdn or ssd, and gated_rms_norm (of ssd with the gate first): the same numbers, in one
+ * where the backend can. What `mixed` holds afterwards is not said. Errors: those of the three. */
+qv_status qv_op_conv_gdn_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                              const qv_gdn_args *args);
+qv_status qv_op_conv_ssd_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                              const qv_ssd_args *args);
+
 /* --- Mixture of experts ---------------------------------------------------------------------
  *
  * A token goes through k of E experts; token t and its j-th expert are the pair t * k + j. One

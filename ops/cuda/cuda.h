@@ -252,6 +252,17 @@ qv_status qv_cuda_norm_rope_kv_write(qv_backend *be, const qv_batch *batch, cons
 qv_status qv_cuda_gated_attention(qv_backend *be, const qv_batch *batch, const qv_kv_layer *kv,
                                   float scale, qv_tensor q, qv_tensor gate, qv_tensor o);
 
+/* --- launch_recurrent.c ------------------------------------------------------------------- */
+
+bool qv_cuda_takes_conv_gdn_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                                 const qv_gdn_args *args);
+qv_status qv_cuda_conv_gdn_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                                const qv_gdn_args *args);
+bool qv_cuda_takes_conv_ssd_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                                 const qv_ssd_args *args);
+qv_status qv_cuda_conv_ssd_norm(qv_backend *be, const qv_batch *batch, const qv_around *around,
+                                const qv_ssd_args *args);
+
 /* --- launch_moe.c ------------------------------------------------------------------------- */
 
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,

@@ -132,6 +132,24 @@ inline void cluster_sync()
     }
 }
 
+inline void cluster_arrive()
+{
+    if (emu::code() >= 90)
+        emu::cluster_arrive();
+}
+
+inline void cluster_wait()
+{
+    if (emu::code() >= 90)
+        emu::cluster_wait();
+}
+
+inline void store_to(float *p, int rank, float x)
+{
+    if (emu::code() >= 90)
+        *(float *)emu::shared_of(rank, p) = x;
+}
+
 inline float4 load_from(const float *p, int rank)
 {
     if (emu::code() < 90)

@@ -92,14 +92,9 @@ inline void send_four(float4 *to, const float4 &v, uint64_t *barrier, int rank)
                    (uint64_t *)emu::shared_of(rank, barrier));
 }
 
-inline void cluster_arrive()
+inline void cluster_arrive_relaxed()
 {
     emu::cluster_arrive();
-}
-
-inline void cluster_wait()
-{
-    emu::cluster_wait();
 }
 
 /* --- Tiles by the copy engine -------------------------------------------------------------- */

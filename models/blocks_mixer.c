@@ -85,6 +85,17 @@ qv_status qv_block_attention(qv_pass *pass, int64_t layer, qv_tensor x, qv_tenso
 
 /* --- Gated DeltaNet --------------------------------------------------------------------------- */
 
+/* What qv_op_conv_gdn_norm does, op by op, so that a probe sees what is in between. */
+static qv_status probed_gdn(qv_pass *pass, int64_t layer, const qv_around *a,
+                            const qv_gdn_args *args)
+{
+    QV_TRY(qv_op_conv1d(pass->be, pass->batch, a->x, a->w, a->bias, a->state, a->mixed));
+    probe(pass, layer, "gdn_conv", a->mixed);
+    QV_TRY(qv_op_gdn(pass->be, pass->batch, args));
+    probe(pass, layer, "gdn_heads", a->groups);
+    return qv_op_gated_rms_norm(pass->be, a->groups, a->z, a->norm, a->eps, false, a->groups);
+}
+
 qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 {
     const qv_model_config *c = pass->config;
@@ -94,33 +105,34 @@ qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 
     qv_tensor in = view(pass, QV_BUF_WIDE, n_conv + n_value + 2 * n_heads);
     QV_TRY(qv_linear(pass, layer, QV_PROJ_GDN_IN, x, in));
-    qv_tensor qkv = qv_tensor_cols(in, 0, n_conv);
-    qv_tensor z = qv_tensor_split(qv_tensor_cols(in, n_conv, n_value), n_heads, c->gdn_v_dim);
     qv_tensor b = qv_tensor_cols(in, n_conv + n_value, n_heads);
     qv_tensor a = qv_tensor_cols(in, n_conv + n_value + n_heads, n_heads);
 
     qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
-    QV_TRY(qv_op_conv1d(pass->be, pass->batch, qkv, qv_pass_vec(pass, layer, QV_VEC_CONV),
-                        (qv_tensor){0}, state->conv, mixed));
-    probe(pass, layer, "gdn_conv", mixed);
-
     qv_tensor q = qv_tensor_cols(mixed, 0, n_key), k = qv_tensor_cols(mixed, n_key, n_key);
     qv_tensor v = qv_tensor_cols(mixed, 2 * n_key, n_value);
     qv_tensor out = view(pass, QV_BUF_INNER, n_value);
     qv_tensor heads = qv_tensor_split(out, n_heads, c->gdn_v_dim);
-    QV_TRY(qv_op_gdn(pass->be, pass->batch,
-                     &(qv_gdn_args){.q = qv_tensor_split(q, c->gdn_k_heads, c->gdn_k_dim),
-                                    .k = qv_tensor_split(k, c->gdn_k_heads, c->gdn_k_dim),
-                                    .v = qv_tensor_split(v, n_heads, c->gdn_v_dim),
-                                    .a = a,
-                                    .b = b,
-                                    .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
-                                    .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
-                                    .state = state->recurrent,
-                                    .o = heads}));
-    probe(pass, layer, "gdn_heads", heads);
-    QV_TRY(qv_op_gated_rms_norm(pass->be, heads, z, qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
-                                (float)c->norm_eps, false, heads));
+    qv_around around = {
+        .x = qv_tensor_cols(in, 0, n_conv),
+        .mixed = mixed,
+        .w = qv_pass_vec(pass, layer, QV_VEC_CONV),
+        .state = state->conv,
+        .groups = heads,
+        .z = qv_tensor_split(qv_tensor_cols(in, n_conv, n_value), n_heads, c->gdn_v_dim),
+        .norm = qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
+        .eps = (float)c->norm_eps};
+    qv_gdn_args args = {.q = qv_tensor_split(q, c->gdn_k_heads, c->gdn_k_dim),
+                        .k = qv_tensor_split(k, c->gdn_k_heads, c->gdn_k_dim),
+                        .v = qv_tensor_split(v, n_heads, c->gdn_v_dim),
+                        .a = a,
+                        .b = b,
+                        .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
+                        .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
+                        .state = state->recurrent,
+                        .o = heads};
+    QV_TRY(pass->probe == NULL ? qv_op_conv_gdn_norm(pass->be, pass->batch, &around, &args)
+                               : probed_gdn(pass, layer, &around, &args));
     probe(pass, layer, "gdn_gated", heads);
     QV_TRY(qv_linear_out(pass, layer, QV_PROJ_GDN_OUT, out, y));
     probe(pass, layer, "gdn_out", y);
@@ -128,6 +140,17 @@ qv_status qv_block_gdn(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 }
 
 /* --- Mamba-2 ---------------------------------------------------------------------------------- */
+
+/* What qv_op_conv_ssd_norm does, op by op. */
+static qv_status probed_ssd(qv_pass *pass, int64_t layer, const qv_around *a,
+                            const qv_ssd_args *args)
+{
+    QV_TRY(qv_op_conv1d(pass->be, pass->batch, a->x, a->w, a->bias, a->state, a->mixed));
+    probe(pass, layer, "ssm_conv", a->mixed);
+    QV_TRY(qv_op_ssd(pass->be, pass->batch, args));
+    probe(pass, layer, "ssm_heads", args->y);
+    return qv_op_gated_rms_norm(pass->be, a->groups, a->z, a->norm, a->eps, true, a->groups);
+}
 
 qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
 {
@@ -139,39 +162,37 @@ qv_status qv_block_ssm(qv_pass *pass, int64_t layer, qv_tensor x, qv_tensor y)
     qv_tensor in = view(pass, QV_BUF_WIDE, n_inner + n_conv + c->ssm_heads);
     QV_TRY(qv_linear(pass, layer, QV_PROJ_SSM_IN, x, in));
     qv_tensor z = qv_tensor_cols(in, 0, n_inner);
-    qv_tensor xbc = qv_tensor_cols(in, n_inner, n_conv);
     qv_tensor dt = qv_tensor_cols(in, n_inner + n_conv, c->ssm_heads);
 
     qv_tensor mixed = view(pass, QV_BUF_CONV, n_conv);
-    QV_TRY(qv_op_conv1d(pass->be, pass->batch, xbc, qv_pass_vec(pass, layer, QV_VEC_CONV),
-                        qv_pass_vec(pass, layer, QV_VEC_CONV_BIAS), state->conv, mixed));
-    probe(pass, layer, "ssm_conv", mixed);
-
-    qv_tensor b = qv_tensor_cols(mixed, n_inner, n_bc);
     qv_tensor inner = qv_tensor_cols(mixed, 0, n_inner);
+    qv_tensor b = qv_tensor_cols(mixed, n_inner, n_bc);
     qv_tensor out = view(pass, QV_BUF_INNER, n_inner);
-    qv_tensor heads = qv_tensor_split(out, c->ssm_heads, c->ssm_head_dim);
-    QV_TRY(
-        qv_op_ssd(pass->be, pass->batch,
-                  &(qv_ssd_args){.x = qv_tensor_split(inner, c->ssm_heads, c->ssm_head_dim),
-                                 .b = qv_tensor_split(b, c->ssm_groups, c->ssm_state),
-                                 .c = qv_tensor_split(qv_tensor_cols(mixed, n_inner + n_bc, n_bc),
-                                                      c->ssm_groups, c->ssm_state),
-                                 .dt = dt,
-                                 .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
-                                 .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
-                                 .d_skip = qv_pass_vec(pass, layer, QV_VEC_D_SKIP),
-                                 .dt_min = (float)c->dt_min,
-                                 .dt_max = (float)c->dt_max,
-                                 .state = state->recurrent,
-                                 .y = heads}));
-    probe(pass, layer, "ssm_heads", heads);
-
-    /* The gate first, then a norm over each group of heads. */
     qv_tensor groups = qv_tensor_split(out, c->ssm_groups, n_inner / c->ssm_groups);
-    QV_TRY(qv_op_gated_rms_norm(
-        pass->be, groups, qv_tensor_split(z, c->ssm_groups, n_inner / c->ssm_groups),
-        qv_pass_vec(pass, layer, QV_VEC_GATE_NORM), (float)c->norm_eps, true, groups));
+    /* The gate first, then a norm over each group of heads. */
+    qv_around around = {.x = qv_tensor_cols(in, n_inner, n_conv),
+                        .mixed = mixed,
+                        .w = qv_pass_vec(pass, layer, QV_VEC_CONV),
+                        .bias = qv_pass_vec(pass, layer, QV_VEC_CONV_BIAS),
+                        .state = state->conv,
+                        .groups = groups,
+                        .z = qv_tensor_split(z, c->ssm_groups, n_inner / c->ssm_groups),
+                        .norm = qv_pass_vec(pass, layer, QV_VEC_GATE_NORM),
+                        .eps = (float)c->norm_eps};
+    qv_ssd_args args = {.x = qv_tensor_split(inner, c->ssm_heads, c->ssm_head_dim),
+                        .b = qv_tensor_split(b, c->ssm_groups, c->ssm_state),
+                        .c = qv_tensor_split(qv_tensor_cols(mixed, n_inner + n_bc, n_bc),
+                                             c->ssm_groups, c->ssm_state),
+                        .dt = dt,
+                        .a_log = qv_pass_vec(pass, layer, QV_VEC_A_LOG),
+                        .dt_bias = qv_pass_vec(pass, layer, QV_VEC_DT_BIAS),
+                        .d_skip = qv_pass_vec(pass, layer, QV_VEC_D_SKIP),
+                        .dt_min = (float)c->dt_min,
+                        .dt_max = (float)c->dt_max,
+                        .state = state->recurrent,
+                        .y = qv_tensor_split(out, c->ssm_heads, c->ssm_head_dim)};
+    QV_TRY(pass->probe == NULL ? qv_op_conv_ssd_norm(pass->be, pass->batch, &around, &args)
+                               : probed_ssd(pass, layer, &around, &args));
     probe(pass, layer, "ssm_gated", groups);
     QV_TRY(qv_linear_out(pass, layer, QV_PROJ_SSM_OUT, out, y));
     probe(pass, layer, "ssm_out", y);

@@ -4,9 +4,10 @@
  *
  *   bench_gemm [--tokens N,N,...] [--adapters N] [--rank R] [MODEL...]
  *
- * Models: 4B, 35B, Nano, square; all without arguments. A row has TFLOP/s of the product alone (the
- * adapters' own FLOP are not counted), each the median over replays of a graph of several calls,
- * which go round over copies of W; `any` is the form that is chosen without a name.
+ * Without adapters (0), what the form itself costs. Models: 4B, 35B, Nano, square; all without
+ * arguments. A row has TFLOP/s of the product alone (the adapters' own FLOP are not counted), each
+ * the median over replays of a graph of several calls, which go round over copies of W; `any` is
+ * the form that is chosen without a name.
  */
 #include "bench/gpu_bench.h"
 #include "ops/cuda/cuda.h"
@@ -84,6 +85,7 @@ static qv_k_stream_lora lora_of(const product *p)
                                        .n_in = p->n_in,
                                        .n_out = p->n_out,
                                        .max_rank = p->site.max_rank,
+                                       .n_slots = p->site.n_slots,
                                        .ranges = {.n = 1, .start = {0, (int32_t)p->n_out}}},
                               .x1 = p->scratch.data};
 }
@@ -103,9 +105,8 @@ static void call(void *ctx, int round)
     const qv_k_linear_args args = args_of(p, w);
     const qv_k_stream_lora lora = lora_of(p);
     if (c->what == OURS) {
-        bench_pass(qv_k_lora_shrink(&lora.segments, &lora.site, args.x, args.x_stride,
-                                    p->scratch.data, cuda->stream));
-        bench_pass(qv_k_gemm(&args, &lora, c->form, cuda->n_sms, cuda->stream));
+        bench_pass(qv_k_gemm_shrink(&args, &lora, cuda->stream));
+        bench_pass(qv_k_gemm(&args, &lora, false, c->form, cuda->n_sms, cuda->stream));
         return;
     }
     bench_pass(args.y_f32 ? qv_op_linear_f32(be, w, p->x, (qv_tensor){0}, p->y)
@@ -122,15 +123,16 @@ static double measure(const product *p, what_to_do what, int form)
     return bench_time(qv_cuda(be)->stream, call, &c, ROUNDS);
 }
 
-/* Adapters with as many tokens each. */
-static void add_adapters(product *p, int n_adapters, int rank)
+/* Adapters with as many tokens each; of 0, tokens without one. */
+static void add_adapters(product *p, int n, int rank)
 {
+    int n_adapters = n > 0 ? n : 1;
     int32_t *start = calloc((size_t)n_adapters + 1, sizeof *start),
             *slot = calloc((size_t)n_adapters, sizeof *slot);
     qv_lora_slice *slices = calloc((size_t)n_adapters, sizeof *slices);
     for (int i = 0; i < n_adapters; i++) {
         start[i + 1] = (int32_t)(p->n * (i + 1) / n_adapters);
-        slot[i] = i;
+        slot[i] = n > 0 ? i : -1;
         slices[i] = (qv_lora_slice){.rank = rank, .scale = 1};
     }
     int32_t spacing = (rank + 15) / 16 * 16;
@@ -213,7 +215,7 @@ int main(int argc, char **argv)
             n_adapters = atoi(optarg);
         else if (c == 'r')
             rank = atoi(optarg);
-        if (c == '?' || n_counts == 0 || n_adapters < 1 || rank < 1 || rank > 256) {
+        if (c == '?' || n_counts == 0 || n_adapters < 0 || rank < 1 || rank > 256) {
             fprintf(stderr, "usage: bench_gemm [--tokens N,...] [--adapters N] [--rank 1..256]"
                             " [MODEL...]\n");
             return 2;

@@ -17,18 +17,17 @@
 namespace
 {
 
-constexpr int FETCH_REGISTERS = 104, WORK_REGISTERS = 200; /* of a thread */
+constexpr int FETCH_REGISTERS = 56, WORK_REGISTERS = 224; /* of a thread */
 static_assert(GEMM_GROUPS * WORK_REGISTERS + FETCH_REGISTERS <=
                   (GEMM_GROUPS + 1) * LAUNCH_REGISTERS,
               "who asks for more than there are waits for ever");
 
 /* Grid (cluster x clusters). Threads: two warpgroups that multiply, a warp of which one thread
- * fetches, three warps that fetch for adapters. */
+ * fetches, a warp that plans, two that do nothing. */
 template <class F>
 __global__ void __launch_bounds__(GEMM_THREADS, 1)
     gemm_kernel(const __grid_constant__ gemm_args c, const __grid_constant__ qv_k_stream_lora lora,
-                const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap w,
-                const __grid_constant__ CUtensorMap y)
+                const __grid_constant__ gemm_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char gemm_memory[];
@@ -40,8 +39,6 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
             barrier_init(&m.full[i], 1);
             barrier_init(&m.empty[i], GEMM_GROUPS * F::CLUSTER);
         }
-        barrier_init(&m.x_issued, 1);
-        barrier_init(&m.lora_issued, 1);
         for (int i = 0; i < 2; i++) {
             barrier_init(&m.plan_full[i], 1);
             barrier_init(&m.plan_empty[i], 4 * GEMM_GROUPS + 1); /* warps, and who fetches */
@@ -55,19 +52,19 @@ __global__ void __launch_bounds__(GEMM_THREADS, 1)
     if (warpgroup() == GEMM_GROUPS) {
         fewer_registers<FETCH_REGISTERS>();
         if (thread == GEMM_GROUPS * 128)
-            gemm_fetch<F>(c, m, &x, &w, cluster, n_clusters, rank);
-        else if (thread >= GEMM_THREADS - GEMM_FETCHERS)
-            gemm_fetch_adapters<F>(c, m, lora, cluster, n_clusters, rank);
+            gemm_fetch<F>(c, m, maps, cluster, n_clusters, rank);
+        else if (thread / 32 == GEMM_GROUPS * 4 + 1)
+            gemm_make_plans<F>(c, m, lora, cluster, n_clusters, rank);
     } else {
         more_registers<WORK_REGISTERS>();
-        gemm_work<F>(c, m, &y, cluster, n_clusters, rank);
+        gemm_work<F>(c, m, &maps.y, cluster, n_clusters, rank);
     }
     if (F::CLUSTER > 1) {
         __syncwarp();
         cluster_sync(); /* the other block's arrivals come here until its last step */
     }
 #else
-    (void)c, (void)lora, (void)x, (void)w, (void)y;
+    (void)c, (void)lora, (void)maps;
     __trap(); /* not launched on other devices */
 #endif
 }
@@ -135,14 +132,32 @@ qv_status make_y_map(const qv_k_linear_args &c, CUtensorMap *map)
         sizes, strides, box, map);
 }
 
+/* x1 as shrink splits it, twice as many numbers as there are ranks, and B. */
+qv_status make_adapter_maps(const qv_k_stream_lora &lora, int64_t n_tokens, CUtensorMap *x1,
+                            CUtensorMap *b)
+{
+    const qv_k_lora_site &s = lora.site;
+    cuuint64_t rank = (cuuint64_t)s.max_rank, planes = (cuuint64_t)s.ranges.n;
+    cuuint64_t n = (cuuint64_t)n_tokens, n_out = (cuuint64_t)s.n_out;
+    const cuuint64_t x1_sizes[3] = {2 * rank, planes, n};
+    const cuuint64_t x1_strides[2] = {rank * 4, planes * rank * 4};
+    const cuuint32_t x1_box[3] = {GEMM_STEP, 1, GEMM_ROWS};
+    QV_TRY(qv_k_tensor_map("linear", lora.x1, x1_sizes, x1_strides, x1_box, x1));
+    const cuuint64_t b_sizes[3] = {n_out, rank, (cuuint64_t)s.n_slots};
+    const cuuint64_t b_strides[2] = {n_out * 2, rank * n_out * 2};
+    const cuuint32_t b_box[3] = {64, GEMM_RANKS, 1};
+    return qv_k_tensor_map("linear", s.b, b_sizes, b_strides, b_box, b);
+}
+
 template <class F>
-qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int n_sms,
+qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, bool add, int n_sms,
                  cudaStream_t stream)
 {
-    CUtensorMap x, w, y;
-    QV_TRY(make_rows_map(c.x, c.n_tokens, c.n_in, c.x_stride, GEMM_ROWS, &x));
-    QV_TRY(make_rows_map(c.w, c.n_out, c.n_in, c.n_in, F::COLUMNS / F::CLUSTER, &w));
-    QV_TRY(make_y_map(c, &y));
+    gemm_maps maps;
+    QV_TRY(make_rows_map(c.x, c.n_tokens, c.n_in, c.x_stride, GEMM_ROWS, &maps.x));
+    QV_TRY(make_rows_map(c.w, c.n_out, c.n_in, c.n_in, F::COLUMNS / F::CLUSTER, &maps.w));
+    QV_TRY(make_adapter_maps(lora, c.n_tokens, &maps.x1, &maps.b));
+    QV_TRY(make_y_map(c, &maps.y));
     gemm_args args = {};
     constexpr int ROWS = GEMM_ROWS * F::CLUSTER;
     args.n_tokens = (int32_t)c.n_tokens;
@@ -152,6 +167,7 @@ qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int n_
     args.col_tiles = (int32_t)((c.n_out + F::COLUMNS - 1) / F::COLUMNS);
     args.band = 2048 / ROWS; /* what runs at a time is about as many tokens as columns */
     args.y_f32 = c.y_f32;
+    args.add = add;
     int64_t tiles = (int64_t)args.row_tiles * args.col_tiles, clusters = n_sms / F::CLUSTER;
     clusters = tiles < clusters ? tiles : clusters > 0 ? clusters : 1;
 
@@ -173,7 +189,7 @@ qv_status launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int n_
     cudaError_t error = cudaFuncSetAttribute(
         gemm_kernel<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, GEMM_BYTES<F>);
     if (error == cudaSuccess)
-        error = cudaLaunchKernelEx(&config, gemm_kernel<F>, args, lora, x, w, y);
+        error = cudaLaunchKernelEx(&config, gemm_kernel<F>, args, lora, maps);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: linear: %s", cudaGetErrorString(error));
     return qv_k_check_launch("linear");
@@ -193,16 +209,17 @@ bool qv_k_gemm_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
            c->x_stride % 8 == 0 && c->y_stride % (c->y_f32 ? 4 : 8) == 0 && c->n_out % 8 == 0 &&
            (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0 && (uintptr_t)c->y % 16 == 0 &&
            c->n_tokens <= INT32_MAX && c->n_out <= INT32_MAX && (uintptr_t)lora->site.b % 16 == 0 &&
-           lora->site.max_rank % 4 == 0 && (uintptr_t)lora->x1 % 16 == 0;
+           (uintptr_t)lora->site.a % 16 == 0 && lora->site.max_rank % GEMM_RANKS_OF_UNIT == 0 &&
+           (uintptr_t)lora->x1 % 16 == 0;
 }
 
-qv_status qv_k_gemm(const qv_k_linear_args *c, const qv_k_stream_lora *lora, int form, int n_sms,
-                    void *stream)
+qv_status qv_k_gemm(const qv_k_linear_args *c, const qv_k_stream_lora *lora, bool add, int form,
+                    int n_sms, void *stream)
 {
     int i = form >= 0 && form < QV_K_GEMM_FORMS ? form : choose_form(*c, n_sms), n = 0;
 #define GEMM_LAUNCH(name, columns, stages, cluster, lead, share)                                   \
     if (i == n++)                                                                                  \
-        return launch<gemm_form<columns, stages, cluster, lead>>(*c, *lora, n_sms,                 \
+        return launch<gemm_form<columns, stages, cluster, lead>>(*c, *lora, add, n_sms,            \
                                                                  (cudaStream_t)stream);
     GEMM_FORMS(GEMM_LAUNCH)
 #undef GEMM_LAUNCH

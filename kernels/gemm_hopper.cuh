@@ -6,10 +6,12 @@
  * of their own; each fetches half of W for both.
  *
  * Adapters are more of k. A step of theirs is one adapter in one slice of the columns and up to 32
- * of its ranks: B [32][COLUMNS], stored as the pool has it, where W would be, and scale * x1 of the
- * tile's tokens where x would be, as two BF16 numbers (16 bits): [128][32] high, [128][32] low.
- * The steps of a tile are those of all segments that have tokens in either block of the cluster, so
- * that both blocks go through the ring in step. What a step gives for the tokens of others is never
+ * of its ranks, in units of 16: B [32][COLUMNS], stored as the pool has it, where W would be, and
+ * scale * x1 of the tile's tokens where x would be, [128][2][16 high, 16 low]: two BF16 numbers (16
+ * bits) each, as qv_k_gemm_shrink leaves them. They come by the copy engine, which has what
+ * it asks for within the time that the ring gives. A warp works out a tile ahead which steps there
+ * are: those of all segments that have tokens in either block of the cluster, so that both blocks
+ * go through the ring in step. What a step gives for the tokens and columns of others is never
  * added, so that an adapter of infinities harms none but its own tokens.
  */
 #ifndef QV_KERNELS_GEMM_HOPPER_CUH
@@ -26,17 +28,16 @@ namespace
 
 constexpr int GEMM_STEP = 64;  /* of k, of a stage */
 constexpr int GEMM_RANKS = 32; /* of a step of adapters */
+constexpr int GEMM_RANKS_OF_UNIT = 16;
 constexpr int GEMM_UNIT = 64;  /* rows of one wgmma */
 constexpr int GEMM_GROUPS = 2; /* warpgroups that multiply; one more fetches */
 constexpr int GEMM_ROWS = GEMM_UNIT * GEMM_GROUPS;
 constexpr int GEMM_THREADS = 128 * (GEMM_GROUPS + 1);
-constexpr int GEMM_ENTRIES = 8;
-constexpr int GEMM_FETCHERS = 96; /* threads that fetch for adapters: all of that but a warp */
+constexpr int GEMM_PLANNED = 16;                /* steps of adapters that a plan has room for */
 constexpr int GEMM_OUT_BYTES = GEMM_UNIT * 128; /* results on their way: 64 rows of 128 bytes */
 
 /* Barriers by name: 0 is __syncthreads, 1 and 2 are those of the warpgroups. */
 constexpr int GEMM_LEAD_BARRIER = 3;
-constexpr int GEMM_FETCH_BARRIER = 4;
 
 /* The first warpgroup is LEAD steps ahead of the second, so that one stores while the other
  * multiplies. */
@@ -49,16 +50,18 @@ template <int COLUMNS_, int STAGES_, int CLUSTER_, int LEAD_> struct gemm_form {
     static_assert(LEAD > 0 && LEAD < STAGES, "a lead is within the ring");
 };
 
-/* Whom a step of adapters is for: tokens [first, end) of this block's tile and around it. */
-struct gemm_step_info {
-    int32_t first, end;
+/* A step of adapters: ranks of one adapter in a slice of the columns. */
+struct gemm_step {
+    int32_t first, end;         /* tokens */
+    int32_t col_first, col_end; /* of y */
+    int32_t slot, plane, rank0, units;
 };
 
-/* An adapter in a slice of the columns. */
-struct gemm_entry {
-    int32_t first, end; /* tokens */
-    int32_t slot, col_first, col_end;
-    qv_k_lora_slice slice;
+/* The adapters' steps of a tile, or some of them. */
+struct gemm_plan {
+    int32_t n;
+    bool more; /* another plan has the next */
+    gemm_step steps[GEMM_PLANNED];
 };
 
 template <class F> struct gemm_shared {
@@ -67,12 +70,8 @@ template <class F> struct gemm_shared {
     } stage[F::STAGES];
     char out[GEMM_GROUPS][2][GEMM_OUT_BYTES];
     uint64_t full[F::STAGES], empty[F::STAGES];
-    uint64_t x_issued;    /* a phase a tile: the copies of its x and W are all on their way */
-    uint64_t lora_issued; /* the same of its adapters */
     uint64_t plan_full[2], plan_empty[2];
-    int32_t plan[2]; /* steps of adapters, of this tile and the next */
-    gemm_step_info info[F::STAGES];
-    gemm_entry entries[GEMM_ENTRIES]; /* of the tile whose adapters are fetched, if they fit */
+    gemm_plan plan[2];
 };
 
 template <class F> constexpr int GEMM_BYTES = (int)sizeof(gemm_shared<F>) + 1024;
@@ -83,7 +82,13 @@ struct gemm_args {
     int32_t steps; /* of k */
     int32_t row_tiles, col_tiles;
     int32_t band; /* row tiles that go through the columns together */
-    bool y_f32;
+    bool y_f32, add;
+};
+
+/* What the copy engine reads and writes: x [tokens][k], W [columns][k], x1 [tokens][planes][ranks,
+ * high and low], B [slots][ranks][columns], y [tokens][columns]. */
+struct gemm_maps {
+    CUtensorMap x, w, x1, b, y;
 };
 
 /* Where a warp is in the ring. */
@@ -97,13 +102,6 @@ template <class F> struct gemm_ring {
             at = 0;
             phase ^= 1;
         }
-    }
-
-    __device__ __forceinline__ void skip(int n)
-    {
-        at += n;
-        phase ^= at / F::STAGES & 1;
-        at %= F::STAGES;
     }
 };
 
@@ -123,50 +121,14 @@ __device__ __forceinline__ gemm_tile find_tile(const gemm_args &c, int number, i
     return {((first + within % rows) * F::CLUSTER + rank) * GEMM_ROWS, within / rows * F::COLUMNS};
 }
 
-/* --- Fetch -------------------------------------------------------------------------------- */
+/* --- Plans -------------------------------------------------------------------------------- */
 
-/* Who waits for a stage by the parity of its phase must not be a whole round of the ring ahead of
- * what has been read: the phase before the last has the same parity. Who fetches step after step
- * never is. So who leaves steps to others goes on only when they have come so far. */
-
-/* One thread: all of x and W. */
-template <class F>
-[[maybe_unused]] __device__ void gemm_fetch(const gemm_args &c, gemm_shared<F> &m,
-                                            const CUtensorMap *x, const CUtensorMap *w, int cluster,
-                                            int n_clusters, int rank)
-{
-    constexpr int PART = F::COLUMNS / F::CLUSTER; /* rows of W that this block fetches */
-    constexpr uint16_t ALL = (1 << F::CLUSTER) - 1;
-    gemm_ring<F> r;
-    int turn = 0;
-    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
-        gemm_tile tile = find_tile<F>(c, number, rank);
-        for (int step = 0; step < c.steps; step++, r.advance()) {
-            barrier_wait(&m.empty[r.at], r.phase ^ 1);
-            barrier_expect(&m.full[r.at], F::STAGE_BYTES);
-            copy_box_here(m.stage[r.at].x, x, step * GEMM_STEP, tile.row0, 0, &m.full[r.at]);
-            bf16 *to = m.stage[r.at].w + rank * PART * GEMM_STEP;
-            int row = tile.col0 + rank * PART;
-            if (F::CLUSTER == 1)
-                copy_box_here(to, w, step * GEMM_STEP, row, 0, &m.full[r.at]);
-            else
-                copy_box(to, w, step * GEMM_STEP, row, 0, &m.full[r.at], ALL);
-        }
-        barrier_arrive(&m.x_issued);
-        barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
-        int n_steps = m.plan[turn & 1];
-        barrier_arrive(&m.plan_empty[turn & 1]);
-        if (n_steps >= F::STAGES)
-            barrier_wait(&m.lora_issued, turn & 1);
-        r.skip(n_steps);
-    }
-}
-
-/* f(entry) for the pairs that have tokens in [row0, row0 + n_rows) and columns in [col0, col0 +
- * n_cols), in the order of segments and slices. By a whole warp, all lanes alike. */
+/* f(start, end, slot, column range, slice) for the pairs that have tokens in [row0, row0 + n_rows)
+ * and columns in [col0, col0 + n_cols), in the order of segments and slices. By a whole warp, all
+ * lanes alike. */
 template <class Do>
-__device__ __forceinline__ void for_each_entry(const qv_k_stream_lora &lora, int row0, int n_rows,
-                                               int col0, int n_cols, Do f)
+__device__ __forceinline__ void for_each_pair(const qv_k_stream_lora &lora, int row0, int n_rows,
+                                              int col0, int n_cols, Do f)
 {
     const qv_k_segments &s = lora.segments;
     const qv_k_slices &ranges = lora.site.ranges;
@@ -180,19 +142,16 @@ __device__ __forceinline__ void for_each_entry(const qv_k_stream_lora &lora, int
         }
         bool here = slot >= 0 && start < end && start < row0 + n_rows && end > row0;
         for (unsigned left = __ballot_sync(~0u, here); left != 0; left &= left - 1) {
-            gemm_entry e;
             int from = __ffs((int)left) - 1;
+            gemm_step e = {};
             e.first = __shfl_sync(~0u, start, from);
             e.end = __shfl_sync(~0u, end, from);
             e.slot = __shfl_sync(~0u, slot, from);
             for (int j = 0; j < ranges.n; j++) {
                 e.col_first = ranges.start[j];
                 e.col_end = ranges.start[j + 1];
-                if (e.col_first >= col0 + n_cols || e.col_end <= col0)
-                    continue;
-                e.slice = lora.site.slices[(int64_t)e.slot * ranges.n + j];
-                if (e.slice.rank > 0)
-                    f(e);
+                if (e.col_first < col0 + n_cols && e.col_end > col0)
+                    f(e, lora.site.slices[(int64_t)e.slot * ranges.n + j]);
             }
         }
         if (__shfl_sync(~0u, start, 31) >= row0 + n_rows) /* segments are in the order of tokens */
@@ -200,191 +159,106 @@ __device__ __forceinline__ void for_each_entry(const qv_k_stream_lora &lora, int
     }
 }
 
-/* B of an entry on its way to the L2 cache, while x and W are multiplied. */
+/* A warp: the plans of all tiles, in turn. */
 template <class F>
-__device__ __forceinline__ void call_b(const qv_k_lora_site &site, const gemm_entry &e, int col0,
-                                       int thread)
+[[maybe_unused]] __device__ void gemm_make_plans(const gemm_args &c, gemm_shared<F> &m,
+                                                 const qv_k_stream_lora &lora, int cluster,
+                                                 int n_clusters, int rank)
 {
-    constexpr int LINES = F::COLUMNS / 64; /* of 128 bytes */
-    const bf16 *b = (const bf16 *)site.b + (int64_t)e.slot * site.max_rank * site.n_out + col0;
-    for (int i = thread; i < e.slice.rank * LINES; i += GEMM_FETCHERS) {
-        int col = i % LINES * 64;
-        if (col0 + col < site.n_out)
-            prefetch(b + (int64_t)(i / LINES) * site.n_out + col);
-    }
-}
-
-/* Ranks [rank0, rank0 + GEMM_RANKS) of B, in tiles of 64 columns side by side; zeros above the rank
- * and outside of the slice. */
-template <class F>
-__device__ __forceinline__ void fetch_b(const qv_k_lora_site &site, const gemm_entry &e, int rank0,
-                                        int col0, bf16 *to, int thread)
-{
-    const bf16 *b =
-        (const bf16 *)site.b + ((int64_t)e.slot * site.max_rank + rank0) * site.n_out + col0;
-#pragma unroll 1
-    for (int i = thread; i < GEMM_RANKS * (F::COLUMNS / 8); i += GEMM_FETCHERS) {
-        int r = i / (F::COLUMNS / 8), col = i % (F::COLUMNS / 8) * 8, at = col0 + col;
-        bf16 *piece = to + col / 64 * (GEMM_RANKS * 64) + tile_at<64>(r, col % 64);
-        const bf16 *from = b + r * site.n_out + col;
-        bool outside = rank0 + r >= e.slice.rank || at >= e.col_end || at + 8 <= e.col_first;
-        if (outside || (at >= e.col_first && at + 8 <= e.col_end)) {
-            copy16(piece, outside ? (const bf16 *)site.b : from, !outside);
-        } else {
-#pragma unroll 1
-            for (int j = 0; j < 8; j++)
-                piece[j] =
-                    at + j >= e.col_first && at + j < e.col_end ? from[j] : __float2bfloat16(0.0f);
-        }
-    }
-    copies_commit();
-}
-
-/* Numbers of x1 of the tokens of the tile that an entry has, by fours: item `i` is four ranks of a
- * token. */
-constexpr int GEMM_FOURS = GEMM_RANKS / 4;
-constexpr int GEMM_AHEAD = 6; /* items of a thread that fly together: 16 ranks of 128 tokens */
-
-struct gemm_x1 {
-    float4 item[GEMM_AHEAD];
-};
-
-__device__ __forceinline__ int tokens_here(const gemm_entry &e, int row0)
-{
-    return min(e.end, row0 + GEMM_ROWS) - max(e.first, row0);
-}
-
-__device__ __forceinline__ void load_x1(const qv_k_stream_lora &lora, const gemm_entry &e,
-                                        int rank0, int row0, int first, gemm_x1 &x1)
-{
-    const qv_k_lora_site &site = lora.site;
-    int fours = min(GEMM_RANKS, e.slice.rank - rank0 + 3) / 4; /* that hold anything */
-    const float *from = lora.x1 + (int64_t)e.slice.plane * site.max_rank + rank0;
-    int n = tokens_here(e, row0) * fours, token0 = max(e.first, row0);
-#pragma unroll
-    for (int j = 0; j < GEMM_AHEAD; j++) {
-        int i = first + j * GEMM_FETCHERS;
-        if (i < n)
-            x1.item[j] =
-                *(const float4 *)(from +
-                                  (int64_t)(token0 + i / fours) * site.ranges.n * site.max_rank +
-                                  i % fours * 4);
-    }
-}
-
-/* scale * x1, high and low, and zeros above the rank. */
-__device__ __forceinline__ void place_x1(const gemm_entry &e, int rank0, int row0, int first,
-                                         const gemm_x1 &x1, bf16 *to)
-{
-    int fours = min(GEMM_RANKS, e.slice.rank - rank0 + 3) / 4;
-    int n = tokens_here(e, row0) * fours, row_0 = max(e.first, row0) - row0;
-    float scale = e.slice.scale;
-#pragma unroll
-    for (int j = 0; j < GEMM_AHEAD; j++) {
-        int i = first + j * GEMM_FETCHERS, row = row_0 + i / fours, r = i % fours * 4;
-        if (i >= n)
-            break;
-        float4 v = x1.item[j];
-        int left = e.slice.rank - rank0 - r;
-        uint32_t high[2], low[2];
-        split_bf16(scale * v.x, left > 1 ? scale * v.y : 0, high[0], low[0]);
-        split_bf16(left > 2 ? scale * v.z : 0, left > 3 ? scale * v.w : 0, high[1], low[1]);
-        *(uint2 *)(to + tile_at<64>(row, r)) = make_uint2(high[0], high[1]);
-        *(uint2 *)(to + tile_at<64>(row, GEMM_RANKS + r)) = make_uint2(low[0], low[1]);
-    }
-}
-
-/* What no four holds. */
-__device__ __forceinline__ void clear_x1(const gemm_entry &e, int rank0, int row0, bf16 *to,
-                                         int thread)
-{
-    int fours = min(GEMM_RANKS, e.slice.rank - rank0 + 3) / 4, empty = GEMM_FOURS - fours;
-    int row_0 = max(e.first, row0) - row0;
-    for (int i = thread; i < tokens_here(e, row0) * empty; i += GEMM_FETCHERS) {
-        int row = row_0 + i / empty, r = (fours + i % empty) * 4;
-        *(uint2 *)(to + tile_at<64>(row, r)) = make_uint2(0, 0);
-        *(uint2 *)(to + tile_at<64>(row, GEMM_RANKS + r)) = make_uint2(0, 0);
-    }
-}
-
-/* `loaded`: the first items have been. */
-__device__ __forceinline__ void fetch_x1(const qv_k_stream_lora &lora, const gemm_entry &e,
-                                         int rank0, int row0, bf16 *to, int thread, bool loaded,
-                                         gemm_x1 &x1)
-{
-    clear_x1(e, rank0, row0, to, thread);
-    int n = tokens_here(e, row0) * GEMM_FOURS; /* or less */
-    for (int i = thread; i < n; i += GEMM_AHEAD * GEMM_FETCHERS, loaded = false) {
-        if (!loaded)
-            load_x1(lora, e, rank0, row0, i, x1);
-        place_x1(e, rank0, row0, i, x1, to);
-    }
-}
-
-/* GEMM_FETCHERS threads: how many steps of adapters each tile has, and these. Which they are and
- * the first of x1 is looked up while x and W are multiplied. */
-template <class F>
-[[maybe_unused]] __device__ void gemm_fetch_adapters(const gemm_args &c, gemm_shared<F> &m,
-                                                     const qv_k_stream_lora &lora, int cluster,
-                                                     int n_clusters, int rank)
-{
-    int thread = threadIdx.x - (GEMM_THREADS - GEMM_FETCHERS), turn = 0;
-    gemm_ring<F> r;
-    wait_for_previous(); /* x1 is there */
-    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
-        gemm_tile tile = find_tile<F>(c, number, rank);
-        int all_row0 = tile.row0 - rank * GEMM_ROWS, n_steps = 0, n_entries = 0;
-        bool loaded = false;
-        gemm_x1 x1;
-        auto is_here = [&](const gemm_entry &e) {
-            return e.first < tile.row0 + GEMM_ROWS && e.end > tile.row0;
-        };
-        auto each = [&](auto f) {
-            for_each_entry(lora, all_row0, F::CLUSTER * GEMM_ROWS, tile.col0, F::COLUMNS, f);
-        };
-        each([&](const gemm_entry &e) {
-            n_steps += (e.slice.rank + GEMM_RANKS - 1) / GEMM_RANKS;
-            if (thread == 0 && n_entries < GEMM_ENTRIES)
-                m.entries[n_entries] = e;
-            if (n_entries == 0 && is_here(e)) {
-                load_x1(lora, e, 0, tile.row0, thread, x1);
-                loaded = true;
-            }
-            n_entries++;
-            call_b<F>(lora.site, e, tile.col0, thread);
-        });
-        if (thread == 0) {
-            barrier_wait(&m.x_issued, turn & 1);
-            barrier_wait(&m.plan_empty[turn & 1], (turn >> 1 & 1) ^ 1);
-            m.plan[turn & 1] = n_steps;
+    int lane = threadIdx.x & 31, turn = 0, n = 0;
+    auto begin = [&]() {
+        n = 0;
+        barrier_wait(&m.plan_empty[turn & 1], (turn >> 1 & 1) ^ 1);
+    };
+    auto end = [&](bool more) {
+        if (lane == 0) {
+            m.plan[turn & 1].n = n;
+            m.plan[turn & 1].more = more;
             barrier_arrive(&m.plan_full[turn & 1]);
         }
-        named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
-        r.skip(c.steps);
-        auto fetch = [&](const gemm_entry &e) {
-            for (int rank0 = 0; rank0 < e.slice.rank; rank0 += GEMM_RANKS, r.advance()) {
-                barrier_wait(&m.empty[r.at], r.phase ^ 1);
-                if (is_here(e)) {
-                    fetch_b<F>(lora.site, e, rank0, tile.col0, m.stage[r.at].w, thread);
-                    fetch_x1(lora, e, rank0, tile.row0, m.stage[r.at].x, thread, loaded, x1);
-                    loaded = false;
-                    copies_wait<0>();
-                    wgmma_publish();
+        turn++;
+    };
+    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters) {
+        gemm_tile tile = find_tile<F>(c, number, rank);
+        auto add = [&](gemm_step step, const qv_k_lora_slice &slice) {
+            step.plane = slice.plane;
+            for (step.rank0 = 0; step.rank0 < slice.rank; step.rank0 += GEMM_RANKS) {
+                if (n == GEMM_PLANNED) {
+                    end(true);
+                    begin();
                 }
-                named_barrier<GEMM_FETCHERS>(GEMM_FETCH_BARRIER);
-                if (thread == 0) {
-                    m.info[r.at] = {e.first - tile.row0, e.end - tile.row0};
-                    barrier_arrive(&m.full[r.at]);
-                }
+                int units = (slice.rank - step.rank0 + GEMM_RANKS_OF_UNIT - 1) / GEMM_RANKS_OF_UNIT;
+                step.units = min(units, GEMM_RANKS / GEMM_RANKS_OF_UNIT);
+                if (lane == 0)
+                    m.plan[turn & 1].steps[n] = step;
+                n++;
             }
         };
-        if (n_entries <= GEMM_ENTRIES)
-            for (int i = 0; i < n_entries; i++)
-                fetch(gemm_entry(m.entries[i]));
+        begin();
+        for_each_pair(lora, tile.row0 - rank * GEMM_ROWS, F::CLUSTER * GEMM_ROWS, tile.col0,
+                      F::COLUMNS, add);
+        end(false);
+    }
+}
+
+/* --- Fetch -------------------------------------------------------------------------------- */
+
+/* x1 and B of a step of adapters, on their way. */
+template <class F>
+__device__ __forceinline__ void fetch_adapter(gemm_shared<F> &m, const gemm_maps &maps, int at,
+                                              const gemm_step &step, const gemm_tile &tile,
+                                              int rank)
+{
+    constexpr int TILES = F::COLUMNS / 64 / F::CLUSTER; /* of 64 columns, that this block fetches */
+    constexpr uint16_t ALL = (1 << F::CLUSTER) - 1;
+    barrier_expect(&m.full[at], (F::X + GEMM_RANKS * F::COLUMNS) * (int)sizeof(bf16));
+    copy_box_here(m.stage[at].x, &maps.x1, 2 * step.rank0, step.plane, tile.row0, &m.full[at]);
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        bf16 *to = m.stage[at].w + (rank * TILES + i) * GEMM_RANKS * 64;
+        int col = tile.col0 + (rank * TILES + i) * 64;
+        if (F::CLUSTER == 1)
+            copy_box_here(to, &maps.b, col, step.rank0, step.slot, &m.full[at]);
         else
-            each(fetch);
-        if (thread == 0)
-            barrier_arrive(&m.lora_issued);
+            copy_box(to, &maps.b, col, step.rank0, step.slot, &m.full[at], ALL);
+    }
+}
+
+/* One thread: all that is multiplied. */
+template <class F>
+[[maybe_unused]] __device__ void gemm_fetch(const gemm_args &c, gemm_shared<F> &m,
+                                            const gemm_maps &maps, int cluster, int n_clusters,
+                                            int rank)
+{
+    constexpr int PART = F::COLUMNS / F::CLUSTER; /* rows of W that this block fetches */
+    constexpr uint16_t ALL = (1 << F::CLUSTER) - 1;
+    gemm_ring<F> r;
+    int turn = 0;
+    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters) {
+        gemm_tile tile = find_tile<F>(c, number, rank);
+        for (int step = 0; step < c.steps; step++, r.advance()) {
+            barrier_wait(&m.empty[r.at], r.phase ^ 1);
+            barrier_expect(&m.full[r.at], F::STAGE_BYTES);
+            copy_box_here(m.stage[r.at].x, &maps.x, step * GEMM_STEP, tile.row0, 0, &m.full[r.at]);
+            bf16 *to = m.stage[r.at].w + rank * PART * GEMM_STEP;
+            int row = tile.col0 + rank * PART;
+            if (F::CLUSTER == 1)
+                copy_box_here(to, &maps.w, step * GEMM_STEP, row, 0, &m.full[r.at]);
+            else
+                copy_box(to, &maps.w, step * GEMM_STEP, row, 0, &m.full[r.at], ALL);
+        }
+        if (turn == 0)
+            wait_for_previous(); /* x1 is there */
+        for (bool more = true; more; turn++) {
+            const gemm_plan &plan = m.plan[turn & 1];
+            barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
+            for (int i = 0; i < plan.n; i++, r.advance()) {
+                barrier_wait(&m.empty[r.at], r.phase ^ 1);
+                fetch_adapter<F>(m, maps, r.at, plan.steps[i], tile, rank);
+            }
+            more = plan.more;
+            barrier_arrive(&m.plan_empty[turn & 1]);
+        }
     }
 }
 
@@ -439,71 +313,102 @@ __device__ __forceinline__ int gemm_multiply(gemm_shared<F> &m, gemm_ring<F> &r,
     return last;
 }
 
-/* A step's products for 64 rows that all have its adapter. */
+/* A step's products for 64 rows that all have its adapter, as all columns do. */
 template <int COLUMNS>
-__device__ __forceinline__ void add_to_all(float (&acc)[COLUMNS / 2], const bf16 *x1, const bf16 *b)
+__device__ __forceinline__ void add_to_all(float (&acc)[COLUMNS / 2], const bf16 *x1, const bf16 *b,
+                                           int units)
 {
-    uint64_t high = wgmma_tile(x1), low = high + GEMM_RANKS * 2 / 16;
-    uint64_t tile = wgmma_values_tile(b, GEMM_RANKS * 128);
-    wgmma_keep(acc);
-    wgmma_begin();
-    wgmma_b_columns<COLUMNS>(acc, high, tile);
-    wgmma_b_columns<COLUMNS>(acc, low, tile);
-    wgmma_b_columns<COLUMNS>(acc, high + 2, tile + 128);
-    wgmma_b_columns<COLUMNS>(acc, low + 2, tile + 128);
-    wgmma_commit();
+    uint64_t high = wgmma_tile(x1), tile = wgmma_values_tile(b, GEMM_RANKS * 128);
+#pragma unroll 1
+    for (int unit = 0; unit < units; unit++, high += 4, tile += 128) {
+        wgmma_keep(acc);
+        wgmma_begin();
+        wgmma_b_columns<COLUMNS>(acc, high, tile);
+        wgmma_b_columns<COLUMNS>(acc, high + 2, tile);
+        wgmma_commit();
+    }
     wgmma_wait<0>();
     wgmma_keep(acc);
 }
 
-/* The same where [first, end) have it: by 64 columns, apart from the sums over k, so that what
+/* Rows and columns [first, end) of 64 rows of a tile. */
+struct gemm_part {
+    int first, end, col_first, col_end;
+};
+
+/* The same for a part of rows and columns: by 64 columns, apart from the sums over k, so that what
  * others get is left out. */
 template <int COLUMNS>
-__device__ __forceinline__ void add_adapter(float (&acc)[COLUMNS / 2], const bf16 *x1,
-                                            const bf16 *b, int first, int end)
+__device__ __forceinline__ void add_to_some(float (&acc)[COLUMNS / 2], const bf16 *x1,
+                                            const bf16 *b, int units, const gemm_part &part)
 {
-    int row = (threadIdx.x >> 5 & 3) * 16 + ((threadIdx.x & 31) >> 2);
-    bool has[2] = {row >= first && row < end, row + 8 >= first && row + 8 < end};
-    uint64_t high = wgmma_tile(x1), low = high + GEMM_RANKS * 2 / 16;
-    uint64_t tile = wgmma_tile(b);
+    int row = (threadIdx.x >> 5 & 3) * 16 + ((threadIdx.x & 31) >> 2), col = (threadIdx.x & 3) * 2;
+    bool has[2] = {row >= part.first && row < part.end,
+                   row + 8 >= part.first && row + 8 < part.end};
+    uint64_t high = wgmma_tile(x1), tile = wgmma_tile(b);
 #pragma unroll
-    for (int slab = 0; slab < COLUMNS / 64; slab++, tile += GEMM_RANKS * 128 / 16) {
-        float delta[32];
-        wgmma_keep(delta);
-        wgmma_begin();
-        wgmma_b_trans<0>(delta, high, tile);
-        wgmma_b_trans<1>(delta, low, tile);
-        wgmma_b_trans<1>(delta, high + 2, tile + 128);
-        wgmma_b_trans<1>(delta, low + 2, tile + 128);
-        wgmma_commit();
+    for (int at = 0; at < COLUMNS; at += 64, tile += GEMM_RANKS * 128 / 16) {
+        if (part.col_first >= at + 64 || part.col_end <= at)
+            continue;
+        float delta[32] = {};
+#pragma unroll 1
+        for (int unit = 0; unit < units; unit++) {
+            wgmma_keep(delta);
+            wgmma_begin();
+            wgmma_b_trans<1>(delta, high + 4 * unit, tile + 128 * unit);
+            wgmma_b_trans<1>(delta, high + 4 * unit + 2, tile + 128 * unit);
+            wgmma_commit();
+        }
         wgmma_wait<0>();
         wgmma_keep(delta);
 #pragma unroll
-        for (int i = 0; i < 32; i++)
-            if (has[i >> 1 & 1])
-                acc[32 * slab + i] += delta[i];
+        for (int i = 0; i < 32; i++) {
+            int mine = at + col + i / 4 * 8 + (i & 1);
+            if (has[i >> 1 & 1] && mine >= part.col_first && mine < part.col_end)
+                acc[at / 2 + i] += delta[i];
+        }
     }
     wgmma_keep(acc);
 }
 
-/* The adapters' steps. */
+/* A step for 64 rows from `row` on. */
 template <class F>
-__device__ __forceinline__ void gemm_add_adapters(gemm_shared<F> &m, gemm_ring<F> &r, int row,
-                                                  int n_steps, int group,
-                                                  float (&acc)[F::COLUMNS / 2])
+__device__ __forceinline__ void gemm_add_adapter(const gemm_args &c, gemm_shared<F> &m, int at,
+                                                 const gemm_step &step, const gemm_tile &tile,
+                                                 int row, int group, float (&acc)[F::COLUMNS / 2])
 {
-    for (int step = 0; step < n_steps; step++) {
-        barrier_wait(&m.full[r.at], r.phase);
-        const gemm_step_info info = {same(m.info[r.at].first), same(m.info[r.at].end)};
-        int first = info.first - row, end = info.end - row;
-        if (first <= 0 && end >= GEMM_UNIT)
-            add_to_all<F::COLUMNS>(acc, m.stage[r.at].x + row * GEMM_STEP, m.stage[r.at].w);
-        else if (first < GEMM_UNIT && end > 0)
-            add_adapter<F::COLUMNS>(acc, m.stage[r.at].x + row * GEMM_STEP, m.stage[r.at].w, first,
-                                    end);
-        named_barrier<128>(1 + group); /* all warps have read it, the step's description too */
-        gemm_release(m, r.at);
-        r.advance();
+    int row0 = tile.row0 + row, col_end = same(step.col_end), units = same(step.units);
+    gemm_part part = {same(step.first) - row0, same(step.end) - row0,
+                      same(step.col_first) - tile.col0,
+                      col_end < c.n_out ? col_end - tile.col0 : F::COLUMNS};
+    const bf16 *x1 = m.stage[at].x + row * GEMM_STEP, *b = m.stage[at].w;
+    if (part.first >= GEMM_UNIT || part.end <= 0)
+        named_barrier<128>(1 + group); /* all warps have seen it before it goes */
+    else if (part.first <= 0 && part.end >= GEMM_UNIT && part.col_first <= 0 &&
+             part.col_end >= F::COLUMNS)
+        add_to_all<F::COLUMNS>(acc, x1, b, units);
+    else
+        add_to_some<F::COLUMNS>(acc, x1, b, units, part);
+}
+
+/* The adapters' steps of a tile. */
+template <class F>
+__device__ __forceinline__ void
+gemm_add_adapters(const gemm_args &c, gemm_shared<F> &m, gemm_ring<F> &r, const gemm_tile &tile,
+                  int row, int group, int &turn, float (&acc)[F::COLUMNS / 2])
+{
+    for (bool more = true; more; turn++) {
+        const gemm_plan &plan = m.plan[turn & 1];
+        barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
+        int n = same(plan.n);
+        for (int i = 0; i < n; i++, r.advance()) {
+            barrier_wait(&m.full[r.at], r.phase);
+            gemm_add_adapter<F>(c, m, r.at, plan.steps[i], tile, row, group, acc);
+            gemm_release(m, r.at);
+        }
+        more = same(plan.more) != 0;
+        if ((threadIdx.x & 31) == 0)
+            barrier_arrive(&m.plan_empty[turn & 1]);
     }
 }
 
@@ -548,7 +453,10 @@ store_rows(const gemm_args &c, const CUtensorMap *y, char (&out)[2][GEMM_OUT_BYT
         wgmma_publish();
         named_barrier<128>(1 + group);
         if (thread == 0) {
-            store_box(y, col + chunk * WIDTH, row, 0, to);
+            if (F32 && c.add)
+                add_box(y, col + chunk * WIDTH, row, 0, to);
+            else
+                store_box(y, col + chunk * WIDTH, row, 0, to);
             stores_commit();
         }
         n_stored++;
@@ -564,23 +472,14 @@ template <class F>
     int group = warpgroup(), row = group * GEMM_UNIT, turn = 0, n_stored = 0;
     bool leads = c.steps >= F::STAGES; /* or the first would be ahead by more than a tile */
     gemm_ring<F> r;
-    auto adapters_of_tile = [&]() {
-        barrier_wait(&m.plan_full[turn & 1], turn >> 1 & 1);
-        int n = 0;
-        if ((threadIdx.x & 31) == 0) {
-            n = m.plan[turn & 1];
-            barrier_arrive(&m.plan_empty[turn & 1]);
-        }
-        return same(n);
-    };
-    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters, turn++) {
+    for (int number = cluster; number < c.row_tiles * c.col_tiles; number += n_clusters) {
         gemm_tile tile = find_tile<F>(c, number, rank);
         float acc[F::COLUMNS / 2] = {};
         if (leads && group == 1)
             named_barrier<2 * 128>(GEMM_LEAD_BARRIER);
         int last = gemm_multiply<F>(m, r, row, c.steps, leads && group == 0, acc);
         gemm_release(m, last);
-        gemm_add_adapters<F>(m, r, row, adapters_of_tile(), group, acc);
+        gemm_add_adapters<F>(c, m, r, tile, row, group, turn, acc);
         if (c.y_f32)
             store_rows<F::COLUMNS, true>(c, y, m.out[group], tile.row0 + row, tile.col0, group,
                                          n_stored, acc);

@@ -2,46 +2,11 @@
  * numbered so that no prefix sum over the segments is needed (segment s owns the places from
  * seg_start[s] / tile + s). Halves and costs: lora_tiles.cuh.
  */
+#include "kernels/lora_places.cuh"
 #include "kernels/lora_tiles.cuh"
 
 namespace
 {
-
-/* The tokens of a place: n <= 0 if it has none. */
-struct tokens_of_place {
-    int seg, slot, first, n;
-};
-
-/* Every warp looks at all segments at once: a search would wait for memory at every step. */
-__device__ __forceinline__ tokens_of_place find_tokens(const qv_k_segments &s, int place, int tile)
-{
-    int lane = threadIdx.x & 31;
-    tokens_of_place out = {0, -1, 0, 0};
-    for (int i = 0; i < s.n_segs; i += 32) {
-        int seg = i + lane, start = 0, end = 0, slot = -1;
-        if (seg < s.n_segs) {
-            start = s.seg_start[seg];
-            end = s.seg_start[seg + 1];
-            slot = s.seg_slot[seg];
-        }
-        unsigned before = __ballot_sync(0xffffffffu, seg < s.n_segs && start / tile + seg <= place);
-        if (before == 0)
-            break;
-        int last = 31 - __clz(before);
-        start = __shfl_sync(0xffffffffu, start, last);
-        end = __shfl_sync(0xffffffffu, end, last);
-        out.seg = i + last;
-        out.slot = __shfl_sync(0xffffffffu, slot, last);
-        out.first = start + (place - (start / tile + out.seg)) * tile;
-        out.n = min(tile, end - out.first);
-    }
-    return out;
-}
-
-unsigned n_places(const qv_k_segments &s, int tile)
-{
-    return (unsigned)(s.n_tokens / tile + s.n_segs);
-}
 
 /* --- Dense sites -------------------------------------------------------------------------- */
 

@@ -25,6 +25,15 @@ __device__ __forceinline__ void store_box(const void *map, int x, int y, int z, 
                  : "memory");
 }
 
+/* The same of float32, added to what is there: each number rounded once. */
+__device__ __forceinline__ void add_box(const void *map, int x, int y, int z, const void *from)
+{
+    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group"
+                 " [%0, {%1, %2, %3}], [%4];\n" ::"l"(map),
+                 "r"(x), "r"(y), "r"(z), "r"(shared_address(from))
+                 : "memory");
+}
+
 __device__ __forceinline__ void stores_commit()
 {
     asm volatile("cp.async.bulk.commit_group;\n" ::: "memory");

@@ -64,6 +64,14 @@ static qv_status run_lora(qv_backend *be, const qv_lora_site *site, int32_t n_se
                      y.dtype == QV_F32, qv_cuda(be)->stream);
 }
 
+/* Shrink and the product of prefill. */
+static qv_status run_gemm(const qv_cuda_backend *cuda, const qv_k_linear_args *c,
+                          const qv_k_stream_lora *lora, bool add)
+{
+    QV_TRY(qv_k_gemm_shrink(c, lora, cuda->stream));
+    return qv_k_gemm(c, lora, add, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
+}
+
 /* B within the product where that is ours: the bits of a token are then its own. */
 qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
                               int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
@@ -84,11 +92,8 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
                                     cuda->n_sms, cuda->stream));
         return qv_k_decode_linear(&c, &lora, cuda->decode_tuning, cuda->n_sms, cuda->stream);
     }
-    if (qv_cuda_gemms(cuda, &c, &lora)) {
-        QV_TRY(qv_k_lora_shrink(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
-                                cuda->stream));
-        return qv_k_gemm(&c, &lora, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
-    }
+    if (qv_cuda_gemms(cuda, &c, &lora))
+        return run_gemm(cuda, &c, &lora, false);
     QV_TRY(y.dtype == QV_F32 ? qv_cuda_linear_f32(be, w, x, none, y) : qv_cuda_linear(be, w, x, y));
     return qv_k_lora(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data, c.y, c.y_stride,
                      c.y_f32, cuda->stream);

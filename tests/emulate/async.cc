@@ -213,14 +213,14 @@ void copy_box(void *to, const void *map, box_position from, uint64_t *barrier, u
         }
 }
 
-void store_box(const void *map, box_position to, const void *from)
+void store_box(const void *map, box_position to, const void *from, bool add)
 {
     const tensor_map m = read_tensor_map(map);
     const size_t offset = __cvta_generic_to_shared(from);
     if (offset + m.box_bytes() > shared_size())
         fail("a box of %zu bytes at %zu of shared memory, of which there are %zu", m.box_bytes(),
              offset, shared_size());
-    auto run = [m, to, from, offset] { take_box(m, to, (const char *)from, offset); };
+    auto run = [m, to, from, offset, add] { take_box(m, to, (const char *)from, offset, add); };
     if (chance(2))
         run();
     else

@@ -36,9 +36,9 @@ void send_four(float *to, const float *value, uint64_t *barrier);
 
 void copy_box(void *to, const void *map, box_position from, uint64_t *barrier, uint16_t blocks);
 
-/* And from shared memory of this block: read some time until the wait for it. Groups of the thread;
- * all but the last n groups have read what they store. */
-void store_box(const void *map, box_position to, const void *from);
+/* And from shared memory of this block: read some time until the wait for it, and with `add` added,
+ * as float32. Groups of the thread; all but the last n groups have read what they store. */
+void store_box(const void *map, box_position to, const void *from, bool add);
 void stores_commit();
 void stores_wait(int n);
 

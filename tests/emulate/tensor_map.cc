@@ -72,14 +72,21 @@ void land_box(const tensor_map &m, box_position from, char *to, size_t offset)
     });
 }
 
-void take_box(const tensor_map &m, box_position to, const char *from, size_t offset)
+void take_box(const tensor_map &m, box_position to, const char *from, size_t offset, bool add)
 {
     int64_t size = (int64_t)m.sizes[0] * m.number, step = m.number;
+    if (add && step != sizeof(float))
+        fail("a box of numbers of %d bytes to add", (int)step);
     each_piece(m, to, offset, [&](int64_t x, const char *row, size_t at) {
         const char *piece = from - offset + swizzled(at);
         for (int64_t i = 0; row != nullptr && i < PIECE; i += step)
-            if (x + i >= 0 && x < size) /* a piece is stored whole: past the row's end, too */
-                memcpy(const_cast<char *>(row) + x + i, piece + i, (size_t)step);
+            if (x + i >= 0 && x < size) { /* a piece is stored whole: past the row's end, too */
+                char *there = const_cast<char *>(row) + x + i;
+                if (add)
+                    *(float *)there += *(const float *)(piece + i);
+                else
+                    memcpy(there, piece + i, (size_t)step);
+            }
     });
 }
 

@@ -33,7 +33,7 @@ tensor_map read_tensor_map(const void *map);
 /* `offset` is that of `to` in its shared memory, which the swizzle goes by. */
 void land_box(const tensor_map &m, box_position from, char *to, size_t offset);
 /* The other way: what is outside of the array is left out. */
-void take_box(const tensor_map &m, box_position to, const char *from, size_t offset);
+void take_box(const tensor_map &m, box_position to, const char *from, size_t offset, bool add);
 
 } // namespace emu
 

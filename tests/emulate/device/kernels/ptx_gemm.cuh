@@ -12,7 +12,12 @@ inline void stmatrix4(void *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d)
 
 inline void store_box(const void *map, int x, int y, int z, const void *from)
 {
-    emu::store_box(map, {{x, y, z, 0}}, from);
+    emu::store_box(map, {{x, y, z, 0}}, from, false);
+}
+
+inline void add_box(const void *map, int x, int y, int z, const void *from)
+{
+    emu::store_box(map, {{x, y, z, 0}}, from, true);
 }
 
 inline void stores_commit()

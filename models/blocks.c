@@ -178,6 +178,25 @@ const qv_weight *qv_pass_plain(const qv_pass *pass, int64_t layer, qv_proj proj,
     return qv_weights_layer(pass->weights, layer)->proj[proj];
 }
 
+/* The segments of a projection's rows: those of logits have their own. */
+typedef struct {
+    int32_t n;
+    const int32_t *start, *slot;
+} segments;
+
+static segments segments_of(const qv_pass *pass, int64_t layer)
+{
+    const qv_batch *b = pass->batch;
+    return layer == QV_GLOBAL ? (segments){b->n_logit_segs, b->logit_seg_start, b->logit_seg_slot}
+                              : (segments){b->n_segs, b->seg_start, b->seg_slot};
+}
+
+static qv_tensor lora_scratch(const qv_pass *pass, const qv_lora_site *site, qv_tensor x)
+{
+    return qv_tensor_3d(pass->buffers->data[QV_BUF_LORA], QV_F32, x.shape[0], site->n_slices,
+                        site->max_rank);
+}
+
 qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
     const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
@@ -191,26 +210,27 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
         return exact ? qv_op_linear_f32(pass->be, weight, x, rest, y)
                      : qv_op_linear(pass->be, weight, x, y);
 
-    const qv_batch *batch = pass->batch;
-    bool global = layer == QV_GLOBAL; /* the rows of logits have segments of their own */
-    int32_t n_segs = global ? batch->n_logit_segs : batch->n_segs;
-    const int32_t *seg_start = global ? batch->logit_seg_start : batch->seg_start;
-    const int32_t *seg_slot = global ? batch->logit_seg_slot : batch->seg_slot;
-    qv_tensor scratch = qv_tensor_3d(pass->buffers->data[QV_BUF_LORA], QV_F32, x.shape[0],
-                                     site->n_slices, site->max_rank);
+    segments s = segments_of(pass, layer);
+    qv_tensor scratch = lora_scratch(pass, site, x);
     if (rest.data == NULL)
-        return qv_op_linear_lora(pass->be, weight, site, n_segs, seg_start, seg_slot, x, scratch, y,
+        return qv_op_linear_lora(pass->be, weight, site, s.n, s.start, s.slot, x, scratch, y,
                                  exact);
     QV_TRY(qv_op_linear_f32(pass->be, weight, x, rest, y));
-    return qv_op_lora_f32(pass->be, site, n_segs, seg_start, seg_slot, x, scratch, y);
+    return qv_op_lora_f32(pass->be, site, s.n, s.start, s.slot, x, scratch, y);
 }
 
 qv_status qv_linear_out(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)
 {
     const qv_weight *weight = qv_weights_layer(pass->weights, layer)->proj[proj];
     const qv_proj_shape *shape = &pass->layout->proj[proj];
-    if (pass->probe == NULL && shape->x_cols == shape->n_in && site_of(pass, layer, proj) == NULL)
-        QV_TRY(qv_op_linear_add(pass->be, weight, x, qv_pass_residual(pass), &pass->added));
+    const qv_lora_site *site = site_of(pass, layer, proj);
+    segments s = segments_of(pass, layer);
+    if (pass->probe == NULL && shape->x_cols == shape->n_in)
+        QV_TRY(site == NULL
+                   ? qv_op_linear_add(pass->be, weight, x, qv_pass_residual(pass), &pass->added)
+                   : qv_op_linear_lora_add(pass->be, weight, site, s.n, s.start, s.slot, x,
+                                           lora_scratch(pass, site, x), qv_pass_residual(pass),
+                                           &pass->added));
     return pass->added ? QV_OK : qv_linear(pass, layer, proj, x, y);
 }
 

@@ -158,6 +158,10 @@ typedef struct {
     qv_status (*linear_lora)(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
                              int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
                              qv_tensor x, qv_tensor scratch, qv_tensor y);
+    /* What takes_linear_add says, with adapters. NULL: never. */
+    qv_status (*linear_lora_add)(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                                 int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                                 qv_tensor x, qv_tensor scratch, qv_tensor y);
     /* n_experts 0: a plain matrix. Rows of one expert are loaded; a plain matrix is expert 0. */
     qv_status (*weight_new)(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in,
                             qv_dtype dtype, qv_weight **out);

@@ -489,11 +489,16 @@ qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
     return x.shape[0] ? CALL_SHAPED(linear_f32, w->n_out, w->n_in, be, w, x, rest, y) : QV_OK;
 }
 
+static bool takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    return x.shape[0] > 0 && !has_peers(be) && be->table->takes_linear_add != NULL &&
+           be->table->takes_linear_add(be, w, x, y);
+}
+
 qv_status qv_op_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y, bool *done)
 {
     QV_TRY(check_linear(be, w, x, y, QV_F32));
-    *done = x.shape[0] > 0 && !has_peers(be) && be->table->takes_linear_add != NULL &&
-            be->table->takes_linear_add(be, w, x, y);
+    *done = takes_linear_add(be, w, x, y);
     return *done ? CALL_ON(be->table, linear_add, w->n_out, w->n_in, be, w, x, y) : QV_OK;
 }
 
@@ -778,6 +783,18 @@ qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_si
                : qv_op_linear(be, w, x, y));
     return (f32 ? qv_op_lora_f32 : qv_op_lora)(be, site, n_segs, seg_start, seg_slot, x, scratch,
                                                y);
+}
+
+qv_status qv_op_linear_lora_add(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                                int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                                qv_tensor x, qv_tensor scratch, qv_tensor y, bool *done)
+{
+    QV_TRY(check_linear(be, w, x, y, QV_F32));
+    QV_TRY(check_lora(be, site, x, scratch, y, QV_F32));
+    *done = n_segs > 0 && be->table->linear_lora_add != NULL && takes_linear_add(be, w, x, y);
+    return *done ? CALL_ON(be->table, linear_lora_add, w->n_out, w->n_in, be, w, site, n_segs,
+                           seg_start, seg_slot, x, scratch, y)
+                 : QV_OK;
 }
 
 qv_status qv_op_embed_lora(qv_backend *be, const qv_embed_lora_site *site, int32_t n_segs,

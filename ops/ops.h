@@ -280,6 +280,10 @@ qv_status qv_op_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
 qv_status qv_op_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
                             int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
                             qv_tensor x, qv_tensor scratch, qv_tensor y, bool f32);
+/* qv_op_linear_add with adapters. */
+qv_status qv_op_linear_lora_add(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                                int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                                qv_tensor x, qv_tensor scratch, qv_tensor y, bool *done);
 
 /* The activation behind a product h. */
 typedef enum {

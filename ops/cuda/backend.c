@@ -217,6 +217,7 @@ const qv_backend_table qv_cuda_backend_table = {
     .moe_gather = qv_cuda_moe_gather,
     .takes_linear_add = qv_cuda_takes_linear_add,
     .linear_add = qv_cuda_linear_add,
+    .linear_lora_add = qv_cuda_linear_lora_add,
     .takes_linears = qv_cuda_takes_linears,
     .linears = qv_cuda_linears,
     .choose = qv_cuda_choose,

@@ -233,6 +233,9 @@ qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
 qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
                               int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
                               qv_tensor x, qv_tensor scratch, qv_tensor y);
+qv_status qv_cuda_linear_lora_add(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                                  int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                                  qv_tensor x, qv_tensor scratch, qv_tensor y);
 
 qv_status qv_cuda_weight_fill(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
 

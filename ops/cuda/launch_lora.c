@@ -99,6 +99,21 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
                      c.y_f32, cuda->stream);
 }
 
+qv_status qv_cuda_linear_lora_add(qv_backend *be, const qv_weight *w, const qv_lora_site *site,
+                                  int32_t n_segs, const int32_t *seg_start, const int32_t *seg_slot,
+                                  qv_tensor x, qv_tensor scratch, qv_tensor y)
+{
+    const qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_k_linear_args c = qv_cuda_linear_args(w, x, (qv_tensor){.data = NULL}, y);
+    qv_k_stream_lora lora = {.x1 = scratch.data};
+    QV_TRY(describe(be, site, n_segs, seg_start, seg_slot, x, &lora.site, &lora.segments));
+    if (qv_cuda_gemms(cuda, &c, &lora))
+        return run_gemm(cuda, &c, &lora, true);
+    QV_TRY(qv_cuda_linear_add(be, w, x, y));
+    return qv_k_lora(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data, c.y, c.y_stride,
+                     c.y_f32, cuda->stream);
+}
+
 qv_status qv_cuda_lora(qv_backend *be, const qv_lora_site *site, int32_t n_segs,
                        const int32_t *seg_start, const int32_t *seg_slot, qv_tensor x,
                        qv_tensor scratch, qv_tensor y)

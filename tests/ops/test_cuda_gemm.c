@@ -203,6 +203,39 @@ Test(cuda_gemm, the_op_has_the_bits_of_this_kernel)
     close_pair(p);
 }
 
+/* Where a block adds to the stream, with adapters: y is what it was and the product. */
+Test(cuda_gemm, a_product_with_adapters_can_add_to_its_y)
+{
+    pair *p = open_pair();
+    for (size_t i = 0; i < QV_ROWS(lora_shapes); i++) {
+        int mark = p->n_blocks;
+        const lora_batch *b = &lora_batches[i % QV_ROWS(lora_batches)];
+        rig *r = new_rig(p, &lora_shapes[i], 16, (int32_t[]){16, 5, 7});
+        both_memory start, slot;
+        qv_rng rng = qv_rng_seed(5);
+        bool done;
+        send_batch(p, b, &start, &slot);
+        int64_t n = b->n_tokens * r->n_out;
+        float *before = random_floats(&rng, n, 1);
+        both y = tensor_both(p, before, QV_F32, QV_F32, b->n_tokens, r->n_out, 1);
+        both delta = product_of(p, r, b, lora_by_op, 0);
+        PASS(qv_op_linear_lora_add(
+            p->be[GPU], r->w[GPU], &r->site[GPU], b->n_segs, start.at[GPU], slot.at[GPU],
+            qv_tensor_rows(r->x.t[GPU], 0, b->n_tokens),
+            qv_tensor_3d(r->scratch.t[GPU].data, QV_F32, b->n_tokens, r->shape->n_slices, 16),
+            y.t[GPU], &done));
+        cr_assert(done);
+        float *got = fetch(p, GPU, y.t[GPU]), *add = fetch(p, GPU, delta.t[GPU]);
+        for (int64_t j = 0; j < n && is_hopper(p); j++)
+            cr_assert_eq(got[j], before[j] + add[j], "%s: element %lld", r->shape->name,
+                         (long long)j);
+        free(got), free(add), free(before);
+        free_rig(p, r);
+        release_to(p, mark);
+    }
+    close_pair(p);
+}
+
 /* The copy engine stores 16 bytes at a time. */
 Test(cuda_gemm, rows_that_end_within_16_bytes_are_not_taken)
 {

@@ -105,7 +105,7 @@ static void call(void *ctx, int round)
     const qv_k_linear_args args = args_of(p, w);
     const qv_k_stream_lora lora = lora_of(p);
     if (c->what == OURS) {
-        bench_pass(qv_k_gemm_shrink(&args, &lora, cuda->stream));
+        bench_pass(qv_k_gemm_shrink(&args, &lora, cuda->n_sms, cuda->stream));
         bench_pass(qv_k_gemm(&args, &lora, false, c->form, cuda->n_sms, cuda->stream));
         return;
     }

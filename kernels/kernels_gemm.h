@@ -27,7 +27,7 @@ bool qv_k_gemm_can(const qv_k_linear_args *args, const qv_k_stream_lora *lora);
  * (16 bits): [n_tokens, n_slices, max_rank / 16][16 high, 16 low]. Slices that share a plane have
  * one rank and scale. A kernel that is launched right behind may start once all before this is
  * complete. Errors: DEVICE. */
-qv_status qv_k_gemm_shrink(const qv_k_linear_args *args, const qv_k_stream_lora *lora,
+qv_status qv_k_gemm_shrink(const qv_k_linear_args *args, const qv_k_stream_lora *lora, int n_sms,
                            void *stream);
 
 /* lora->x1 is what qv_k_gemm_shrink made; to be launched right behind it, beside whose last

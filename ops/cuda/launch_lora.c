@@ -68,7 +68,7 @@ static qv_status run_lora(qv_backend *be, const qv_lora_site *site, int32_t n_se
 static qv_status run_gemm(const qv_cuda_backend *cuda, const qv_k_linear_args *c,
                           const qv_k_stream_lora *lora, bool add)
 {
-    QV_TRY(qv_k_gemm_shrink(c, lora, cuda->stream));
+    QV_TRY(qv_k_gemm_shrink(c, lora, cuda->n_sms, cuda->stream));
     return qv_k_gemm(c, lora, add, QV_K_GEMM_ANY, cuda->n_sms, cuda->stream);
 }
 

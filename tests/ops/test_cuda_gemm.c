@@ -158,8 +158,9 @@ static void lora_by_form(pair *p, const rig *r, const lora_batch *b, const both_
     for (int32_t i = 0; i <= site->n_slices; i++)
         lora.site.ranges.start[i] = (int32_t)site->slice_start[i];
     cr_assert(qv_k_gemm_can(&args, &lora));
-    PASS(qv_k_gemm_shrink(&args, &lora, cuda->stream));
-    PASS(qv_k_gemm(&args, &lora, false, form, n_sms_for(cuda, b->n_tokens, form), cuda->stream));
+    int n_sms = n_sms_for(cuda, b->n_tokens, form);
+    PASS(qv_k_gemm_shrink(&args, &lora, n_sms, cuda->stream));
+    PASS(qv_k_gemm(&args, &lora, false, form, n_sms, cuda->stream));
 }
 
 Test(cuda_gemm, every_form_agrees_with_the_cpu, .timeout = 600)

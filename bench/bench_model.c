@@ -2,11 +2,11 @@
  * decode at several numbers of sequences and the prefill of a long prompt. Weights are made up
  * unless the folder has them, so a config.json alone is enough (bench/configs/ has those of
  * released sizes). Adapters are made up too, of one rank on every linear layer but routers, routed
- * experts and the head.
+ * experts and the head, in a pool of that rank unless --pool-rank gives a larger one.
  *
  *   bench_model DIR [--backend cuda] [--context N] [--prompt N] [--sizes 1,16,64] [--adapters N]
- *               [--rank R] [--eager] [--ops] [--tp N] [--ep N] [--one-device]
- *               [--all-reduce nccl|direct|auto] [--deterministic]
+ *               [--rank R] [--pool-rank R] [--eager] [--ops] [--tp N] [--ep N]
+ *               [--one-device] [--all-reduce nccl|direct|auto] [--deterministic]
  *
  * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
  * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
@@ -37,7 +37,7 @@ enum { MAX_SIZES = 16, PAGE_TOKENS = 16 };
 
 static struct {
     const char *dir, *backend;
-    int32_t context, prompt, sizes[MAX_SIZES], n_sizes, max_size, adapters, rank;
+    int32_t context, prompt, sizes[MAX_SIZES], n_sizes, max_size, adapters, rank, pool_rank;
     bool eager, ops, deterministic;
     int32_t tp, ep;  /* ranks that share the model; groups of them that share out the experts */
     bool one_device; /* all ranks on the first device */
@@ -403,13 +403,21 @@ static void parse_sizes(char *text)
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},          {"ops", no_argument, NULL, 'i'},
-        {"tp", required_argument, NULL, 't'},       {"ep", required_argument, NULL, 'x'},
-        {"one-device", no_argument, NULL, 'o'},     {"all-reduce", required_argument, NULL, 'm'},
-        {"deterministic", no_argument, NULL, 'd'},  {0},
+        {"backend", required_argument, NULL, 'b'},
+        {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},
+        {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'},
+        {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},
+        {"ops", no_argument, NULL, 'i'},
+        {"tp", required_argument, NULL, 't'},
+        {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},
+        {"all-reduce", required_argument, NULL, 'm'},
+        {"deterministic", no_argument, NULL, 'd'},
+        {"pool-rank", required_argument, NULL, 'l'},
+        {0},
     };
     char sizes[] = "1,16,64";
     parse_sizes(sizes);
@@ -432,6 +440,9 @@ static void parse(int argc, char **argv)
             break;
         case 'r':
             args.rank = number(optarg);
+            break;
+        case 'l':
+            args.pool_rank = number(optarg);
             break;
         case 'e':
             args.eager = true;
@@ -460,7 +471,8 @@ static void parse(int argc, char **argv)
     }
     if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
         fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
-                        "[--sizes N,N,...] [--adapters N] [--rank R] [--eager] [--ops] [--tp N] "
+                        "[--sizes N,N,...] [--adapters N] [--rank R] [--pool-rank R] [--eager] "
+                        "[--ops] [--tp N] "
                         "[--ep N] [--one-device] [--all-reduce NAME] [--deterministic]\n");
         exit(2);
     }
@@ -485,7 +497,9 @@ static void open_model(bench *b)
         .n_pages = pages > b->pages_each ? pages : b->pages_each,
         .n_state_slots = args.max_size,
         .n_adapter_slots = args.adapters,
-        .max_lora_rank = args.adapters > 0 ? args.rank : 0,
+        .max_lora_rank = args.adapters == 0           ? 0
+                         : args.pool_rank > args.rank ? args.pool_rank
+                                                      : args.rank,
         .made_up_weights = access(weights, R_OK) != 0,
         .max_seq_pages = b->pages_each,
         .max_recorded = args.eager ? 0 : args.max_size,

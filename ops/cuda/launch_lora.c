@@ -87,7 +87,7 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
                                 cuda->stream));
         return qv_k_stream_linear(&c, &lora, cuda->n_sms, cuda->stream);
     }
-    if (qv_cuda_decodes(cuda, &c, &lora)) {
+    if (qv_cuda_decodes(cuda, &c, &lora, site->used_rank > 0 ? site->used_rank : site->max_rank)) {
         QV_TRY(qv_k_lora_shrink_few(&lora.segments, &lora.site, c.x, c.x_stride, scratch.data,
                                     cuda->n_sms, cuda->stream));
         return qv_k_decode_linear(&c, &lora, cuda->decode_tuning, cuda->n_sms, cuda->stream);

@@ -196,31 +196,40 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
  * some slower.
  *
  * With adapters: all tokens that it has room for, if adapters are small and few: a unit of 16 ranks
- * of one adapter costs each block more than a tile of expand does. 8 adapters of rank 16 in the
- * 4B: 6.201 to 5.755, 7.586 to 6.928, 9.616 to 9.181 ms; 8 of rank 64 at 16 and 64 sequences 6.746
- * to 7.366, 10.137 to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A recorded step counts as many
- * segments as its sequences or the adapter slots and one for the base, what is less. */
+ * of one adapter costs each block more than a tile of expand does. The pool's rank does not matter
+ * (16 tokens, 8 adapters of rank 16 in pools of 16 and 64, us: 36.2 and 35.5, 29.9 and 31.3, 15.6
+ * and 15.7, 46.8 and 46.6, 26.2 and 26.2). 8 adapters of rank 16 in the 4B: 6.201 to 5.755, 7.586
+ * to 6.928, 9.616 to 9.181 ms; 8 of rank 64 at 16 and 64 sequences 6.746 to 7.366, 10.137
+ * to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A recorded step counts as many segments as its
+ * sequences or the adapter slots and one for the base, what is less. */
 #define DECODE_BASE_TOKENS 32
 #define DECODE_BASE_ROWS   25344
 #define DECODE_BASE_LEAST  (4 << 20) /* numbers of W */
-#define DECODE_RANK        32
 #define DECODE_SEGMENTS    16
 
-static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
+static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lora *lora,
+                                int32_t rank)
 {
     if (lora == NULL)
         return c->n_tokens <= DECODE_BASE_TOKENS && c->n_out <= DECODE_BASE_ROWS &&
                c->n_out * c->n_in >= DECODE_BASE_LEAST;
-    return lora->site.max_rank <= DECODE_RANK && lora->segments.n_segs <= DECODE_SEGMENTS;
+    return rank <= QV_SMALL_RANK && lora->segments.n_segs <= DECODE_SEGMENTS;
 }
 
 bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
-                     const qv_k_stream_lora *lora)
+                     const qv_k_stream_lora *lora, int32_t rank)
 {
     int form = cuda->decode_tuning.form;
     return cuda->major == 9 && !cuda->deterministic && args->n_tokens > SKINNY_TOKENS &&
-           (form == 0 ? is_faster_by_decode(args, lora) : form > 0) &&
+           (form == 0 ? is_faster_by_decode(args, lora, rank) : form > 0) &&
            qv_k_decode_linear_can(args, lora);
+}
+
+bool qv_cuda_minds_rank(const qv_backend *be, const qv_recording_shape *shape)
+{
+    const qv_cuda_backend *cuda = (const qv_cuda_backend *)be;
+    return cuda->major == 9 && !cuda->deterministic && shape->n_seqs > SKINNY_TOKENS &&
+           shape->n_seqs <= QV_K_DECODE_TOKENS && shape->n_segs <= DECODE_SEGMENTS;
 }
 
 /* Any number of tokens through the kernel for few, 64 at a time: each the same bits always. */
@@ -261,7 +270,7 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
         return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
     if (cuda->deterministic)
         return run_by_64(cuda, &c);
-    if (qv_cuda_decodes(cuda, &c, NULL))
+    if (qv_cuda_decodes(cuda, &c, NULL, 0))
         return qv_k_decode_linear(&c, NULL, cuda->decode_tuning, cuda->n_sms, cuda->stream);
     bool skinny = qv_k_skinny_linear_can(&c);
     if (skinny && c.n_tokens <= SKINNY_TOKENS)

@@ -48,7 +48,12 @@ int qv_k_skinny_linear_warps(const qv_k_linear_args *args);
 typedef struct {
     qv_k_segments segments;
     qv_k_lora_site site;
-    const float *x1; /* [n_tokens, n_slices, max_rank]: A x from qv_k_lora_shrink */
+    /* [n_tokens, n_slices, max_rank]: A x, from qv_k_lora_shrink, or of qv_k_decode_linear itself
+     */
+    float *x1;
+    /* Of qv_k_decode_linear: 0 before and after; and whose A may be fetched ahead (a NULL: none). */
+    uint32_t *arrivals;
+    qv_k_lora_site next;
 } qv_k_stream_lora;
 
 /* y = W x, and with `lora` + scale B x1 in one rounding, on devices of 9.0. Made for few
@@ -86,9 +91,9 @@ qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool st
                              void *on);
 
 /* What qv_k_stream_linear does, for more tokens, up to so many: y = W x, with `lora` + scale B x1,
- * on devices of 9.0 with wgmma. Conditions as above. With `lora` the kernel launched right ahead
- * must be qv_k_lora_shrink_few: x is read without waiting for it. The sums of an output are taken
- * in an order that depends on the number of tokens and on whether there are adapters. */
+ * on devices of 9.0 with wgmma, where x1 is computed on the way. Conditions as above. The sums of
+ * an output are taken in an order that depends on the number of tokens and on whether there are
+ * adapters. */
 #define QV_K_DECODE_TOKENS 64
 
 /* The forms that the kernel exists in: room for so many tokens, stages of a block's ring. */

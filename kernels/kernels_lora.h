@@ -59,11 +59,6 @@ qv_status qv_k_lora(const qv_k_segments *segments, const qv_k_lora_site *site, c
 qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *site, const void *x,
                            int64_t x_stride, float *x1, void *stream);
 
-/* The same by as many blocks as there are multiprocessors, for a decode step of many adapters: they
- * run all at once, so that what is launched behind starts without waiting for some to end. */
-qv_status qv_k_lora_shrink_few(const qv_k_segments *segments, const qv_k_lora_site *site,
-                               const void *x, int64_t x_stride, float *x1, int n_sms, void *stream);
-
 /* As qv_embed_lora_slot. */
 typedef struct {
     const void *a, *b; /* [n_vocab, max_rank], [max_rank, n_out] */

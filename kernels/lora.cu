@@ -47,102 +47,6 @@ __global__ void __launch_bounds__(SHRINK_THREADS, ALIGNED && !DEEP ? 2 : 1)
     shrink_block<ALIGNED, DEEP>(m, a, site.n_in, rank, first, p.n);
 }
 
-/* The same for a decode step of many adapters, by blocks that stay: one to a multiprocessor, so
- * that all of them run at once and what comes next starts as soon as all before shrink is complete.
- * An item is a block of the kernel above. Items of the lowest ranks come first and go round over
- * the blocks, since those above an adapter's rank are nothing to do; a block looks at all its items
- * together. */
-constexpr int LOOP_SEGMENTS = 1024;
-
-struct shrink_item {
-    int32_t slot, plane, rank;    /* rank: the plane's */
-    int32_t first_rank, first, n; /* tokens */
-};
-
-struct loop_shared {
-    shrink_shared shrink;
-    int32_t start[LOOP_SEGMENTS + 1], slot[LOOP_SEGMENTS];
-    shrink_item items[SHRINK_THREADS];
-    int n_items;
-};
-
-/* Item `number`; false: nothing to do. Segments have been brought to shared memory. */
-__device__ __forceinline__ bool find_item(const loop_shared &m, const qv_k_segments &s,
-                                          const qv_k_lora_site &site, int n_places, int number,
-                                          shrink_item &out)
-{
-    int place = number / site.ranges.n % n_places, low = 0, high = s.n_segs;
-    out.plane = number % site.ranges.n;
-    out.first_rank = number / site.ranges.n / n_places * SHRINK_RANKS;
-    while (high - low > 1) { /* the last segment whose places begin here or before */
-        int middle = (low + high) >> 1;
-        if (m.start[middle] / SHRINK_ROWS + middle <= place)
-            low = middle;
-        else
-            high = middle;
-    }
-    out.slot = m.slot[low];
-    out.first = m.start[low] + (place - (m.start[low] / SHRINK_ROWS + low)) * SHRINK_ROWS;
-    out.n = min(SHRINK_ROWS, m.start[low + 1] - out.first);
-    if (out.n <= 0 || out.slot < 0)
-        return false;
-    out.rank =
-        plane_rank(site.slices + (int64_t)out.slot * site.ranges.n, site.ranges.n, out.plane);
-    return out.first_rank < out.rank;
-}
-
-/* Grid (blocks). */
-template <bool ALIGNED>
-__global__ void __launch_bounds__(SHRINK_THREADS, 1)
-    shrink_loop_kernel(qv_k_segments s, const __grid_constant__ qv_k_lora_site site, const bf16 *x,
-                       int64_t x_stride, float *scratch, int n_places, int n_items)
-{
-    extern __shared__ __align__(128) char loop_memory[];
-    loop_shared &m = *(loop_shared *)loop_memory;
-    for (int i = threadIdx.x; i <= s.n_segs; i += SHRINK_THREADS) {
-        m.start[i] = s.seg_start[i];
-        if (i < s.n_segs)
-            m.slot[i] = s.seg_slot[i];
-    }
-    bool begun = false;
-    for (int first = blockIdx.x; !begun || first < n_items; first += SHRINK_THREADS * gridDim.x) {
-        __syncthreads(); /* the items before are done */
-        if (threadIdx.x == 0)
-            m.n_items = 0;
-        __syncthreads();
-        shrink_item item;
-        int number = first + (int)threadIdx.x * (int)gridDim.x;
-        if (number < n_items && find_item(m, s, site, n_places, number, item))
-            m.items[atomicAdd(&m.n_items, 1)] = item;
-        __syncthreads();
-        int n = m.n_items;
-        auto rows_of = [&](const shrink_item &of) {
-            return (const bf16 *)site.a +
-                   ((int64_t)of.slot * site.ranges.n + of.plane) * site.max_rank * site.n_in;
-        };
-        for (int i = 0; i < n; i++) {
-            const shrink_item of = m.items[i];
-            int64_t end = min(of.first_rank + SHRINK_RANKS, of.rank) * site.n_in;
-            for (int64_t j = of.first_rank * site.n_in + threadIdx.x * 64; j < end;
-                 j += SHRINK_THREADS * 64)
-                prefetch(rows_of(of) + j);
-        }
-        if (!begun)
-            begin_shrink();
-        begun = true;
-        for (int i = 0; i < n; i++) {
-            const shrink_item of = m.items[i];
-            if ((int)threadIdx.x < of.n) {
-                int64_t t = of.first + threadIdx.x;
-                m.shrink.x[threadIdx.x] = x + t * x_stride;
-                m.shrink.x1[threadIdx.x] = scratch + (t * site.ranges.n + of.plane) * site.max_rank;
-            }
-            shrink_block<ALIGNED, true>(m.shrink, rows_of(of), site.n_in, of.rank, of.first_rank,
-                                        of.n);
-        }
-    }
-}
-
 /* Grid (blocks of ranks, places of 32 tokens). */
 __global__ void __launch_bounds__(MANY_LORA_THREADS, 4)
     shrink_many_kernel(qv_k_segments s, qv_k_lora_site site, const bf16 *x, int64_t x_stride,
@@ -292,27 +196,6 @@ qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *
                                : shrink_kernel<true, false>,
                       grid, SHRINK_THREADS, 0, on, s, *site, rows, x_stride, x1);
     }
-    return qv_k_check_launch("lora_shrink");
-}
-
-qv_status qv_k_lora_shrink_few(const qv_k_segments *segments, const qv_k_lora_site *site,
-                               const void *x, int64_t x_stride, float *x1, int n_sms, void *stream)
-{
-    const qv_k_segments &s = *segments;
-    int groups = (site->max_rank + SHRINK_RANKS - 1) / SHRINK_RANKS;
-    int n_places = (int)(s.n_tokens / SHRINK_ROWS + s.n_segs);
-    int64_t n_items = (int64_t)site->ranges.n * groups * n_places;
-    if (s.n_segs < 1 || s.n_segs > LOOP_SEGMENTS || n_items > INT32_MAX / 2)
-        return qv_k_lora_shrink(segments, site, x, x_stride, x1, stream);
-    if (site->ranges.n > QV_K_MAX_SLICES || site->max_rank > QV_K_MAX_RANK)
-        return qv_fail(QV_ERR_LIMIT, "lora: %d slices of rank %d, but %d of %d are possible",
-                       site->ranges.n, site->max_rank, QV_K_MAX_SLICES, QV_K_MAX_RANK);
-    bool aligned = site->n_in % 8 == 0 && x_stride % 8 == 0 && (uintptr_t)x % 16 == 0 &&
-                   (uintptr_t)site->a % 16 == 0;
-    unsigned blocks = (unsigned)(n_items < n_sms ? n_items : n_sms);
-    launch_behind(aligned ? shrink_loop_kernel<true> : shrink_loop_kernel<false>, dim3(blocks),
-                  SHRINK_THREADS, sizeof(loop_shared), (cudaStream_t)stream, s, *site,
-                  (const bf16 *)x, x_stride, x1, n_places, (int)n_items);
     return qv_k_check_launch("lora_shrink");
 }
 

@@ -91,6 +91,14 @@ __device__ __forceinline__ uint4 look_at(const uint4 *line)
     return v;
 }
 
+/* What another block may have put there by now: what it wrote before that is to be seen then. */
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
 /* --- Tensor cores ------------------------------------------------------------------------- */
 
 /* Four tiles [8][8] of 16 bits, into fragments: lane l says where row l % 8 of tile l / 8 is. */

@@ -93,6 +93,19 @@ static void list_slice_starts(qv_lora_pool *pool)
     }
 }
 
+/* Sites of layers in the order of a step, the first again behind the last. */
+static void link_sites(qv_lora_pool *pool)
+{
+    size_t first = site_index(0, (qv_proj)0), end = site_index(pool->layout->config->n_layers, 0);
+    const qv_lora_site *next = NULL;
+    for (int pass = 0; pass < 2; pass++)
+        for (size_t i = end; i > first; i--)
+            if (pool->sites[i - 1].n_slots > 0) {
+                pool->sites[i - 1].next = next;
+                next = &pool->sites[i - 1];
+            }
+}
+
 qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_slots,
                            int32_t max_rank, uint64_t max_parts, qv_lora_pool **out)
 {
@@ -122,6 +135,8 @@ qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_sl
                 status = new_site(pool, layer, (qv_proj)p);
         }
     }
+    if (status == QV_OK)
+        link_sites(pool);
     if (status == QV_OK)
         status = qv_lora_parts_new(be, layout, n_slots, max_rank, max_parts, &pool->parts);
     if (status != QV_OK) {

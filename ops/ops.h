@@ -208,7 +208,7 @@ typedef struct {
     int32_t reserved;
 } qv_lora_slice;
 
-typedef struct {
+typedef struct qv_lora_site {
     int64_t n_in, n_out;
     int32_t n_slices, n_slots, max_rank;
     int32_t used_rank; /* no slot of the segments has a larger one; 0: not known. For speed alone */
@@ -217,6 +217,8 @@ typedef struct {
     qv_tensor b;                /* [n_slots, max_rank, n_out] */
     qv_lora_slice *slices;      /* [n_slots, n_slices], backend memory */
     const uint8_t *slot_active; /* [n_slots] host memory: 0 = every rank of the slot is 0 here */
+    /* Whose product comes next in a step, so that its A may be fetched ahead; NULL: not known. */
+    const struct qv_lora_site *next;
 } qv_lora_site;
 
 /* y[t, rows of slice] += scale * B (A x[t]) for the tokens of each segment whose slot has a pair.

@@ -139,8 +139,9 @@ static qv_status open_parts(qv_cuda_backend *cuda)
                        cublasLtGetStatusString(status));
     QV_CUDA_TRY(cudaMalloc(&cuda->blas_workspace, QV_CUDA_BLAS_WORKSPACE));
     void *counters;
-    QV_TRY(qv_cuda_alloc(&cuda->base, QV_CUDA_COUNTERS * sizeof *cuda->counters, &counters));
+    QV_TRY(qv_cuda_alloc(&cuda->base, (QV_CUDA_COUNTERS + 1) * sizeof *cuda->counters, &counters));
     cuda->counters = counters;
+    cuda->lora_arrivals = cuda->counters + QV_CUDA_COUNTERS;
     return QV_OK;
 }
 

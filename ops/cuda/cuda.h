@@ -88,6 +88,7 @@ typedef struct {
 
     qv_backend_limits limits; /* what was reserved */
     uint32_t *counters;       /* [QV_CUDA_COUNTERS] 0 between ops: blocks that have arrived */
+    uint32_t *lora_arrivals;  /* the same of a product with adapters */
     void *scratch;            /* of ops, one at a time: what is in it is dead after the op */
     size_t scratch_bytes;
     void *retired[QV_CUDA_RETIRED]; /* earlier scratch that recordings still use */

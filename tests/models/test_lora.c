@@ -436,6 +436,27 @@ static void respell(fx_file *file, const char *start, const char *end)
     }
 }
 
+Test(lora, sites_name_the_next_one_of_a_step_and_the_last_the_first)
+{
+    qv_backend *be = fx_backend();
+    qv_lora_pool *pool;
+    const qv_layout *layout = layout_of(false);
+    cr_assert_eq(qv_lora_pool_new(be, layout, 1, POOL_RANK, UINT64_MAX, &pool), QV_OK);
+    const qv_lora_site *first = NULL, *last = NULL;
+    for (int64_t layer = 0; layer < layout->config->n_layers; layer++)
+        for (int p = 0; p < QV_PROJ_COUNT; p++) {
+            const qv_lora_site *site = qv_lora_pool_site(pool, layer, (qv_proj)p);
+            if (site == NULL)
+                continue;
+            cr_expect(last == NULL || last->next == site, "layer %d, %d", (int)layer, p);
+            first = first == NULL ? site : first;
+            last = site;
+        }
+    cr_assert(first != NULL && first != last && last->next == first);
+    qv_lora_pool_free(pool);
+    qv_backend_close(be);
+}
+
 Test(lora, every_spelling_is_the_same_adapter)
 {
     static const struct {

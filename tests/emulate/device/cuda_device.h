@@ -159,6 +159,11 @@ template <typename T> T atomicAdd(T *p, emu::same_t<T> v)
     return emu::atomic(p, [=](T x) { return x + v; });
 }
 
+template <typename T> T atomicMax(T *p, emu::same_t<T> v)
+{
+    return emu::atomic(p, [=](T x) { return x > v ? x : v; });
+}
+
 /* Counts from 0 to `last` and around. */
 inline unsigned atomicInc(unsigned *p, unsigned last)
 {

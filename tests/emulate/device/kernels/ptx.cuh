@@ -72,6 +72,12 @@ inline uint4 look_at(const uint4 *line)
     return make_uint4((uint32_t)low, (uint32_t)(low >> 32), (uint32_t)high, (uint32_t)(high >> 32));
 }
 
+inline uint32_t load_acquire(const uint32_t *p)
+{
+    emu::yield();
+    return *p;
+}
+
 /* --- Tensor cores ------------------------------------------------------------------------- */
 
 inline void ldmatrix4(uint32_t (&r)[4], const void *row)

@@ -98,9 +98,7 @@ __device__ __forceinline__ void find_entries(decode_shared<F> &m, const qv_k_seg
         atomicAdd(&m.n_units, ceiling(of.rank, RANKS));
         atomicMax(&m.widest, ((end + 7) & ~7) - (first & ~7));
     }
-    __syncwarp();
-    if (lane == 0)
-        barrier_arrive(&m.found);
+    barrier_arrive(&m.found);
 }
 
 /* B of n units. One thread. */
@@ -354,7 +352,7 @@ __global__ void __launch_bounds__(F::THREADS, BLOCKS)
             barrier_init(&m.x1_full[i], 32);
             barrier_init(&m.empty[i], WORKERS / 32);
         }
-        barrier_init(&m.found, 1);
+        barrier_init(&m.found, 32);
         barriers_publish();
         m.n_entries = m.n_units = m.widest = 0;
         for (int i = 0; p.row0 >= 0 && i < min(F::STAGES, p.n_steps); i++)

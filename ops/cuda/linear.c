@@ -200,12 +200,14 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
  * (16 tokens, 8 adapters of rank 16 in pools of 16 and 64, us: 36.2 and 35.5, 29.9 and 31.3, 15.6
  * and 15.7, 46.8 and 46.6, 26.2 and 26.2). 8 adapters of rank 16 in the 4B: 6.201 to 5.755, 7.586
  * to 6.928, 9.616 to 9.181 ms; 8 of rank 64 at 16 and 64 sequences 6.746 to 7.366, 10.137
- * to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A recorded step counts as many segments as its
- * sequences or the adapter slots and one for the base, what is less. */
+ * to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A step of 12 sequences with 8 of rank 16 took
+ * 4.908 ms where one of 8, by qv_k_stream_linear behind shrink, took 5.218. A recorded step counts
+ * as many segments as its sequences or the adapter slots and one for the base, what is less. */
 #define DECODE_BASE_TOKENS 32
 #define DECODE_BASE_ROWS   25344
 #define DECODE_BASE_LEAST  (4 << 20) /* numbers of W */
 #define DECODE_SEGMENTS    16
+#define DECODE_LORA_TOKENS 5 /* from here on */
 
 static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lora *lora,
                                 int32_t rank)
@@ -219,8 +221,8 @@ static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lor
 bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                      const qv_k_stream_lora *lora, int32_t rank)
 {
-    int form = cuda->decode_tuning.form;
-    return cuda->major == 9 && !cuda->deterministic && args->n_tokens > SKINNY_TOKENS &&
+    int form = cuda->decode_tuning.form, least = lora ? DECODE_LORA_TOKENS : SKINNY_TOKENS + 1;
+    return cuda->major == 9 && !cuda->deterministic && args->n_tokens >= least &&
            (form == 0 ? is_faster_by_decode(args, lora, rank) : form > 0) &&
            qv_k_decode_linear_can(args, lora);
 }
@@ -228,7 +230,7 @@ bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
 bool qv_cuda_minds_rank(const qv_backend *be, const qv_recording_shape *shape)
 {
     const qv_cuda_backend *cuda = (const qv_cuda_backend *)be;
-    return cuda->major == 9 && !cuda->deterministic && shape->n_seqs > SKINNY_TOKENS &&
+    return cuda->major == 9 && !cuda->deterministic && shape->n_seqs >= DECODE_LORA_TOKENS &&
            shape->n_seqs <= QV_K_DECODE_TOKENS && shape->n_segs <= DECODE_SEGMENTS;
 }
 

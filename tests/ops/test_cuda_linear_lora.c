@@ -183,15 +183,15 @@ Test(cuda_linear_lora, a_form_that_decode_does_not_have_is_refused)
 }
 
 /* Whether a product with adapters is decode's on 9.0, of so many tokens, segments and ranks. */
-Test(cuda_linear_lora, nine_to_64_tokens_are_decodes_where_adapters_are_small_and_few)
+Test(cuda_linear_lora, five_to_64_tokens_are_decodes_where_adapters_are_small_and_few)
 {
     static const struct {
         int32_t n_tokens, n_segs, rank;
         bool decodes;
     } cases[] = {
-        {8, 8, 16, false},   {9, 9, 16, true},   {16, 9, 16, true},  {64, 9, 16, true},
-        {64, 9, 32, true},   {65, 9, 16, false}, {64, 16, 16, true}, {64, 17, 16, false},
-        {64, 64, 16, false}, {16, 9, 64, false},
+        {4, 4, 16, false},  {5, 5, 16, true},    {8, 8, 16, true},    {9, 9, 16, true},
+        {16, 9, 16, true},  {64, 9, 16, true},   {64, 9, 32, true},   {65, 9, 16, false},
+        {64, 16, 16, true}, {64, 17, 16, false}, {64, 64, 16, false}, {16, 9, 64, false},
     };
     pair *p = open_pair();
     require_hopper(p);

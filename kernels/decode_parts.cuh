@@ -53,10 +53,11 @@ template <int N_, int STAGES_, bool LORA_> struct form {
 
 template <class F> struct decode_shared {
     union {
+        /* Of a stage, w: rows of W; units of B, each [rank][64]; or A, 4 x [16][64]. x: tokens; x1
+         * of the units, float32 [token][rank]; or tokens, 4 x [8][64]. */
         struct {
-            bf16 w[F::STAGES][ROWS * STEP]; /* or units of B, each [rank][64]; or A, 4 x [16][64] */
-            bf16 x[F::STAGES]
-                  [F::N * STEP]; /* or UNITS of x1, float32 [token][rank]; or 4 x [8][64] */
+            bf16 w[F::STAGES][ROWS * STEP];
+            bf16 x[F::STAGES][F::N * STEP];
         };
         float sums[F::N][ROWS + 4]; /* [token][row]: lanes of a fragment hit different banks */
     };

@@ -14,23 +14,12 @@
 #define QV_KERNELS_DECODE_SHRINK_CUH
 
 #include "kernels/decode_parts.cuh"
+#include "kernels/lora_places.cuh"
 
 namespace
 {
 
 constexpr int BOXES = WORKERS / 32; /* of a stage */
-
-/* Ranks of a plane that some slice reads. */
-__device__ __forceinline__ int rank_of_plane(const qv_k_lora_slice *slices, int n, int plane)
-{
-    int rank = 0;
-#pragma unroll 4
-    for (int i = 0; i < n; i++) { /* loads in a row, whatever they say */
-        int2 plane_and_rank = *(const int2 *)&slices[i];
-        rank = plane_and_rank.x == plane ? max(rank, plane_and_rank.y) : rank;
-    }
-    return rank;
-}
 
 /* All ranks and tokens of a plane of a segment; none: n or rank is 0. */
 __device__ __forceinline__ shrink_item plane_of(const qv_k_segments &s, const qv_k_lora_site &site,
@@ -44,7 +33,7 @@ __device__ __forceinline__ shrink_item plane_of(const qv_k_segments &s, const qv
         return all;
     all.plane = (uint16_t)(number % n_planes);
     all.matrix = slot * n_planes + all.plane;
-    all.rank = (uint16_t)rank_of_plane(site.slices + (int64_t)slot * n_planes, n_planes, all.plane);
+    all.rank = (uint16_t)plane_rank(site.slices + (int64_t)slot * n_planes, n_planes, all.plane);
     all.first = (uint16_t)first;
     all.n = (uint16_t)n;
     return all;

@@ -1,5 +1,6 @@
-/* Places of a grid over (segment, tile of tokens), numbered so that no prefix sum over the segments
- * is needed: segment s owns the places from seg_start[s] / tile + s on.
+/* What kernels over adapter segments ask of them: places of a grid over (segment, tile of tokens),
+ * numbered so that no prefix sum over the segments is needed (segment s owns the places from
+ * seg_start[s] / tile + s on), and how many ranks a plane has.
  */
 #ifndef QV_KERNELS_LORA_PLACES_CUH
 #define QV_KERNELS_LORA_PLACES_CUH
@@ -44,6 +45,18 @@ __device__ __forceinline__ tokens_of_place find_tokens(const qv_k_segments &s, i
 inline unsigned n_places(const qv_k_segments &s, int tile)
 {
     return (unsigned)(s.n_tokens / tile + s.n_segs);
+}
+
+/* Ranks of a plane that some slice reads. All loads at once: each may wait for memory. */
+__device__ __forceinline__ int plane_rank(const qv_k_lora_slice *slices, int n, int plane)
+{
+    int rank = 0;
+#pragma unroll 4
+    for (int i = 0; i < n; i++) {
+        int of = slices[i].plane, ranks = slices[i].rank;
+        rank = of == plane ? max(rank, ranks) : rank;
+    }
+    return rank;
 }
 
 } // namespace

@@ -16,7 +16,7 @@
 #define QV_KERNELS_LORA_TILES_CUH
 
 #include "kernels/device.cuh"
-#include "kernels/kernels_lora.h"
+#include "kernels/lora_places.cuh"
 #include "kernels/skinny.cuh"
 
 namespace
@@ -113,16 +113,6 @@ __device__ void shrink_block(shrink_shared &m, const bf16 *a, int64_t n_in, int 
         m.x1[row][first + r] = sum;
     }
     __syncthreads();
-}
-
-/* Ranks of a plane that some slice reads. */
-__device__ __forceinline__ int plane_rank(const qv_k_lora_slice *slices, int n, int plane)
-{
-    int rank = 0;
-    for (int i = 0; i < n; i++)
-        if (slices[i].plane == plane)
-            rank = max(rank, slices[i].rank);
-    return rank;
 }
 
 /* --- Shrink, many rows --------------------------------------------------------------------- */

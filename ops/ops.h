@@ -202,7 +202,7 @@ size_t qv_weight_bytes(int64_t n_out, int64_t n_in, qv_dtype dtype);
  * and planes without a pair are zero.
  */
 typedef struct {
-    int32_t plane; /* which plane of A this slice reads (slices of one module share a plane) */
+    int32_t plane; /* of A that this slice reads; slices of a module share plane, rank, scale */
     int32_t rank;  /* 0: no delta for this slice */
     float scale;   /* applied in float32 when B is */
     int32_t reserved;

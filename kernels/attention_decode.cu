@@ -110,7 +110,7 @@ cudaError_t launch(const qv_k_attention_args &c, cudaStream_t s)
 {
     auto *kernel = c.gate.data ? decode_kernel<D, WARPS, STAGES, true>
                                : decode_kernel<D, WARPS, STAGES, false>;
-    return launch_early(c, kernel, 32 * WARPS, decode_shape<D, WARPS, STAGES>::BYTES, s, c);
+    return launch_pieces(c, kernel, 32 * WARPS, decode_shape<D, WARPS, STAGES>::BYTES, s, c);
 }
 
 } // namespace

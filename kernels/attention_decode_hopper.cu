@@ -203,8 +203,8 @@ template <int D, int UNITS> qv_status launch(const qv_k_attention_args &c, cudaS
     QV_TRY(pages_map("attention_decode", c, c.k_pages, &k_map));
     QV_TRY(pages_map("attention_decode", c, c.v_pages, &v_map));
     auto *kernel = c.gate.data ? stream_kernel<D, UNITS, true> : stream_kernel<D, UNITS, false>;
-    cudaError_t error = launch_early(c, kernel, 32 * STREAM_WARPS, stream_shape<D, UNITS>::BYTES, s,
-                                     c, k_map, v_map);
+    cudaError_t error = launch_pieces(c, kernel, 32 * STREAM_WARPS, stream_shape<D, UNITS>::BYTES,
+                                      s, c, k_map, v_map);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: attention_decode: %s", cudaGetErrorString(error));
     return qv_k_check_launch("attention_decode");

@@ -204,26 +204,17 @@ __device__ __forceinline__ void finish(const qv_k_attention_args &c, const piece
                                        kv_head * group * c.o.head);
 }
 
-/* Beginning before the kernel in front has ended, on Hopper. */
+/* A block for each piece of a sequence and KV head. */
 template <typename... ARGS, typename... GIVEN>
-cudaError_t launch_early(const qv_k_attention_args &c, void (*kernel)(ARGS...), int threads,
-                         int bytes, cudaStream_t s, const GIVEN &...given)
+cudaError_t launch_pieces(const qv_k_attention_args &c, void (*kernel)(ARGS...), int threads,
+                          int bytes, cudaStream_t s, const GIVEN &...given)
 {
     cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess)
         return error;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)c.n_splits, (unsigned)c.n_kv_heads, (unsigned)c.n_seqs);
-    config.blockDim = (unsigned)threads;
-    config.dynamicSmemBytes = (size_t)bytes;
-    config.stream = s;
-    config.attrs = &attribute;
-    config.numAttrs = c.hopper ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, given...);
+    dim3 grid((unsigned)c.n_splits, (unsigned)c.n_kv_heads, (unsigned)c.n_seqs);
+    return launch_early(c.hopper, kernel, grid, (unsigned)threads, (size_t)bytes, s, given...);
 }
 
 #endif

@@ -87,25 +87,29 @@ struct place {
 
 /* --- Units of adapters --------------------------------------------------------------------- */
 
-constexpr int MOST_UNITS = 2 * UNITS;
+/* Whether every entry's tokens fit in half the room for x1. */
+template <class F> __device__ __forceinline__ bool is_narrow(const decode_shared<F> &m)
+{
+    return m.widest <= F::N / 2;
+}
 
 /* Units of a stage: x1 has its room; adapters of few tokens have twice as many in it. */
 template <class F> __device__ __forceinline__ int units_of_stage(const decode_shared<F> &m)
 {
-    return m.widest <= F::N / 2 ? MOST_UNITS : UNITS;
+    return is_narrow(m) ? 2 * UNITS : UNITS;
 }
 
 /* The first token of a unit's rows of x1. */
 template <class F>
 __device__ __forceinline__ int first_row(const decode_shared<F> &m, const entry &e)
 {
-    return m.widest <= F::N / 2 ? e.first & ~7 : 0;
+    return is_narrow(m) ? e.first & ~7 : 0;
 }
 
 /* x1 of a unit of a stage: [token][rank]. */
 template <class F> __device__ __forceinline__ float *x1_of(decode_shared<F> &m, int at, int unit)
 {
-    return (float *)m.x[at] + unit * (m.widest <= F::N / 2 ? F::N / 2 : F::N) * RANKS;
+    return (float *)m.x[at] + unit * (is_narrow(m) ? F::N / 2 : F::N) * RANKS;
 }
 
 /* --- The ring ------------------------------------------------------------------------------ */

@@ -8,7 +8,9 @@
  *
  * Blocks of W learn from a counter that x1 is complete. All blocks count themselves in: these when
  * they have written, the others when they have seen that, so that the last one, whichever it is,
- * leaves zero behind. Nobody counts before the kernel before this one is complete.
+ * leaves zero behind. Nobody counts before the kernel before this one is complete. Those that
+ * shrink come first in the grid, and begin no later than others: where not all blocks have room at
+ * once, the others wait for none that has yet to begin.
  */
 #ifndef QV_KERNELS_DECODE_SHRINK_CUH
 #define QV_KERNELS_DECODE_SHRINK_CUH

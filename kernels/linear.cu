@@ -91,24 +91,16 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_kernel(qv_k_linear_args c)
 template <int NT, bool REST>
 cudaError_t launch_skinny(const qv_k_linear_args &c, cudaStream_t stream)
 {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
     bool few = qv_k_skinny_linear_warps(&c) == 16;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((unsigned)((c.n_out + 15) / 16));
-    config.blockDim = dim3(few ? 512 : 256);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = qv_k_is_hopper();
-    config.dynamicSmemBytes = (few ? 16 : 8) * NT * 128 * sizeof(float);
+    unsigned blocks = (unsigned)((c.n_out + 15) / 16);
+    size_t bytes = (few ? 16 : 8) * NT * 128 * sizeof(float);
     if (!few)
-        return cudaLaunchKernelEx(&config, skinny_kernel<NT, 8, REST>, c);
-    cudaError_t error = cudaFuncSetAttribute(skinny_kernel<NT, 16, REST>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             (int)config.dynamicSmemBytes);
-    return error == cudaSuccess ? cudaLaunchKernelEx(&config, skinny_kernel<NT, 16, REST>, c)
-                                : error;
+        return launch_early(true, skinny_kernel<NT, 8, REST>, blocks, 256, bytes, stream, c);
+    cudaError_t error = cudaFuncSetAttribute(
+        skinny_kernel<NT, 16, REST>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    return error == cudaSuccess
+               ? launch_early(true, skinny_kernel<NT, 16, REST>, blocks, 512, bytes, stream, c)
+               : error;
 }
 
 template <bool REST> cudaError_t choose_skinny(const qv_k_linear_args &c, cudaStream_t stream)

@@ -152,8 +152,8 @@ void launch_expand(const qv_k_segments &s, const qv_k_lora_site &site, const flo
                    void *y, int64_t y_stride, cudaStream_t stream)
 {
     dim3 grid(column_tiles(site.n_out), n_places(s, 16 * MT));
-    launch_behind(expand_kernel<MT, Y>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream, s,
-                  site, scratch, (Y *)y, y_stride);
+    launch_early(true, expand_kernel<MT, Y>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>),
+                 stream, s, site, scratch, (Y *)y, y_stride);
 }
 
 template <typename Y>
@@ -186,15 +186,16 @@ qv_status qv_k_lora_shrink(const qv_k_segments *segments, const qv_k_lora_site *
         cudaFuncSetAttribute(shrink_many_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              (int)sizeof(many_shared));
         dim3 grid(rank_blocks(site->ranges.n, site->max_rank), n_places(s, MANY_X));
-        launch_behind(shrink_many_kernel, grid, MANY_LORA_THREADS, sizeof(many_shared), on, s,
-                      *site, rows, x_stride, x1);
+        launch_early(true, shrink_many_kernel, grid, MANY_LORA_THREADS, sizeof(many_shared), on, s,
+                     *site, rows, x_stride, x1);
     } else {
         dim3 grid((unsigned)(site->ranges.n * groups), n_places(s, SHRINK_ROWS));
         bool deep = s.n_segs * site->ranges.n <= DEEP_BLOCKS;
-        launch_behind(!aligned ? shrink_kernel<false, false>
-                      : deep   ? shrink_kernel<true, true>
-                               : shrink_kernel<true, false>,
-                      grid, SHRINK_THREADS, 0, on, s, *site, rows, x_stride, x1);
+        launch_early(true,
+                     !aligned ? shrink_kernel<false, false>
+                     : deep   ? shrink_kernel<true, true>
+                              : shrink_kernel<true, false>,
+                     grid, SHRINK_THREADS, 0, on, s, *site, rows, x_stride, x1);
     }
     return qv_k_check_launch("lora_shrink");
 }

@@ -35,23 +35,6 @@ __device__ __forceinline__ void stay_behind()
         wait_for_previous();
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch_behind(void (*kernel)(Parameters...), dim3 grid, int threads, size_t bytes,
-                   cudaStream_t stream, Arguments... arguments)
-{
-    cudaLaunchAttribute attribute;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3((unsigned)threads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.numAttrs = qv_k_is_hopper();
-    cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
 /* --- Shrink, few rows ---------------------------------------------------------------------- */
 
 constexpr int SHRINK_RANKS = 16; /* rows of A of a block */

@@ -224,8 +224,8 @@ void launch_expand(const qv_k_list &list, const qv_k_moe_lora_site &site, int64_
                    bool pairs, const float *scratch, void *y, int64_t y_stride, cudaStream_t stream)
 {
     dim3 grid((unsigned)most_runs, (unsigned)((site.n_out + EXPAND_COLUMNS - 1) / EXPAND_COLUMNS));
-    launch_behind(moe_expand_kernel<MT>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>), stream,
-                  list, site, pairs, scratch, (bf16 *)y, y_stride);
+    launch_early(true, moe_expand_kernel<MT>, grid, EXPAND_THREADS, sizeof(expand_shared<MT>),
+                 stream, list, site, pairs, scratch, (bf16 *)y, y_stride);
 }
 
 } // namespace

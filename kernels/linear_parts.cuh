@@ -1,6 +1,6 @@
 /* What the products of decode share: what a warp takes of W straight from memory (linear.cu,
- * joined_linear.cu), adapters as units of 16 ranks that follow W in its ring (stream_linear.cu,
- * decode_linear.cu), and results four rows at a time.
+ * joined_linear.cu), adapters in units of 16 ranks (stream_linear.cu, decode_linear.cu), and
+ * results four rows at a time.
  */
 #ifndef QV_KERNELS_LINEAR_PARTS_CUH
 #define QV_KERNELS_LINEAR_PARTS_CUH
@@ -44,30 +44,9 @@ __device__ __forceinline__ void multiply_piece(const piece &w, int j, const bf16
     mma(acc, second, b.z, b.w);
 }
 
-/* --- Units of adapters -------------------------------------------------------------------- */
+/* --- Adapters ----------------------------------------------------------------------------- */
 
 constexpr int RANKS = 16; /* of a unit */
-constexpr int UNITS = 2;  /* of a stage */
-
-/* A unit: 16 ranks of an entry, which is one adapter in one slice. */
-struct cursor {
-    int index, rank;
-};
-
-template <class SHARED> __device__ __forceinline__ void advance(const SHARED &m, cursor &at)
-{
-    at.rank += RANKS;
-    if (at.rank >= m.entries[at.index].rank) {
-        at.rank = 0;
-        at.index++;
-    }
-}
-
-/* x1 of a unit: rows of 16 float32, pieces of 16 bytes permuted. */
-__device__ __forceinline__ int x1_at(int token, int r)
-{
-    return token * RANKS + (((r >> 2) ^ (token >> 1 & 3)) << 2) + (r & 3);
-}
 
 /* The most slices that `rows` rows from a multiple of so many on touch. */
 inline int most_slices(const qv_k_slices &s, int rows)

@@ -99,6 +99,17 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t *p)
     return v;
 }
 
+/* What another block has written: not from the L1 cache. */
+__device__ __forceinline__ float2 load_of_others(const float *p)
+{
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];\n"
+                 : "=f"(v.x), "=f"(v.y)
+                 : "l"(p)
+                 : "memory");
+    return v;
+}
+
 /* --- Tensor cores ------------------------------------------------------------------------- */
 
 /* Four tiles [8][8] of 16 bits, into fragments: lane l says where row l % 8 of tile l / 8 is. */

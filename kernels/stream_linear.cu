@@ -24,6 +24,7 @@ constexpr int ROWS = 64; /* of W, of a block */
 constexpr int STEP = 64; /* of k, of a stage */
 constexpr int MAX_TOKENS = QV_K_STREAM_TOKENS;
 constexpr int MAX_ENTRIES = MAX_TOKENS * QV_K_STREAM_SLICES;
+constexpr int UNITS = 2; /* of a stage */
 constexpr uint8_t NOBODY = 255;
 
 /* One adapter in one slice. Tokens count from the block's first. */
@@ -157,6 +158,27 @@ __device__ void find_entries(stream_shared<NT, STAGES> &m, const qv_k_segments &
         atomicAdd(&m.n_units, (of.rank + RANKS - 1) / RANKS);
     }
     __syncthreads();
+}
+
+/* A unit: 16 ranks of an entry, which is one adapter in one slice. */
+struct cursor {
+    int index, rank;
+};
+
+template <int NT, int STAGES>
+__device__ __forceinline__ void advance(const stream_shared<NT, STAGES> &m, cursor &at)
+{
+    at.rank += RANKS;
+    if (at.rank >= m.entries[at.index].rank) {
+        at.rank = 0;
+        at.index++;
+    }
+}
+
+/* x1 of a unit: rows of 16 float32, pieces of 16 bytes permuted. */
+__device__ __forceinline__ int x1_at(int token, int r)
+{
+    return token * RANKS + (((r >> 2) ^ (token >> 1 & 3)) << 2) + (r & 3);
 }
 
 /* B of a unit, columns outside of the slice and ranks above the adapter's as zeros. */

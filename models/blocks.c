@@ -205,20 +205,18 @@ qv_status qv_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_
     qv_tensor rest = rest_for(pass, proj);
     if (shape->x_cols != shape->n_in)
         x = qv_tensor_cols(x, shape->x_col, shape->n_in);
-    const qv_lora_site *own = site_of(pass, layer, proj);
-    if (own == NULL)
+    const qv_lora_site *site = site_of(pass, layer, proj);
+    if (site == NULL)
         return exact ? qv_op_linear_f32(pass->be, weight, x, rest, y)
                      : qv_op_linear(pass->be, weight, x, y);
 
-    qv_lora_site site = *own;
-    site.used_rank = pass->lora_rank;
     segments s = segments_of(pass, layer);
-    qv_tensor scratch = lora_scratch(pass, own, x);
+    qv_tensor scratch = lora_scratch(pass, site, x);
     if (rest.data == NULL)
-        return qv_op_linear_lora(pass->be, weight, &site, s.n, s.start, s.slot, x, scratch, y,
+        return qv_op_linear_lora(pass->be, weight, site, s.n, s.start, s.slot, x, scratch, y,
                                  exact);
     QV_TRY(qv_op_linear_f32(pass->be, weight, x, rest, y));
-    return qv_op_lora_f32(pass->be, &site, s.n, s.start, s.slot, x, scratch, y);
+    return qv_op_lora_f32(pass->be, site, s.n, s.start, s.slot, x, scratch, y);
 }
 
 qv_status qv_linear_out(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x, qv_tensor y)

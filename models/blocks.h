@@ -59,7 +59,6 @@ struct qv_pass {
     const qv_layout *layout;
     const qv_weights *weights;
     const qv_lora_pool *lora; /* NULL: no adapters */
-    int32_t lora_rank;        /* no adapter of the batch has a larger one; 0: not known */
     const qv_state *state;
     const qv_buffers *buffers;
     qv_moe_list *list; /* the buffers' */

@@ -15,7 +15,6 @@ struct qv_lora_pool {
         *sites;         /* [n_layers + 1, QV_PROJ_COUNT], the global part first; n_slots 0 = none */
     uint8_t *active;    /* [n_layers + 1, QV_PROJ_COUNT, n_slots] */
     int32_t *used_rank; /* the same: every entry at and above this rank is zero */
-    int32_t *slot_rank; /* [n_slots] the largest of its pairs, but those of parts */
     qv_lora_parts *parts;
 };
 
@@ -121,8 +120,7 @@ qv_status qv_lora_pool_new(qv_backend *be, const qv_layout *layout, int32_t n_sl
                            .dtype = qv_backend_lora_dtype(be),
                            .sites = calloc(n_sites, sizeof *pool->sites),
                            .active = calloc(n_sites, (size_t)n_slots),
-                           .used_rank = calloc(n_sites * (size_t)n_slots, sizeof(int32_t)),
-                           .slot_rank = calloc((size_t)n_slots, sizeof(int32_t))};
+                           .used_rank = calloc(n_sites * (size_t)n_slots, sizeof(int32_t))};
     qv_status status = pool->sites != NULL && pool->active != NULL && pool->used_rank != NULL
                            ? QV_OK
                            : qv_fail(QV_ERR_NOMEM, "no memory for adapter slots");
@@ -161,7 +159,6 @@ void qv_lora_pool_free(qv_lora_pool *pool)
     free(pool->sites);
     free(pool->active);
     free(pool->used_rank);
-    free(pool->slot_rank);
     free(pool);
 }
 
@@ -232,7 +229,6 @@ qv_status qv_lora_pool_clear(qv_lora_pool *pool, int32_t slot)
     QV_TRY(status != QV_OK ? status : end);
     for (size_t i = 0; i < n_sites; i++)
         *slot_used_rank(pool, i, slot) = 0;
-    pool->slot_rank[slot] = 0;
     qv_lora_parts_free_block(pool->parts, slot);
     return QV_OK;
 }
@@ -327,12 +323,8 @@ qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapte
     int64_t largest_b = 1;
     for (size_t i = 0; i < qv_adapter_n_items(adapter); i++) {
         const qv_lora_item *item = qv_adapter_item(adapter, i);
-        if (!is_in_pool(pool, item))
-            continue;
-        int64_t n_elems = item->target.n_rows * item->rank;
+        int64_t n_elems = is_in_pool(pool, item) ? item->target.n_rows * item->rank : 0;
         largest_b = n_elems > largest_b ? n_elems : largest_b;
-        if (item->rank > pool->slot_rank[slot])
-            pool->slot_rank[slot] = item->rank;
     }
     uint8_t *staging = malloc((size_t)largest_b * qv_dtype_size(pool->dtype));
     if (staging == NULL)
@@ -342,12 +334,6 @@ qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapte
     if (status != QV_OK)
         (void)qv_lora_pool_clear(pool, slot); /* the first failure is the one to report */
     return status;
-}
-
-int32_t qv_lora_pool_rank(const qv_lora_pool *pool, int32_t slot)
-{
-    QV_ASSERT(slot >= 0 && slot < pool->n_slots);
-    return pool->slot_rank[slot];
 }
 
 /* --- Made-up adapters ------------------------------------------------------------------------- */
@@ -377,8 +363,6 @@ qv_status qv_lora_pool_make_up(qv_lora_pool *pool, int32_t rank)
     if (rank < 1 || rank > pool->max_rank)
         return qv_fail(QV_ERR_LIMIT, "made-up adapters of rank %d in slots for rank %d", rank,
                        pool->max_rank);
-    for (int32_t slot = 0; slot < pool->n_slots; slot++)
-        pool->slot_rank[slot] = rank;
     for (int64_t layer = 0; layer < pool->layout->config->n_layers; layer++)
         for (int p = 0; p < QV_PROJ_COUNT; p++) {
             size_t index = site_index(layer, (qv_proj)p);

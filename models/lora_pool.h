@@ -39,9 +39,6 @@ const qv_lora_parts *qv_lora_pool_parts(const qv_lora_pool *pool);
 qv_status qv_lora_pool_install(qv_lora_pool *pool, int32_t slot, const qv_adapter *adapter);
 qv_status qv_lora_pool_clear(qv_lora_pool *pool, int32_t slot);
 
-/* The largest rank of a slot's pairs on sites; 0: none. */
-int32_t qv_lora_pool_rank(const qv_lora_pool *pool, int32_t slot);
-
 /* Made-up adapters of `rank` in every slot, on every projection of layers that slots have room for
  * but the router: for benchmarks. Errors: LIMIT (rank), DEVICE. */
 qv_status qv_lora_pool_make_up(qv_lora_pool *pool, int32_t rank);

@@ -18,14 +18,6 @@
 /* A rank's part of the model. */
 enum { MAX_RECORDED = 20 };
 
-/* Decode steps that are recorded apart. */
-typedef enum {
-    BASE_ALONE,
-    ANY_ADAPTERS,
-    SMALL_ADAPTERS, /* of rank QV_SMALL_RANK at most; where the backend minds */
-    N_KINDS,
-} step_kind;
-
 typedef struct {
     qv_backend *be; /* borrowed */
     qv_layout layout;
@@ -33,8 +25,8 @@ typedef struct {
     qv_weights weights;
     qv_state state;
     qv_buffers buffers;
-    qv_lora_pool *lora;                            /* NULL: no adapters */
-    qv_recording *recorded[N_KINDS][MAX_RECORDED]; /* [kind][size] decode steps; NULL: none */
+    qv_lora_pool *lora;                      /* NULL: no adapters */
+    qv_recording *recorded[2][MAX_RECORDED]; /* [with adapters][size] decode steps; NULL: none */
     int n_recorded;
     qv_tensor recorded_part; /* of the largest: where they all leave their logits */
 } model_rank;
@@ -135,9 +127,8 @@ qv_status qv_model_plan(const qv_model_config *config, const qv_backend *be,
 /* --- One pass --------------------------------------------------------------------------------- */
 
 /* `batch` is where the backend reads it; *part becomes this rank's part of the logits. */
-/* Adapters of `lora`, NULL for none, of which none has more than lora_rank; 0: not known. */
 static qv_status forward(qv_model *model, int32_t rank, const qv_batch *batch, qv_lora_pool *lora,
-                         int32_t lora_rank, qv_tensor *part)
+                         qv_tensor *part)
 {
     model_rank *r = &model->ranks[rank];
     qv_pass pass = {.be = r->be,
@@ -145,7 +136,6 @@ static qv_status forward(qv_model *model, int32_t rank, const qv_batch *batch, q
                     .layout = &r->layout,
                     .weights = &r->weights,
                     .lora = lora,
-                    .lora_rank = lora_rank,
                     .state = &r->state,
                     .buffers = &r->buffers,
                     .list = &r->buffers.list,
@@ -166,18 +156,18 @@ static const int32_t recorded_sizes[MAX_RECORDED] = {1,  2,  4,  8,  12,  16,  2
 typedef struct {
     qv_model *model;
     int32_t rank;
-    step_kind kind;
+    bool with_adapters;
 } recording;
 
 static qv_status record_step(void *ctx, const qv_batch *batch)
 {
     recording *rec = ctx;
     model_rank *r = &rec->model->ranks[rec->rank];
-    return forward(rec->model, rec->rank, batch, rec->kind == BASE_ALONE ? NULL : r->lora,
-                   rec->kind == SMALL_ADAPTERS ? QV_SMALL_RANK : 0, &r->recorded_part);
+    return forward(rec->model, rec->rank, batch, rec->with_adapters ? r->lora : NULL,
+                   &r->recorded_part);
 }
 
-/* Record the decode steps of one rank, of all kinds. */
+/* Record the decode steps of one rank, without and with adapters. */
 static qv_status record_rank(int32_t rank, void *ctx)
 {
     qv_model *model = ctx;
@@ -189,18 +179,13 @@ static qv_status record_rank(int32_t rank, void *ctx)
     if (!qv_backend_can_record(r->be) || limits->max_seq_pages < 1)
         return QV_OK;
     for (int i = 0; i < MAX_RECORDED && recorded_sizes[i] <= most; i++) {
-        for (step_kind kind = 0; kind < (r->lora != NULL ? N_KINDS : ANY_ADAPTERS); kind++) {
-            recording rec = {.model = model, .rank = rank, .kind = kind};
+        for (int with = 0; with <= (r->lora != NULL); with++) {
+            recording rec = {.model = model, .rank = rank, .with_adapters = with};
             int32_t n = recorded_sizes[i], slots = limits->n_adapter_slots + 1;
             qv_recording_shape shape = {.n_seqs = n,
-                                        .n_segs = kind == BASE_ALONE ? 0
-                                                  : n < slots        ? n
-                                                                     : slots,
+                                        .n_segs = with ? (n < slots ? n : slots) : 0,
                                         .page_stride = limits->max_seq_pages};
-            if (kind == SMALL_ADAPTERS &&
-                (limits->max_lora_rank <= QV_SMALL_RANK || !qv_backend_minds_rank(r->be, &shape)))
-                continue;
-            QV_TRY(qv_backend_record(r->be, &shape, record_step, &rec, &r->recorded[kind][i]));
+            QV_TRY(qv_backend_record(r->be, &shape, record_step, &rec, &r->recorded[with][i]));
         }
         r->n_recorded = i + 1;
     }
@@ -213,17 +198,6 @@ static bool has_adapters(const qv_batch *b)
     return b->n_segs > 1 || (b->n_segs == 1 && b->seg_slot[0] >= 0);
 }
 
-/* The largest rank of a step's adapters. `b` is in host memory. */
-static int32_t largest_rank(const qv_lora_pool *lora, const qv_batch *b)
-{
-    int32_t most = 0;
-    for (int32_t i = 0; i < b->n_segs; i++) {
-        int32_t rank = b->seg_slot[i] >= 0 ? qv_lora_pool_rank(lora, b->seg_slot[i]) : 0;
-        most = rank > most ? rank : most;
-    }
-    return most;
-}
-
 /* The recording that can stand in for a step; NULL: run it op by op. */
 static qv_recording *find_recording(const qv_model *model, const model_rank *r, const qv_batch *b)
 {
@@ -231,16 +205,11 @@ static qv_recording *find_recording(const qv_model *model, const model_rank *r, 
         b->n_tokens != b->n_seqs || b->n_logits != b->n_seqs ||
         b->page_stride > model->limits.max_seq_pages)
         return NULL;
-    int i = 0;
-    while (i < r->n_recorded && recorded_sizes[i] < b->n_seqs)
-        i++;
-    if (i == r->n_recorded)
-        return NULL;
-    if (r->lora == NULL || !has_adapters(b))
-        return r->recorded[BASE_ALONE][i];
-    bool small =
-        r->recorded[SMALL_ADAPTERS][i] != NULL && largest_rank(r->lora, b) <= QV_SMALL_RANK;
-    return r->recorded[small ? SMALL_ADAPTERS : ANY_ADAPTERS][i];
+    bool with = has_adapters(b);
+    for (int i = 0; i < r->n_recorded; i++)
+        if (recorded_sizes[i] >= b->n_seqs)
+            return r->recorded[with && r->lora != NULL][i];
+    return NULL;
 }
 
 /* --- Life ------------------------------------------------------------------------------------- */
@@ -361,8 +330,8 @@ void qv_model_close(qv_model *model)
     for (int32_t i = 0; i < n_ranks; i++) {
         model_rank *r = &model->ranks[i];
         for (int j = 0; j < r->n_recorded; j++)
-            for (int kind = 0; kind < N_KINDS; kind++)
-                qv_recording_free(r->be, r->recorded[kind][j]);
+            for (int with = 0; with < 2; with++)
+                qv_recording_free(r->be, r->recorded[with][j]);
     }
     /* All leave the group before anything is freed: freeing waits for a device, and a device may
      * wait for a rank that has failed. */
@@ -467,9 +436,7 @@ static qv_status run_step(int32_t rank, void *ctx)
     } else {
         qv_batch batch;
         QV_TRY(qv_backend_put_batch(r->be, s->batch, &batch));
-        qv_lora_pool *lora = has_adapters(s->batch) ? r->lora : NULL;
-        QV_TRY(forward(model, rank, &batch, lora, lora != NULL ? largest_rank(lora, s->batch) : 0,
-                       &part));
+        QV_TRY(forward(model, rank, &batch, has_adapters(s->batch) ? r->lora : NULL, &part));
     }
     if (s->gather || model->probe != NULL)
         QV_TRY(gather_logits(s, rank, part));

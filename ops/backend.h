@@ -98,8 +98,6 @@ typedef struct {
     qv_status (*fill)(qv_backend *be, void *dst, qv_dtype dtype, int64_t n, float mean, float scale,
                       uint64_t seed);
     qv_status (*weight_fill)(qv_backend *be, qv_weight *w, float scale, uint64_t seed);
-    /* NULL: never. */
-    bool (*minds_rank)(const qv_backend *be, const qv_recording_shape *shape);
     /* NULL: cannot record. */
     qv_status (*record)(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
                         void *ctx, qv_recording **out);

@@ -191,11 +191,6 @@ bool qv_backend_can_record(const qv_backend *be)
     return be->table->record != NULL && !be->not_recordable && be->times == NULL;
 }
 
-bool qv_backend_minds_rank(const qv_backend *be, const qv_recording_shape *shape)
-{
-    return be->table->minds_rank != NULL && be->table->minds_rank(be, shape);
-}
-
 qv_status qv_backend_record(qv_backend *be, const qv_recording_shape *shape, qv_record_fn *fn,
                             void *ctx, qv_recording **out)
 {

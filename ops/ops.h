@@ -142,11 +142,6 @@ typedef struct {
 /* Not on the CPU, not over some groups of ranks, and not while ops are timed (ops/op_times.h). */
 bool qv_backend_can_record(const qv_backend *be);
 
-/* Whether steps of a shape, with adapters of at most QV_SMALL_RANK only, are worth a recording
- * beside that of steps with any. */
-#define QV_SMALL_RANK 32
-bool qv_backend_minds_rank(const qv_backend *be, const qv_recording_shape *shape);
-
 /* Enqueues a step's ops, reading `batch`; called twice: to warm up, and to be recorded. */
 typedef qv_status qv_record_fn(void *ctx, const qv_batch *batch);
 
@@ -211,7 +206,6 @@ typedef struct {
 typedef struct qv_lora_site {
     int64_t n_in, n_out;
     int32_t n_slices, n_slots, max_rank;
-    int32_t used_rank; /* no slot of the segments has a larger one; 0: not known. For speed alone */
     const int64_t *slice_start; /* [n_slices + 1] output rows; host memory */
     qv_tensor a;                /* [n_slots, n_slices (planes), max_rank, n_in] */
     qv_tensor b;                /* [n_slots, max_rank, n_out] */

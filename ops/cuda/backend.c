@@ -199,7 +199,6 @@ const qv_backend_table qv_cuda_backend_table = {
     .put_batch = qv_cuda_put_batch,
     .fill = qv_cuda_fill,
     .weight_fill = qv_cuda_weight_fill,
-    .minds_rank = qv_cuda_minds_rank,
     .record = qv_cuda_record,
     .recording_free = qv_cuda_recording_free,
     .replay = qv_cuda_replay,

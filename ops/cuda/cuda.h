@@ -221,11 +221,9 @@ bool qv_cuda_streams(const qv_cuda_backend *cuda, const qv_k_linear_args *args);
  * depend on how many there are. */
 bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                    const qv_k_stream_lora *lora);
-/* Whether qv_k_decode_linear is to do a product, with or without adapters, of which none has more
- * than `rank`. */
+/* Whether qv_k_decode_linear is to do a product, with or without adapters. */
 bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
-                     const qv_k_stream_lora *lora, int32_t rank);
-bool qv_cuda_minds_rank(const qv_backend *be, const qv_recording_shape *shape);
+                     const qv_k_stream_lora *lora);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 bool qv_cuda_takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
 qv_status qv_cuda_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);

@@ -82,7 +82,7 @@ qv_status qv_cuda_linear_lora(qv_backend *be, const qv_weight *w, const qv_lora_
     const qv_k_linear_args c = qv_cuda_linear_args(w, x, none, y);
     qv_k_stream_lora lora = {.x1 = scratch.data, .arrivals = cuda->lora_arrivals};
     QV_TRY(describe(be, site, n_segs, seg_start, seg_slot, x, &lora.site, &lora.segments));
-    if (qv_cuda_decodes(cuda, &c, &lora, site->used_rank > 0 ? site->used_rank : site->max_rank)) {
+    if (qv_cuda_decodes(cuda, &c, &lora)) {
         qv_k_segments same;
         if (site->next != NULL && site->next->n_in % 8 == 0) /* whole pieces of 16 bytes */
             QV_TRY(describe(be, site->next, n_segs, seg_start, seg_slot, x, &lora.next, &same));

@@ -189,49 +189,29 @@ bool qv_cuda_gemms(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
 
 /* Products of decode that our kernel does faster than cuBLASLt, on an H100.
  *
- * Without adapters, or with adapters added behind: up to 32 tokens (behind a norm, 16 tokens, us:
- * 18432 x 2560 39.5 to 37.2, 10240 x 2560 23.3 to 22.7, 2560 x 9216 22.6 to 22.0, 2560 x 4096 12.9
- * to 12.2), and not so many rows that blocks come after others, nor the smallest (35B at 16
- * sequences 14.23 to 14.19 ms; cuBLASLt for all products 14.05). With 64 tokens some are faster and
- * some slower.
+ * Without adapters: up to 32 tokens (behind a norm, 16 tokens, us: 18432 x 2560 39.5 to 37.2, 10240
+ * x 2560 23.3 to 22.7, 2560 x 9216 22.6 to 22.0, 2560 x 4096 12.9 to 12.2), and not so many rows
+ * that blocks come after others, nor the smallest (35B at 16 sequences 14.23 to 14.19 ms; cuBLASLt
+ * for all products 14.05). With 64 tokens some are faster and some slower.
  *
- * With adapters: all tokens that it has room for, if adapters are small and few: a unit of 16 ranks
- * of one adapter costs each block more than a tile of expand does. The pool's rank does not matter
- * (16 tokens, 8 adapters of rank 16 in pools of 16 and 64, us: 36.2 and 35.5, 29.9 and 31.3, 15.6
- * and 15.7, 46.8 and 46.6, 26.2 and 26.2). 8 adapters of rank 16 in the 4B: 6.201 to 5.755, 7.586
- * to 6.928, 9.616 to 9.181 ms; 8 of rank 64 at 16 and 64 sequences 6.746 to 7.366, 10.137
- * to 11.200; 64 of rank 16 at 64 12.165 to 12.792. A step of 12 sequences with 8 of rank 16 took
- * 4.908 ms where one of 8, by qv_k_stream_linear behind shrink, took 5.218. A recorded step counts
- * as many segments as its sequences or the adapter slots and one for the base, what is less. */
+ * With adapters: all tokens that it has room for. */
 #define DECODE_BASE_TOKENS 32
 #define DECODE_BASE_ROWS   25344
 #define DECODE_BASE_LEAST  (4 << 20) /* numbers of W */
-#define DECODE_SEGMENTS    16
-#define DECODE_LORA_TOKENS 5 /* from here on */
 
-static bool is_faster_by_decode(const qv_k_linear_args *c, const qv_k_stream_lora *lora,
-                                int32_t rank)
+static bool is_faster_by_decode(const qv_k_linear_args *c)
 {
-    if (lora == NULL)
-        return c->n_tokens <= DECODE_BASE_TOKENS && c->n_out <= DECODE_BASE_ROWS &&
-               c->n_out * c->n_in >= DECODE_BASE_LEAST;
-    return rank <= QV_SMALL_RANK && lora->segments.n_segs <= DECODE_SEGMENTS;
+    return c->n_tokens > SKINNY_TOKENS && c->n_tokens <= DECODE_BASE_TOKENS &&
+           c->n_out <= DECODE_BASE_ROWS && c->n_out * c->n_in >= DECODE_BASE_LEAST;
 }
 
 bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
-                     const qv_k_stream_lora *lora, int32_t rank)
+                     const qv_k_stream_lora *lora)
 {
-    int form = cuda->decode_tuning.form, least = lora ? DECODE_LORA_TOKENS : SKINNY_TOKENS + 1;
-    return cuda->major == 9 && !cuda->deterministic && args->n_tokens >= least &&
-           (form == 0 ? is_faster_by_decode(args, lora, rank) : form > 0) &&
+    int form = cuda->decode_tuning.form;
+    return cuda->major == 9 && !cuda->deterministic && form >= 0 &&
+           (form > 0 || lora != NULL || is_faster_by_decode(args)) &&
            qv_k_decode_linear_can(args, lora);
-}
-
-bool qv_cuda_minds_rank(const qv_backend *be, const qv_recording_shape *shape)
-{
-    const qv_cuda_backend *cuda = (const qv_cuda_backend *)be;
-    return cuda->major == 9 && !cuda->deterministic && shape->n_seqs >= DECODE_LORA_TOKENS &&
-           shape->n_seqs <= QV_K_DECODE_TOKENS && shape->n_segs <= DECODE_SEGMENTS;
 }
 
 /* Any number of tokens through the kernel for few, 64 at a time: each the same bits always. */
@@ -272,7 +252,7 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
         return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
     if (cuda->deterministic)
         return run_by_64(cuda, &c);
-    if (qv_cuda_decodes(cuda, &c, NULL, 0))
+    if (qv_cuda_decodes(cuda, &c, NULL))
         return qv_k_decode_linear(&c, NULL, cuda->decode_tuning, cuda->n_sms, cuda->stream);
     bool skinny = qv_k_skinny_linear_can(&c);
     if (skinny && c.n_tokens <= SKINNY_TOKENS)

@@ -633,7 +633,6 @@ bool fx_golden_open_split(fx_golden *g, const char *name, const qv_backend_optio
     limits.max_seqs = limits.n_state_slots = g->n;
     limits.n_pages = 40 + g->n * 40;
     limits.n_adapter_slots = FX_MAX_ADAPTERS;
-    limits.max_lora_rank = 40; /* beyond QV_SMALL_RANK, which theirs are below */
     limits.max_seq_pages = 64;
     limits.max_recorded = 16;
     qv_backend *backends[16] = {g->be};

@@ -207,12 +207,11 @@ Test(cuda_linear, nine_to_32_tokens_are_decodes_where_the_matrix_is_neither_wide
             c.n_out = rows[shape];
             c.n_in = of[shape];
             for (int form = -1; form < 2; form++) {
-                bool in_use = n <= 32 && shape<2, there = n> 8 && n <= 64 && cuda->major == 9;
+                bool in_use = n > 8 && n <= 32 && shape < 2, there = n <= 64 && cuda->major == 9;
                 cuda->decode_tuning.form = form;
-                cr_expect_eq(qv_cuda_decodes(cuda, &c, NULL, 0),
-                             there && (form > 0 || (form == 0 && in_use)),
-                             "%lld tokens, %lld rows, form %d", (long long)n, (long long)c.n_out,
-                             form);
+                cr_expect_eq(
+                    qv_cuda_decodes(cuda, &c, NULL), there && (form > 0 || (form == 0 && in_use)),
+                    "%lld tokens, %lld rows, form %d", (long long)n, (long long)c.n_out, form);
             }
             free_twin(&d, &x);
             free_twin(&d, &y);

@@ -24,6 +24,7 @@ static const qv_lora_shape more_shapes[] = {
     {"out", 1024, 2, {136, 56}},
     {"k in eights", 200, 3, {64, 40, 88}},
     {"more slices than rows can touch", 64, 5, {8, 8, 8, 8, 64}},
+    {"slices that end within 8 rows", 72, 2, {68, 60}},
 };
 
 static const qv_lora_shape *shape_at(size_t i)
@@ -138,14 +139,16 @@ static void require_hopper(const pair *p)
 
 Test(cuda_linear_lora, every_form_for_decode_agrees_with_the_cpu, .timeout = 600)
 {
-    static const qv_lora_shape shape = {"qkv", 456, 3, {136, 64, 56}};
-    static const int32_t counts[] = {9, 32, 41, 64};
+    static const qv_lora_shape shapes[] = {{"qkv", 456, 3, {136, 64, 56}}, /* 1, 2 and 3 a block */
+                                           {"four a block", 200, 5, {8, 24, 16, 16, 64}}};
+    static const int32_t counts[] = {1, 9, 32, 41, 64};
     static const int shares[] = {1, 3, 8}; /* by 8 a block shrinks in several rounds */
     int n_forms;
     const qv_k_decode_form *forms = qv_k_decode_forms(&n_forms);
-    for (size_t i = 0; i < QV_ROWS(pools); i++) {
+    for (size_t i = 0; i < QV_ROWS(pools) * QV_ROWS(shapes); i++) {
         pair *p = open_pair();
-        rig *r = new_rig(p, &shape, pools[i].max_rank, pools[i].ranks);
+        size_t pool = i / QV_ROWS(shapes);
+        rig *r = new_rig(p, &shapes[i % QV_ROWS(shapes)], pools[pool].max_rank, pools[pool].ranks);
         for (int form = 1; form <= n_forms; form++)
             for (size_t j = 0; j < QV_ROWS(counts); j++)
                 for (size_t k = 0; k < QV_ROWS(shares) && counts[j] <= forms[form - 1].tokens;
@@ -184,38 +187,36 @@ Test(cuda_linear_lora, a_form_that_decode_does_not_have_is_refused)
     close_pair(p);
 }
 
-/* Whether a product with adapters is decode's on 9.0, of so many tokens, segments and ranks. */
-Test(cuda_linear_lora, five_to_64_tokens_are_decodes_where_adapters_are_small_and_few)
+/* Whether a product with adapters is decode's on 9.0, of so many tokens and slices. */
+Test(cuda_linear_lora, up_to_64_tokens_are_decodes_where_slices_have_whole_eights_of_rows)
 {
     static const struct {
-        int32_t n_tokens, n_segs, rank;
+        int32_t n_tokens, n_slices, starts[7];
         bool decodes;
-    } cases[] = {
-        {4, 4, 16, false},  {5, 5, 16, true},    {8, 8, 16, true},    {9, 9, 16, true},
-        {16, 9, 16, true},  {64, 9, 16, true},   {64, 9, 32, true},   {65, 9, 16, false},
-        {64, 16, 16, true}, {64, 17, 16, false}, {64, 64, 16, false}, {16, 9, 64, false},
-    };
+    } cases[] = {{1, 2, {0, 136, 192}, true},
+                 {64, 2, {0, 136, 192}, true},
+                 {65, 2, {0, 136, 192}, false},
+                 {64, 2, {0, 132, 192}, false},
+                 {64, 4, {0, 64, 72, 80, 192}, true},
+                 {64, 6, {0, 64, 72, 80, 88, 96, 192}, false}}; /* five in 64 rows */
     pair *p = open_pair();
     require_hopper(p);
     rig *r = new_rig(p, &more_shapes[1], 16, (int32_t[]){16, 5, 7});
-    qv_k_stream_lora lora = {
-        .segments = {.n_segs = 1},
-        .site = {.b = r->site[GPU].b.data, .n_in = r->shape->n_in, .n_out = r->n_out},
-        .x1 = r->scratch.t[GPU].data};
-    lora.site.ranges.n = r->shape->n_slices;
-    for (int32_t i = 0; i <= r->shape->n_slices; i++)
-        lora.site.ranges.start[i] = (int32_t)r->slice_start[i];
     both y = nan_act(p, 65, r->n_out);
     for (size_t i = 0; i < QV_ROWS(cases); i++) {
         int32_t n = cases[i].n_tokens;
         qv_k_linear_args c = qv_cuda_linear_args(r->w[GPU], qv_tensor_rows(r->x.t[GPU], 0, n),
                                                  (qv_tensor){0}, qv_tensor_rows(y.t[GPU], 0, n));
-        lora.segments.n_tokens = n;
-        lora.segments.n_segs = cases[i].n_segs;
-        lora.site.max_rank = 64; /* that of the pool does not matter */
-        cr_expect_eq(qv_cuda_decodes(qv_cuda(p->be[GPU]), &c, &lora, cases[i].rank),
-                     cases[i].decodes, "%d tokens, %d segments, rank %d", n, cases[i].n_segs,
-                     cases[i].rank);
+        qv_k_stream_lora lora = {.segments = {.n_segs = 1, .n_tokens = n},
+                                 .site = {.b = r->site[GPU].b.data,
+                                          .n_in = r->shape->n_in,
+                                          .n_out = r->n_out,
+                                          .max_rank = 64,
+                                          .ranges.n = cases[i].n_slices},
+                                 .x1 = r->scratch.t[GPU].data};
+        memcpy(lora.site.ranges.start, cases[i].starts, sizeof cases[i].starts);
+        cr_expect_eq(qv_cuda_decodes(qv_cuda(p->be[GPU]), &c, &lora), cases[i].decodes,
+                     "case %zu: %d tokens, %d slices", i, n, cases[i].n_slices);
     }
     free_rig(p, r);
     close_pair(p);

@@ -78,6 +78,11 @@ inline uint32_t load_acquire(const uint32_t *p)
     return *p;
 }
 
+inline float2 load_of_others(const float *p)
+{
+    return *(const float2 *)p;
+}
+
 /* --- Tensor cores ------------------------------------------------------------------------- */
 
 inline void ldmatrix4(uint32_t (&r)[4], const void *row)

@@ -278,9 +278,10 @@ __device__ __forceinline__ void fetch_ahead(decode_shared<F> &m, const qv_k_segm
             int rows = min(RANKS, item.rank - item.first_rank);
             prefetch_to_stay((const bf16 *)next.a + row * next.n_in,
                              (uint32_t)(rows * next.n_in * (int64_t)sizeof(bf16)));
-            if (item.first_rank == 0 && item.plane == 0)
-                prefetch_to_stay(next.slices + item.matrix,
-                                 (uint32_t)(next.ranges.n * sizeof *next.slices));
+            if (item.first_rank == 0 && item.plane == 0) {
+                prefetch_line_to_stay(next.slices + item.matrix);
+                prefetch_line_to_stay(next.slices + item.matrix + next.ranges.n - 1);
+            }
         }
         left -= n;
     }

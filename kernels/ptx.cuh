@@ -53,6 +53,12 @@ __device__ __forceinline__ void prefetch(const void *p)
     asm volatile("prefetch.global.L2 [%0];\n" ::"l"(p));
 }
 
+/* The same, to outlast there what is read without such a wish. */
+__device__ __forceinline__ void prefetch_line_to_stay(const void *p)
+{
+    asm volatile("prefetch.global.L2::evict_last [%0];\n" ::"l"(p));
+}
+
 /* 16 bytes that nobody writes, read once: they do not stay in the L1 cache. Into v in place, which
  * is what the compiler does best with where the load is conditional. */
 __device__ __forceinline__ void load_once(uint4 &v, const bf16 *p)

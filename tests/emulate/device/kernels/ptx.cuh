@@ -45,6 +45,11 @@ template <int N> inline void copies_wait()
 
 inline void prefetch(const void *) {}
 
+inline void prefetch_line_to_stay(const void *p)
+{
+    prefetch(p);
+}
+
 inline void load_once(uint4 &v, const bf16 *p)
 {
     v = *(const uint4 *)p;

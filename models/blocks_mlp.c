@@ -75,13 +75,14 @@ qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
                          const qv_moe_input *in, qv_tensor shared)
 {
     const qv_batch *batch = pass->batch;
+    int32_t n_segs = pass->lora != NULL ? batch->n_segs : 0; /* or nobody reads the list's runs */
     qv_beside beside = {.x = in->hidden, .y = shared, .next = first_behind(pass, layer)};
     qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
     qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
     if (shared.data != NULL)
         beside.w = qv_pass_plain(pass, layer, QV_PROJ_SHARED_OUT, &beside.x);
     probe(pass, layer, "router_logits", in->logits);
-    QV_TRY(qv_op_choose(pass->be, router, in->logits, ids, weights, batch->n_segs, batch->seg_start,
+    QV_TRY(qv_op_choose(pass->be, router, in->logits, ids, weights, n_segs, batch->seg_start,
                         batch->seg_slot, pass->list, &beside));
     probe(pass, layer, "experts", ids);
     probe(pass, layer, "expert_weights", weights);

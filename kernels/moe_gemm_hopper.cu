@@ -9,8 +9,9 @@
  * memory and takes 48 in, of the 128 there are.
  *
  * One warp fetches, through the copy engine, which takes 60 to 90 clocks for each box however
- * small, four stages ahead of the workers and on into the next item while they store. The first
- * warpgroup is some steps ahead of the second, so that one stores while the other multiplies.
+ * small, four stages ahead of the workers and on into the next item while they store. Memory bounds
+ * this about as much as tensor cores do, so a stage goes back as soon as both warpgroups have
+ * multiplied by it: neither is ahead of the other, or asks for a step before the last has ended.
  * Clusters draw their items one by one: see draw_number().
  *
  * SwiGLU: of a warpgroup's 64 rows every second 8 are of the other half of the matrix, so that a
@@ -32,18 +33,14 @@ constexpr int WIDE_UNITS = WIDE_CLUSTER * WIDE_GROUPS;
 constexpr int WIDE_BOX = 32; /* pairs that the copy engine fetches at once */
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
-[[maybe_unused]] constexpr int WIDE_LEAD = 2; /* steps */
-constexpr int WIDE_TURNS = 4 * WIDE_STAGES;   /* items that warps are apart, at most, and more */
-constexpr int WIDE_OUT_PAIRS = 128;           /* results that are on their way at once */
+constexpr int WIDE_TURNS = 4 * WIDE_STAGES; /* items that warps are apart, at most, and more */
+constexpr int WIDE_OUT_PAIRS = 128;         /* results that are on their way at once */
 constexpr int WIDE_WORKERS = 128 * WIDE_GROUPS;
 constexpr int WIDE_THREADS = WIDE_WORKERS + 128;
 constexpr int WIDE_FETCH_REGISTERS = 40, WIDE_WORK_REGISTERS = 232; /* of a thread */
 static_assert(WIDE_GROUPS * WIDE_WORK_REGISTERS + WIDE_FETCH_REGISTERS <=
                   (WIDE_GROUPS + 1) * LAUNCH_REGISTERS,
               "who asks for more than there are waits for ever");
-
-/* Barriers by name: 0 is __syncthreads, 1 and 2 are those of the warpgroups. */
-[[maybe_unused]] constexpr int WIDE_LEAD_BARRIER = 3;
 
 struct wide_stage {
     bf16 w[WIDE_GROUPS * WIDE_UNIT * WIDE_K], x[WIDE_PAIRS * WIDE_K];
@@ -258,7 +255,7 @@ template <int N>
 #pragma unroll
     for (int done = 0; done < N; done += WIDE_OUT_PAIRS) {
         constexpr int MOST = N < WIDE_OUT_PAIRS ? N : WIDE_OUT_PAIRS;
-        named_barrier<128>(1 + group); /* `out` has been read */
+        named_barrier<128>(1 + group); /* of this warpgroup: `out` has been read */
         if (gated) {
 #pragma unroll
             for (int p = 0; p < MOST; p += 32)
@@ -287,10 +284,7 @@ template <int N>
                                                            int group, uint32_t &count)
 {
     int steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
-    bool leads = steps >= WIDE_STAGES && item.units == WIDE_GROUPS;
     float acc[N / 2] = {};
-    if (leads && group == 1)
-        named_barrier<WIDE_WORKERS>(WIDE_LEAD_BARRIER);
     for (int step = 0; step < steps; step++, count++) {
         int at = count % WIDE_STAGES;
         barrier_wait(&m.full[at], (count / WIDE_STAGES) & 1);
@@ -302,15 +296,10 @@ template <int N>
         for (int k = 0; k < WIDE_K / 16; k++)
             wgmma<N>(acc, a + 2 * k, b + 2 * k);
         wgmma_commit();
-        if (leads && group == 0 && step == WIDE_LEAD - 1)
-            named_barrier_arrive<WIDE_WORKERS>(WIDE_LEAD_BARRIER);
-        wgmma_wait<1>();
-        if (step > 0)
-            wide_release(m, (count - 1) % WIDE_STAGES);
+        wgmma_wait<0>(); /* the other warpgroup's products go on */
+        wide_release(m, at);
     }
-    wgmma_wait<0>();
     wgmma_keep(acc);
-    wide_release(m, (count - 1) % WIDE_STAGES);
     wide_store<N>(c, m, item, group, acc);
 }
 

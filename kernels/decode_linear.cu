@@ -37,7 +37,11 @@ __device__ __forceinline__ void fetch_w(decode_shared<F> &m, const void *map, co
 {
     int at = step % F::STAGES;
     barrier_expect(&m.full[at], (ROWS + F::N) * STEP * (int)sizeof(bf16));
-    copy_box_here(m.w[at], map, (p.first_step + step) * STEP, p.row0, 0, &m.full[at]);
+    int k = (p.first_step + step) * STEP;
+    if (F::LORA) /* A and B that were called to the L2 cache stay there */
+        copy_box_once(m.w[at], map, k, p.row0, 0, &m.full[at]);
+    else
+        copy_box_here(m.w[at], map, k, p.row0, 0, &m.full[at]);
 }
 
 template <class F>

@@ -178,6 +178,18 @@ __device__ __forceinline__ void copy_box_here(void *to, const void *map, int x, 
                  : "memory");
 }
 
+/* The same of what is read once: it leaves the L2 cache before all else. */
+__device__ __forceinline__ void copy_box_once(void *to, const void *map, int x, int y, int z,
+                                              uint64_t *barrier)
+{
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;\n" : "=l"(policy));
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(shared_address(to)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(shared_address(barrier)), "l"(policy)
+                 : "memory");
+}
+
 /* The same of a map of four dimensions. */
 __device__ __forceinline__ void copy_box4_here(void *to, const void *map, int x, int y, int z,
                                                int w, uint64_t *barrier)

@@ -110,6 +110,11 @@ inline void copy_box_here(void *to, const void *map, int x, int y, int z, uint64
     emu::copy_box(to, map, {{x, y, z, 0}}, barrier, (uint16_t)(1 << emu::cluster_rank()));
 }
 
+inline void copy_box_once(void *to, const void *map, int x, int y, int z, uint64_t *barrier)
+{
+    copy_box_here(to, map, x, y, z, barrier);
+}
+
 inline void copy_box4_here(void *to, const void *map, int x, int y, int z, int w, uint64_t *barrier)
 {
     emu::copy_box(to, map, {{x, y, z, w}}, barrier, (uint16_t)(1 << emu::cluster_rank()));

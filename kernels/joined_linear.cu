@@ -204,18 +204,19 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
 __device__ __forceinline__ sum_group group_of(const part &p, int block, int cluster)
 {
     int share = block % p.splits;
-    return {p.splits, share, (int)(blockIdx.x % cluster) - share, (int)p.c.n_tokens,
-            width_of<TILE>(p)};
+    return make_group(p.splits, share, (int)(blockIdx.x % cluster) - share, (int)p.c.n_tokens,
+                      width_of<TILE>(p));
 }
 
 /* A block finishes its share of the columns. */
-__device__ __forceinline__ void stream_finish(const joined_shared &m, const cluster_sums &sums,
-                                              const part &p, int block, const sum_group &g)
+__device__ __forceinline__ void stream_finish(const joined_shared &m,
+                                              const cluster_sums<TOKENS> &sums, const part &p,
+                                              int block, const sum_group &g)
 {
-    int fours = g.width / 4 / g.n;
+    int fours = 1 << g.shift;
     int64_t first = (int64_t)(block / g.n) * g.width + g.share * fours * 4, n = columns_of(p);
     for (int i = threadIdx.x; i < g.n_tokens * fours; i += THREADS) {
-        int token = i / fours, four = i % fours;
+        int token = i >> g.shift, four = i & (fours - 1);
         float4 v = sum_four(sums, g, m.halves, token, 0, four), up = v;
         if (p.act == QV_K_LINEAR_SWIGLU)
             up = sum_four(sums, g, m.halves, token, 1, four);
@@ -410,7 +411,7 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
 {
     let_next_start();
     extern __shared__ __align__(128) char joined_memory[];
-    __shared__ cluster_sums sums;
+    __shared__ cluster_sums<TOKENS> sums;
     joined_shared &m = *(joined_shared *)joined_memory;
     int index = 0;
     while (index + 1 < all.n_parts && all.parts[index + 1].first_block <= (int)blockIdx.x)
@@ -420,7 +421,7 @@ __global__ void __launch_bounds__(THREADS, 3) joined_kernel(const __grid_constan
     bool idle = (int)blockIdx.x >= all.n_blocks; /* it fills a cluster */
 
     bool streams = !idle && p.how == STREAM;
-    sum_group group = {1, 0, 0, 0, TILE};
+    sum_group group = make_group(1, 0, 0, 0, TILE);
     if (streams)
         group = group_of(p, block, all.cluster);
     if (all.cluster > 1)

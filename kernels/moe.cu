@@ -646,18 +646,30 @@ struct sum_args {
 
 constexpr int SUM_AHEAD = 8; /* rows whose loads fly together */
 
-/* Eight columns of the weighted sum; the order is that of combine_kernel. */
+/* Eight columns of the weighted sum; the order is that of combine_kernel. FEW: places and weights
+ * are asked for ahead of the first branch, behind which a load would wait; in prefill others wait
+ * meanwhile, and registers count. */
+template <bool FEW>
 __device__ __forceinline__ void sum_rows(const sum_args &c, const int32_t *place, const float *w,
                                          int64_t col, float (&sum)[8])
 {
     for (int first = 0; first < c.list.top_k; first += SUM_AHEAD) {
         bf16x8 rows[SUM_AHEAD];
         bool there[SUM_AHEAD];
+        int at[FEW ? SUM_AHEAD : 1];
+        float weight[FEW ? SUM_AHEAD : 1];
+#pragma unroll
+        for (int j = 0; FEW && j < SUM_AHEAD; j++) {
+            bool in = first + j < c.list.top_k;
+            at[j] = in ? place[first + j] : -1;
+            weight[j] = in ? w[first + j] : 0;
+        }
 #pragma unroll
         for (int j = 0; j < SUM_AHEAD; j++) {
-            there[j] = first + j < c.list.top_k && place[first + j] >= 0;
+            there[j] = first + j < c.list.top_k && (FEW ? at[j] : place[first + j]) >= 0;
             if (there[j])
-                rows[j] = *(const bf16x8 *)(c.o + place[first + j] * c.o_stride + col);
+                rows[j] =
+                    *(const bf16x8 *)(c.o + (FEW ? at[j] : place[first + j]) * c.o_stride + col);
         }
 #pragma unroll
         for (int j = 0; j < SUM_AHEAD; j++) {
@@ -667,7 +679,7 @@ __device__ __forceinline__ void sum_rows(const sum_args &c, const int32_t *place
             unpack8(rows[j], v);
 #pragma unroll
             for (int i = 0; i < 8; i++)
-                sum[i] = fmaf(w[first + j], v[i], sum[i]);
+                sum[i] = fmaf(FEW ? weight[j] : w[first + j], v[i], sum[i]);
         }
     }
 }
@@ -676,8 +688,10 @@ __device__ __forceinline__ void sum_rows(const sum_args &c, const int32_t *place
 constexpr int WIDE_SUM_THREADS = 352;
 
 /* A block a token. Bit for bit combine_kernel in float32 and then the norm of norm.cu. */
-template <int NV, int THREADS>
-__global__ void __launch_bounds__(THREADS, NV == 1 && THREADS == 256 ? 3 : 2)
+template <int NV, int THREADS, bool FEW>
+__global__ void __launch_bounds__(THREADS, FEW                         ? 1
+                                           : NV == 1 && THREADS == 256 ? 3
+                                                                       : 2)
     sum_add_norm_kernel(const __grid_constant__ sum_args c)
 {
     begin_add_norm<NV, THREADS>(c.norm);
@@ -702,7 +716,7 @@ __global__ void __launch_bounds__(THREADS, NV == 1 && THREADS == 256 ? 3 : 2)
         load8(residual + i, v[j]);
         if (more)
             load8(more + i, also);
-        sum_rows(c, place, w, i, sum);
+        sum_rows<FEW>(c, place, w, i, sum);
         if (part)
             shared_deltas(c.site, *part, sum_folded, i, sum);
         if (more) {
@@ -807,6 +821,15 @@ static bool sum_can(const qv_k_moe_sum_args *args)
            (more == nullptr || ((uintptr_t)more->data % 16 == 0 && more->stride % 4 == 0));
 }
 
+template <int NV, int THREADS>
+static cudaError_t launch_sum(unsigned n_tokens, size_t bytes, void *stream, const sum_args &c)
+{
+    bool few = n_tokens <= EARLY_ROWS;
+    return launch_early(
+        few, few ? sum_add_norm_kernel<NV, THREADS, true> : sum_add_norm_kernel<NV, THREADS, false>,
+        n_tokens, THREADS, bytes, stream, c);
+}
+
 qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
 {
     const qv_k_moe_lora_site *site = args->site;
@@ -814,7 +837,6 @@ qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
         *args->list, args->weights, (const bf16 *)args->o, args->o_stride, {}, args->scratch,
         {},          args->norm};
     unsigned n_tokens = (unsigned)args->list->n_tokens;
-    bool early = n_tokens <= EARLY_ROWS;
     cudaError_t error;
     size_t bytes = site ? (size_t)site->ranges.n * site->max_rank * sizeof(float) : 0;
     if (!sum_can(args) || bytes > 40 * 1024) {
@@ -828,14 +850,13 @@ qv_status qv_k_moe_sum_add_norm(const qv_k_moe_sum_args *args, void *stream)
     if (args->shared)
         c.shared = *args->shared;
     if (c.norm.d <= 2048)
-        error = launch_early(early, sum_add_norm_kernel<1, 256>, n_tokens, 256, bytes, stream, c);
+        error = launch_sum<1, 256>(n_tokens, bytes, stream, c);
     else if (c.norm.d <= WIDE_SUM_THREADS * 8)
-        error = launch_early(early, sum_add_norm_kernel<1, WIDE_SUM_THREADS>, n_tokens,
-                             WIDE_SUM_THREADS, bytes, stream, c);
+        error = launch_sum<1, WIDE_SUM_THREADS>(n_tokens, bytes, stream, c);
     else if (c.norm.d <= 4096)
-        error = launch_early(early, sum_add_norm_kernel<2, 256>, n_tokens, 256, bytes, stream, c);
+        error = launch_sum<2, 256>(n_tokens, bytes, stream, c);
     else
-        error = launch_early(early, sum_add_norm_kernel<4, 256>, n_tokens, 256, bytes, stream, c);
+        error = launch_sum<4, 256>(n_tokens, bytes, stream, c);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: moe_sum_add_norm: %s", cudaGetErrorString(error));
     return qv_k_check_launch("moe_sum_add_norm");

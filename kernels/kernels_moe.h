@@ -7,6 +7,7 @@
 
 #include "common/status.h"
 #include "kernels/kernels_dense.h"
+#include "kernels/kernels_linear.h"
 #include "kernels/kernels_lora.h"
 
 #include <stdbool.h>
@@ -95,6 +96,23 @@ qv_status qv_k_moe_gather(const qv_k_list *list, const void *x, int64_t x_stride
 
 /* Errors: DEVICE. */
 qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *args, void *stream);
+
+/* All of it of one token: qv_k_choose, and the products `in`, of the token's row, and `out`, of
+ * what that leaves for each pair; bit for bit. */
+typedef struct {
+    const qv_k_router_args *router;
+    const qv_k_list *list;
+    const qv_k_moe_linear_args *in, *out;
+    /* A product of one token whose x was there before the launch in front of this one began, summed
+     * in an order of its own; NULL: none. */
+    const qv_k_linear_args *beside;
+    qv_k_ahead ahead;
+} qv_k_moe_one_args;
+
+bool qv_k_moe_one_can(const qv_k_moe_one_args *args);
+bool qv_k_moe_one_can_beside(const qv_k_linear_args *c);
+/* Errors: DEVICE. */
+qv_status qv_k_moe_one(const qv_k_moe_one_args *args, void *stream);
 
 /* What combine adds last: rows [n_tokens, d] float32, times sigmoid(gate[t]) where there is one. */
 typedef struct {

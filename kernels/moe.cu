@@ -78,84 +78,17 @@ __global__ void router_kernel(qv_k_router_args c)
         weights[j] = (c.normalize ? weights[j] / sum : weights[j]) * c.scale;
 }
 
-/* A float's place in the order of floats, above 0, which is that of what was taken. */
-__device__ __forceinline__ uint32_t order_of(float x)
-{
-    uint32_t u = __float_as_uint(x + 0.0f); /* one zero */
-    return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
-}
-
-/* A warp a token without groups, up to 32 PER experts and 32 chosen: all in registers. Bit for bit
- * router_kernel. */
+/* A warp a token. */
 template <int PER> __global__ void __launch_bounds__(128) router_warp_kernel(qv_k_router_args c)
 {
-    int lane = threadIdx.x & 31, n = c.n_experts;
+    int lane = threadIdx.x & 31;
     int64_t t = (int64_t)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     if (t >= c.n_tokens)
         return;
-    const float *logits = c.logits + t * c.logits_stride;
-    float score[PER], most = -INFINITY, sum = 0;
-    uint32_t order[PER];
-#pragma unroll
-    for (int j = 0; j < PER; j++)
-        score[j] = lane + 32 * j < n ? logits[lane + 32 * j] : -INFINITY;
-    if (c.sigmoid) {
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            score[j] = sigmoid(score[j]);
-    } else {
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            most = fmaxf(most, score[j]);
-        most = warp_max(most);
-#pragma unroll
-        for (int j = 0; j < PER; j++) {
-            if (lane + 32 * j >= n)
-                continue;
-            score[j] = expf(score[j] - most);
-            sum += score[j];
-        }
-        sum = warp_sum(sum);
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            score[j] /= sum;
-    }
-#pragma unroll
-    for (int j = 0; j < PER; j++) {
-        int i = lane + 32 * j;
-        float v = score[j] + (c.bias && i < n ? c.bias[i] : 0.0f);
-        order[j] = i < n ? order_of(v == v ? v : -INFINITY) : 0;
-    }
-
-    int id = 0; /* of lane k: the expert chosen as number k */
-    for (int k = 0; k < c.top_k; k++) {
-        uint32_t mine = 0, mine_at = UINT32_MAX;
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            mine = max(mine, order[j]);
-        uint32_t top = __reduce_max_sync(ALL, mine);
-#pragma unroll
-        for (int j = PER - 1; j >= 0; j--)
-            mine_at = order[j] == top ? (uint32_t)(lane + 32 * j) : mine_at;
-        int chosen = (int)__reduce_min_sync(ALL, mine_at);
-        id = lane == k ? chosen : id;
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            order[j] = chosen - lane == 32 * j ? 0 : order[j];
-    }
-    float weight = 0, total = 0;
-#pragma unroll
-    for (int j = 0; j < PER; j++) {
-        float other = __shfl_sync(ALL, score[j], id & 31);
-        weight = id >> 5 == j ? other : weight;
-    }
-    for (int k = 0; k < c.top_k; k++)
-        total += __shfl_sync(ALL, weight, k);
-    if (c.sigmoid)
-        total += 1e-20f;
+    const warp_choice mine = choose_by_warp<PER, true>(c, c.logits + t * c.logits_stride);
     if (lane < c.top_k) {
-        c.ids[t * c.top_k + lane] = id;
-        c.weights[t * c.top_k + lane] = (c.normalize ? weight / total : weight) * c.scale;
+        c.ids[t * c.top_k + lane] = mine.id;
+        c.weights[t * c.top_k + lane] = mine.weight;
     }
 }
 

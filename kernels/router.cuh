@@ -158,6 +158,92 @@ __device__ __forceinline__ void choose_by_rank(const qv_k_router_args &c, int64_
         c.weights[t * c.top_k + j] = (c.normalize ? m.chosen[j] / total : m.chosen[j]) * c.scale;
 }
 
+/* --- In registers ------------------------------------------------------------------------- */
+
+/* A float's place in the order of floats, above 0, which is that of what was taken. */
+__device__ __forceinline__ uint32_t order_of(float x)
+{
+    uint32_t u = __float_as_uint(x + 0.0f); /* one zero */
+    return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
+}
+
+/* Of lane k: the expert chosen as number k, and its weight. */
+struct warp_choice {
+    int id;
+    float weight;
+};
+
+/* The choice of a token by a warp, without groups, up to 32 PER experts and 32 chosen. Bit for bit
+ * choose_by_rank. */
+template <int PER, bool WEIGHTS>
+__device__ __forceinline__ warp_choice choose_by_warp(const qv_k_router_args &c,
+                                                      const float *logits)
+{
+    int lane = threadIdx.x & 31, n = c.n_experts;
+    float score[PER], most = -INFINITY, sum = 0;
+    uint32_t order[PER];
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        score[j] = lane + 32 * j < n ? logits[lane + 32 * j] : -INFINITY;
+    if (c.sigmoid) {
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            score[j] = sigmoid(score[j]);
+    } else {
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            most = fmaxf(most, score[j]);
+        most = warp_max(most);
+#pragma unroll
+        for (int j = 0; j < PER; j++) {
+            if (lane + 32 * j >= n)
+                continue;
+            score[j] = expf(score[j] - most);
+            sum += score[j];
+        }
+        sum = warp_sum(sum);
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            score[j] /= sum;
+    }
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        int i = lane + 32 * j;
+        float v = score[j] + (c.bias && i < n ? c.bias[i] : 0.0f);
+        order[j] = i < n ? order_of(v == v ? v : -INFINITY) : 0;
+    }
+
+    int id = 0; /* of lane k: the expert chosen as number k */
+    for (int k = 0; k < c.top_k; k++) {
+        uint32_t mine = 0, mine_at = UINT32_MAX;
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            mine = max(mine, order[j]);
+        uint32_t top = __reduce_max_sync(ALL, mine);
+#pragma unroll
+        for (int j = PER - 1; j >= 0; j--)
+            mine_at = order[j] == top ? (uint32_t)(lane + 32 * j) : mine_at;
+        int chosen = (int)__reduce_min_sync(ALL, mine_at);
+        id = lane == k ? chosen : id;
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            order[j] = chosen - lane == 32 * j ? 0 : order[j];
+    }
+    if (!WEIGHTS)
+        return {id, 0};
+    float weight = 0, total = 0;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        float other = __shfl_sync(ALL, score[j], id & 31);
+        weight = id >> 5 == j ? other : weight;
+    }
+    for (int k = 0; k < c.top_k; k++)
+        total += __shfl_sync(ALL, weight, k);
+    if (c.sigmoid)
+        total += 1e-20f;
+    return {id, (c.normalize ? weight / total : weight) * c.scale};
+}
+
 /* --- Lists -------------------------------------------------------------------------------- */
 
 /* -1: it lives elsewhere. */

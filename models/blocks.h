@@ -53,6 +53,13 @@ qv_status qv_buffers_init(qv_buffers *buffers, qv_backend *be, const qv_layout *
                           const qv_model_limits *limits);
 void qv_buffers_deinit(qv_buffers *buffers);
 
+/* A layer's choice of experts. */
+typedef struct {
+    qv_router router;
+    qv_tensor logits;
+    qv_beside beside;
+} qv_choice;
+
 struct qv_pass {
     qv_backend *be;
     const qv_model_config *config; /* as this rank sees it: qv_layout_rank_config */
@@ -65,6 +72,8 @@ struct qv_pass {
     const qv_batch *batch;
     qv_probe_fn *probe; /* may be NULL */
     void *probe_user;
+    /* What qv_block_route left to the experts behind it; without logits, nothing. */
+    qv_choice choice;
     /* What qv_block_experts left to the qv_block_add_norm behind it; without an o, nothing. */
     qv_moe_sum sum;
     bool added; /* the block before has added to the residual itself; its delta is not written */
@@ -137,7 +146,8 @@ typedef struct {
 /* x [T, hidden]. All of it is good until the next mixer or MLP. */
 qv_status qv_block_moe_in(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x, qv_moe_input *out);
 /* Choose experts for each token by its logits, into the pass's list; and what comes out of experts
- * that every token goes through, shared [T, hidden] F32, empty where there are none. */
+ * that every token goes through, shared [T, hidden] F32, empty where there are none. Without a
+ * probe both may be left to the experts that follow. */
 qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
                          const qv_moe_input *in, qv_tensor shared);
 /* y[t] = weighted sum of the chosen experts of x[t], with the adapters of the batch, in a latent

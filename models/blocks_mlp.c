@@ -71,34 +71,52 @@ static const qv_weight *first_behind(const qv_pass *pass, int64_t layer)
     return NULL;
 }
 
-qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
-                         const qv_moe_input *in, qv_tensor shared)
-{
-    const qv_batch *batch = pass->batch;
-    int32_t n_segs = pass->lora != NULL ? batch->n_segs : 0; /* or nobody reads the list's runs */
-    qv_beside beside = {.x = in->hidden, .y = shared, .next = first_behind(pass, layer)};
-    qv_tensor ids = chosen(pass, QV_BUF_EXPERT, QV_I32);
-    qv_tensor weights = chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32);
-    if (shared.data != NULL)
-        beside.w = qv_pass_plain(pass, layer, QV_PROJ_SHARED_OUT, &beside.x);
-    probe(pass, layer, "router_logits", in->logits);
-    QV_TRY(qv_op_choose(pass->be, router, in->logits, ids, weights, n_segs, batch->seg_start,
-                        batch->seg_slot, pass->list, &beside));
-    probe(pass, layer, "experts", ids);
-    probe(pass, layer, "expert_weights", weights);
-    if (shared.data == NULL)
-        return QV_OK;
-    if (beside.w == NULL)
-        QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_OUT, in->hidden, shared));
-    probe(pass, layer, "shared_out", shared);
-    return QV_OK;
-}
-
 /* Pairs of adapters on a projection of experts; NULL without adapters. */
 static const qv_moe_lora_site *expert_site(const qv_pass *pass, int64_t layer, qv_proj proj)
 {
     return pass->lora != NULL ? qv_lora_parts_experts(qv_lora_pool_parts(pass->lora), layer, proj)
                               : NULL;
+}
+
+/* Of the list. Without adapters nobody reads its runs. */
+static int32_t n_segs_of(const qv_pass *pass)
+{
+    return pass->lora != NULL ? pass->batch->n_segs : 0;
+}
+
+static qv_status choose(qv_pass *pass, const qv_choice *c)
+{
+    const qv_batch *batch = pass->batch;
+    return qv_op_choose(pass->be, &c->router, c->logits, chosen(pass, QV_BUF_EXPERT, QV_I32),
+                        chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), n_segs_of(pass),
+                        batch->seg_start, batch->seg_slot, pass->list, &c->beside);
+}
+
+/* Adapters on the experts' first projection stand between the two products; a probe looks at what
+ * is chosen before either. */
+qv_status qv_block_route(qv_pass *pass, int64_t layer, const qv_router *router,
+                         const qv_moe_input *in, qv_tensor shared)
+{
+    qv_choice choice = {
+        .router = *router,
+        .logits = in->logits,
+        .beside = {.x = in->hidden, .y = shared, .next = first_behind(pass, layer)}};
+    if (shared.data != NULL)
+        choice.beside.w = qv_pass_plain(pass, layer, QV_PROJ_SHARED_OUT, &choice.beside.x);
+    probe(pass, layer, "router_logits", in->logits);
+    bool leave = pass->probe == NULL && expert_site(pass, layer, QV_PROJ_EXPERT_IN) == NULL;
+    if (leave)
+        pass->choice = choice;
+    else
+        QV_TRY(choose(pass, &choice));
+    probe(pass, layer, "experts", chosen(pass, QV_BUF_EXPERT, QV_I32));
+    probe(pass, layer, "expert_weights", chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32));
+    if (shared.data == NULL)
+        return QV_OK;
+    if (choice.beside.w == NULL)
+        QV_TRY(qv_linear(pass, layer, QV_PROJ_SHARED_OUT, in->hidden, shared));
+    probe(pass, layer, "shared_out", shared);
+    return QV_OK;
 }
 
 /* A x of adapters, one row a pair. */
@@ -111,16 +129,43 @@ static qv_tensor expert_scratch(const qv_pass *pass, const qv_moe_lora_site *sit
                         site->max_rank);
 }
 
-/* y = x W_e^T for every pair of the list, plus the adapters of the batch. */
-static qv_status expert_linear(qv_pass *pass, int64_t layer, qv_proj proj, qv_tensor x,
-                               qv_moe_rows rows, qv_tensor y)
+/* What adapters on a projection of experts add to y. */
+static qv_status expert_lora(qv_pass *pass, const qv_moe_lora_site *site, qv_tensor x,
+                             qv_moe_rows rows, qv_tensor y)
 {
-    const qv_moe_lora_site *site = expert_site(pass, layer, proj);
-    QV_TRY(qv_op_moe_linear(pass->be, qv_weights_layer(pass->weights, layer)->proj[proj],
-                            pass->list, x, rows, y));
     return site != NULL
                ? qv_op_moe_lora(pass->be, site, pass->list, x, rows, expert_scratch(pass, site), y)
                : QV_OK;
+}
+
+/* Both products and the activation between them, of a choice that has been made. With adapters on
+ * the first one. */
+static qv_status run_apart(qv_pass *pass, const qv_experts *e, const qv_moe_lora_site *site)
+{
+    qv_tensor x = e->x;
+    qv_moe_rows rows;
+    QV_TRY(qv_op_moe_gather(pass->be, pass->list, e->y, &x, &rows)); /* as wide as what goes in */
+    if (site == NULL) {
+        QV_TRY(
+            qv_op_moe_linear_act(pass->be, e->in, pass->list, x, rows, e->act, e->wide, e->inner));
+    } else {
+        QV_TRY(qv_op_moe_linear(pass->be, e->in, pass->list, x, rows, e->wide));
+        QV_TRY(expert_lora(pass, site, x, rows, e->wide));
+        QV_TRY(qv_op_activate(pass->be, e->act, e->wide, e->inner));
+    }
+    return qv_op_moe_linear(pass->be, e->out, pass->list, e->inner, QV_MOE_PAIRS, e->y);
+}
+
+/* With the choice that was left to it. */
+static qv_status run_chosen(qv_pass *pass, const qv_experts *e)
+{
+    const qv_batch *batch = pass->batch;
+    const qv_choice choice = pass->choice;
+    pass->choice = (qv_choice){.logits = {.data = NULL}};
+    return qv_op_choose_experts(pass->be, &choice.router, choice.logits,
+                                chosen(pass, QV_BUF_EXPERT, QV_I32),
+                                chosen(pass, QV_BUF_EXPERT_WEIGHT, QV_F32), n_segs_of(pass),
+                                batch->seg_start, batch->seg_slot, pass->list, &choice.beside, e);
 }
 
 /* What experts give, a row a pair; *site: of the adapters on their last projection. */
@@ -129,24 +174,22 @@ static qv_status run_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor
 {
     int64_t n_pairs = (int64_t)pass->batch->n_tokens * pass->config->moe_top_k;
     qv_dtype dtype = qv_backend_activation_dtype(pass->be);
+    const qv_weight *const *proj =
+        (const qv_weight *const *)qv_weights_layer(pass->weights, layer)->proj;
     int64_t n_wide = pass->layout->proj[QV_PROJ_EXPERT_IN].n_out;
     int64_t n_inner = pass->layout->proj[QV_PROJ_EXPERT_OUT].n_in;
     int64_t n_out = pass->layout->proj[QV_PROJ_EXPERT_OUT].n_out;
-    qv_tensor wide = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_WIDE], dtype, n_pairs, n_wide);
-    qv_tensor inner = qv_tensor_cols(wide, 0, n_inner); /* the activation works in place */
-    *out = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, n_out);
+    qv_experts e = {
+        .in = proj[QV_PROJ_EXPERT_IN], .out = proj[QV_PROJ_EXPERT_OUT], .act = act, .x = x};
+    e.wide = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_WIDE], dtype, n_pairs, n_wide);
+    e.inner = qv_tensor_cols(e.wide, 0, n_inner); /* the activation works in place */
+    *out = e.y = qv_tensor_2d(pass->buffers->data[QV_BUF_EXPERT_OUT], dtype, n_pairs, n_out);
     *site = expert_site(pass, layer, QV_PROJ_EXPERT_OUT);
-    qv_moe_rows rows;
-    QV_TRY(qv_op_moe_gather(pass->be, pass->list, *out, &x, &rows)); /* as wide as what goes in */
-    if (expert_site(pass, layer, QV_PROJ_EXPERT_IN) == NULL) {
-        QV_TRY(qv_op_moe_linear_act(pass->be,
-                                    qv_weights_layer(pass->weights, layer)->proj[QV_PROJ_EXPERT_IN],
-                                    pass->list, x, rows, act, wide, inner));
-    } else {
-        QV_TRY(expert_linear(pass, layer, QV_PROJ_EXPERT_IN, x, rows, wide));
-        QV_TRY(qv_op_activate(pass->be, act, wide, inner));
-    }
-    return expert_linear(pass, layer, QV_PROJ_EXPERT_OUT, inner, QV_MOE_PAIRS, *out);
+    if (pass->choice.logits.data != NULL)
+        QV_TRY(run_chosen(pass, &e));
+    else
+        QV_TRY(run_apart(pass, &e, expert_site(pass, layer, QV_PROJ_EXPERT_IN)));
+    return expert_lora(pass, *site, e.inner, QV_MOE_PAIRS, *out);
 }
 
 qv_status qv_block_latent_experts(qv_pass *pass, int64_t layer, qv_act act, qv_tensor x,

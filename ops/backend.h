@@ -143,6 +143,12 @@ typedef struct {
     /* Of one token. NULL: router, then moe_route, then the product, as for more. */
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list, const qv_beside *beside);
+    /* Of one token. NULL, both: choose and the two products, as where it does not take them. */
+    bool (*takes_experts)(qv_backend *be, const qv_router *router, qv_tensor logits,
+                          const qv_moe_list *list, const qv_experts *experts);
+    qv_status (*choose_experts)(qv_backend *be, const qv_router *router, qv_tensor logits,
+                                qv_tensor ids, qv_tensor weights, qv_moe_list *list,
+                                const qv_beside *beside, const qv_experts *experts);
     /* Of a backend without peers. NULL: moe_combine_f32, then add_rms_norm. */
     qv_status (*combine_add_rms_norm)(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                       qv_tensor delta, qv_tensor w, float eps, bool plus_one,

@@ -1122,16 +1122,21 @@ qv_status qv_op_moe_route(qv_backend *be, qv_tensor ids, int32_t n_segs, const i
     return CALL(moe_route, be, ids, list);
 }
 
+static qv_status check_choice(qv_backend *be, const qv_router *router, qv_tensor logits,
+                              qv_tensor ids, qv_tensor weights, const qv_beside *beside)
+{
+    QV_TRY(check_router_op(router, logits, ids, weights));
+    return beside->w != NULL ? check_linear(be, beside->w, beside->x, beside->y, QV_F32) : QV_OK;
+}
+
 qv_status qv_op_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                        qv_tensor weights, int32_t n_segs, const int32_t *seg_start,
                        const int32_t *seg_slot, qv_moe_list *list, const qv_beside *beside)
 {
     const qv_beside nothing = {.w = NULL}, *b = beside != NULL ? beside : &nothing;
     if (be->table->choose != NULL && logits.shape[0] == 1) {
-        QV_TRY(check_router_op(router, logits, ids, weights));
+        QV_TRY(check_choice(be, router, logits, ids, weights, b));
         QV_TRY(begin_list(list, ids, n_segs, seg_start, seg_slot));
-        if (b->w != NULL)
-            QV_TRY(check_linear(be, b->w, b->x, b->y, QV_F32));
         return CALL_ON(be->table, choose, 0, 0, be, router, logits, ids, weights, list, b);
     }
     QV_TRY(qv_op_router(be, router, logits, ids, weights));
@@ -1199,6 +1204,44 @@ qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_
                               : QV_OK;
     QV_TRY(qv_op_moe_linear(be, w, list, x, rows, wide));
     return qv_op_activate(be, act, wide, y);
+}
+
+/* Both products, from the list on. */
+static qv_status run_experts(qv_backend *be, const qv_moe_list *list, const qv_experts *e)
+{
+    qv_tensor x = e->x;
+    qv_moe_rows rows;
+    QV_TRY(qv_op_moe_gather(be, list, e->y, &x, &rows)); /* as wide as what goes in */
+    QV_TRY(qv_op_moe_linear_act(be, e->in, list, x, rows, e->act, e->wide, e->inner));
+    return qv_op_moe_linear(be, e->out, list, e->inner, QV_MOE_PAIRS, e->y);
+}
+
+static qv_status check_experts(const qv_backend *be, const qv_moe_list *list, const qv_experts *e)
+{
+    QV_TRY(check_moe_linear(be, e->in, list, e->x, QV_MOE_TOKENS, e->wide));
+    QV_TRY(check_moe_linear(be, e->out, list, e->inner, QV_MOE_PAIRS, e->y));
+    if (e->out->n_in != (e->act == QV_ACT_SWIGLU ? e->in->n_out / 2 : e->in->n_out))
+        return qv_fail(QV_ERR_SHAPE, "choose_experts: %lld rows, then %lld columns",
+                       (long long)e->in->n_out, (long long)e->out->n_in);
+    return QV_OK;
+}
+
+qv_status qv_op_choose_experts(qv_backend *be, const qv_router *router, qv_tensor logits,
+                               qv_tensor ids, qv_tensor weights, int32_t n_segs,
+                               const int32_t *seg_start, const int32_t *seg_slot, qv_moe_list *list,
+                               const qv_beside *beside, const qv_experts *experts)
+{
+    const qv_beside nothing = {.w = NULL}, *b = beside != NULL ? beside : &nothing;
+    if (be->table->takes_experts != NULL && logits.shape[0] == 1) {
+        QV_TRY(check_choice(be, router, logits, ids, weights, b));
+        QV_TRY(begin_list(list, ids, n_segs, seg_start, seg_slot));
+        QV_TRY(check_experts(be, list, experts));
+        if (be->table->takes_experts(be, router, logits, list, experts))
+            return CALL_ON(be->table, choose_experts, experts->in->n_out, experts->in->n_in, be,
+                           router, logits, ids, weights, list, b, experts);
+    }
+    QV_TRY(qv_op_choose(be, router, logits, ids, weights, n_segs, seg_start, seg_slot, list, b));
+    return run_experts(be, list, experts);
 }
 
 static qv_status check_moe_site(const char *op, const qv_moe_lora_site *site,

@@ -464,6 +464,7 @@ qv_status qv_op_conv_ssd_norm(qv_backend *be, const qv_batch *batch, const qv_ar
  *   qv_op_moe_linear    x                            -> h [P, n]      then qv_op_moe_lora into h
  *   qv_op_swiglu/relu2  h                            -> a [P, f]   (both: qv_op_moe_linear_act)
  *   qv_op_moe_linear    a, one row a pair            -> o [P, d]      then qv_op_moe_lora into o
+ *                       (from the router to here: qv_op_choose_experts, without adapters on h)
  *   qv_op_moe_combine   o, weights                   -> y [T, d], or _f32 into the stream
  *
  * Row p of a tensor of pairs belongs to the pair at place p of the list. Logits stay float32 in any
@@ -575,6 +576,23 @@ qv_status qv_op_moe_linear(qv_backend *be, const qv_weight *w, const qv_moe_list
 qv_status qv_op_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                                qv_tensor x, qv_moe_rows rows, qv_act act, qv_tensor wide,
                                qv_tensor y);
+
+/* Both products of routed experts. */
+typedef struct {
+    const qv_weight *in, *out;
+    qv_act act;      /* between them */
+    qv_tensor x;     /* [T, in's n_in] */
+    qv_tensor wide;  /* [P, in's n_out]: room */
+    qv_tensor inner; /* [P, out's n_in]: the first one's results; may be columns of wide */
+    qv_tensor y;     /* [P, out's n_out] */
+} qv_experts;
+
+/* qv_op_choose, then qv_op_moe_linear_act and qv_op_moe_linear of the tokens it was for: as one for
+ * one token where the backend can. Errors: those of the three. */
+qv_status qv_op_choose_experts(qv_backend *be, const qv_router *router, qv_tensor logits,
+                               qv_tensor ids, qv_tensor weights, int32_t n_segs,
+                               const int32_t *seg_start, const int32_t *seg_slot, qv_moe_list *list,
+                               const qv_beside *beside, const qv_experts *experts);
 
 /* One adapter's part of a layer's experts, in memory of its own: experts are many, so slots get it
  * only when an adapter that has one is loaded into them. The layout is that of qv_lora_site with

@@ -271,6 +271,11 @@ qv_status qv_cuda_conv_ssd_norm(qv_backend *be, const qv_batch *batch, const qv_
 
 qv_status qv_cuda_choose(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                          qv_tensor weights, qv_moe_list *list, const qv_beside *beside);
+bool qv_cuda_takes_experts(qv_backend *be, const qv_router *router, qv_tensor logits,
+                           const qv_moe_list *list, const qv_experts *experts);
+qv_status qv_cuda_choose_experts(qv_backend *be, const qv_router *router, qv_tensor logits,
+                                 qv_tensor ids, qv_tensor weights, qv_moe_list *list,
+                                 const qv_beside *beside, const qv_experts *experts);
 
 qv_status qv_cuda_combine_add_rms_norm(qv_backend *be, const qv_moe_sum *sum, qv_tensor residual,
                                        qv_tensor delta, qv_tensor w, float eps, bool plus_one,

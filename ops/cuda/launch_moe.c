@@ -140,6 +140,21 @@ qv_status qv_cuda_moe_gather(qv_backend *be, const qv_moe_list *list, qv_tensor 
                            qv_cuda(be)->stream);
 }
 
+static qv_k_moe_linear_args linear_args(const qv_weight *w, qv_tensor x, qv_moe_rows rows,
+                                        qv_k_moe_act act, qv_tensor y)
+{
+    return (qv_k_moe_linear_args){.w = qv_cuda_weight_of(w)->data,
+                                  .x = x.data,
+                                  .y = y.data,
+                                  .w_expert = w->n_out * w->n_in,
+                                  .n_out = w->n_out,
+                                  .n_in = w->n_in,
+                                  .x_stride = x.stride[0],
+                                  .y_stride = y.stride[0],
+                                  .x_pairs = rows == QV_MOE_PAIRS,
+                                  .act = act};
+}
+
 static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_list *list,
                             qv_tensor x, qv_moe_rows rows, qv_k_moe_act act, qv_tensor y)
 {
@@ -148,17 +163,8 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, const qv_moe_lis
     if (w->dtype != QV_BF16)
         return qv_fail(QV_ERR_UNSUPPORTED, "moe_linear: on CUDA experts are BF16, not %s",
                        qv_dtype_name(w->dtype));
-    qv_k_moe_linear_args args = {.w = qv_cuda_weight_of(w)->data,
-                                 .x = x.data,
-                                 .y = y.data,
-                                 .w_expert = w->n_out * w->n_in,
-                                 .n_out = w->n_out,
-                                 .n_in = w->n_in,
-                                 .x_stride = x.stride[0],
-                                 .y_stride = y.stride[0],
-                                 .x_pairs = rows == QV_MOE_PAIRS,
-                                 .list_is_there = !cuda->list_is_new,
-                                 .act = act};
+    qv_k_moe_linear_args args = linear_args(w, x, rows, act, y);
+    args.list_is_there = !cuda->list_is_new;
     cuda->list_is_new = false; /* a launch the ordinary way: it waits for the list */
     return qv_k_moe_linear(&l, &args, cuda->stream);
 }
@@ -181,6 +187,58 @@ qv_status qv_cuda_moe_linear_act(qv_backend *be, const qv_weight *w, const qv_mo
         return run_linear(be, w, list, x, rows, QV_K_MOE_SWIGLU, y);
     QV_TRY(qv_cuda_moe_linear(be, w, list, x, rows, wide));
     return qv_cuda_swiglu(be, qv_tensor_cols(wide, 0, f), qv_tensor_cols(wide, f, f), y);
+}
+
+/* One token's experts, chosen where they are used. */
+typedef struct {
+    qv_k_router_args router;
+    qv_k_list list;
+    qv_k_moe_linear_args in, out;
+} one_token;
+
+static qv_k_moe_one_args one_args(qv_backend *be, qv_k_router_args router, const qv_moe_list *list,
+                                  const qv_experts *e, one_token *room)
+{
+    qv_k_moe_act act = e->act == QV_ACT_SWIGLU ? QV_K_MOE_SWIGLU : QV_K_MOE_RELU2;
+    room->router = router;
+    room->list = list_of(be, list);
+    room->in = linear_args(e->in, e->x, QV_MOE_TOKENS, act, e->inner);
+    room->out = linear_args(e->out, e->inner, QV_MOE_PAIRS, QV_K_MOE_PLAIN, e->y);
+    return (qv_k_moe_one_args){
+        .router = &room->router, .list = &room->list, .in = &room->in, .out = &room->out};
+}
+
+bool qv_cuda_takes_experts(qv_backend *be, const qv_router *router, qv_tensor logits,
+                           const qv_moe_list *list, const qv_experts *experts)
+{
+    const qv_tensor none = {.data = NULL};
+    one_token room;
+    qv_k_moe_one_args args =
+        one_args(be, router_args(be, router, logits, none, none), list, experts, &room);
+    return experts->in->dtype == QV_BF16 && experts->out->dtype == QV_BF16 &&
+           experts->act != QV_ACT_NONE && qv_k_moe_one_can(&args);
+}
+
+/* What stands beside is summed in an order of its own there, or else comes last: by then what it
+ * reads is there. */
+qv_status qv_cuda_choose_experts(qv_backend *be, const qv_router *router, qv_tensor logits,
+                                 qv_tensor ids, qv_tensor weights, qv_moe_list *list,
+                                 const qv_beside *beside, const qv_experts *experts)
+{
+    qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_tensor none = {.data = NULL};
+    one_token room;
+    qv_k_linear_args c;
+    qv_k_moe_one_args args =
+        one_args(be, router_args(be, router, logits, ids, weights), list, experts, &room);
+    args.ahead = ahead_of(beside);
+    if (beside->w != NULL && !cuda->deterministic) {
+        c = qv_cuda_linear_args(beside->w, beside->x, none, beside->y);
+        args.beside = qv_k_moe_one_can_beside(&c) ? &c : NULL;
+    }
+    QV_TRY(qv_k_moe_one(&args, cuda->stream));
+    cuda->list_is_new = false;
+    return beside->w != NULL && args.beside == NULL ? product_beside(cuda, beside) : QV_OK;
 }
 
 static qv_status site_of(const char *op, const qv_moe_lora_site *site, qv_k_moe_lora_site *out)

@@ -445,6 +445,163 @@ Test(cuda_moe, a_product_beside_the_choice_is_that_of_its_op)
         check_beside(1, 512, 64, next[i]);
 }
 
+/* --- Choice and both products ------------------------------------------------------------- */
+
+typedef struct {
+    qv_router_kind kind;
+    int32_t n_experts, top_k, first, n_here; /* of the router; from `first` on, here */
+    int64_t d, ffn;
+    qv_act act;
+    bool bias;
+    int64_t beside[2]; /* rows and columns of a product; 0: none */
+} experts_case;
+
+static qv_weight *made_up(qv_backend *be, int64_t n_experts, int64_t n_out, int64_t n_in)
+{
+    qv_weight *w;
+    PASS(n_experts > 0 ? qv_weight_new_experts(be, n_experts, n_out, n_in, QV_BF16, &w)
+                       : qv_weight_new(be, n_out, n_in, QV_BF16, &w));
+    PASS(qv_weight_fill(be, w, 0.05f, (uint64_t)n_out));
+    return w;
+}
+
+/* Memory of the device, `size` bytes at each. */
+static void check_bytes(pair *p, const char *what, const void *got, const void *want, size_t size)
+{
+    uint8_t *a = must(malloc(size + 1)), *b = must(malloc(size + 1));
+    if (size > 0) {
+        PASS(qv_backend_download(p->be[GPU], a, got, size));
+        PASS(qv_backend_download(p->be[GPU], b, want, size));
+    }
+    for (size_t i = 0; i < size; i++)
+        cr_assert_eq(a[i], b[i], "%s: byte %zu of %zu is %02x, not %02x", what, i, size, a[i],
+                     b[i]);
+    free(a);
+    free(b);
+}
+
+/* Both on the device. How many places they have. */
+static int32_t check_lists(pair *p, const qv_moe_list *got, const qv_moe_list *want)
+{
+    int32_t n_places, n_runs;
+    PASS(qv_backend_download(p->be[GPU], &n_places, want->expert_start + want->n_experts, 4));
+    PASS(qv_backend_download(p->be[GPU], &n_runs, want->n_runs, 4));
+    check_bytes(p, "starts", got->expert_start, want->expert_start,
+                ((size_t)want->n_experts + 1) * 4);
+    check_bytes(p, "pairs", got->pair, want->pair, (size_t)n_places * 4);
+    check_bytes(p, "places", got->place, want->place, (size_t)want->top_k * 4);
+    check_bytes(p, "number of runs", got->n_runs, want->n_runs, 4);
+    check_bytes(p, "runs", got->runs, want->runs, (size_t)n_runs * sizeof *want->runs);
+    check_bytes(p, "next item", got->next_item, want->next_item, 4);
+    check_bytes(p, "work", got->work, want->work, 8 + (size_t)n_places * 8);
+    return n_places;
+}
+
+/* What one token's step leaves. */
+typedef struct {
+    both weights, y, wide, more;
+    both_memory ids, memory;
+    qv_moe_list list;
+} experts_step;
+
+static experts_step new_step(pair *p, const experts_case *s, int64_t n_wide)
+{
+    size_t bytes = qv_moe_list_bytes(s->n_here, s->top_k, 1), ids = (size_t)s->top_k * 4;
+    experts_step step = {.weights = nan_f32(p, 1, s->top_k),
+                         .y = nan_act(p, s->top_k, s->d),
+                         .wide = nan_act(p, s->top_k, n_wide),
+                         .more = nan_f32(p, 1, s->beside[0] + 1),
+                         .ids = alloc_both(p, ids, ids),
+                         .memory = alloc_both(p, bytes, bytes)};
+    PASS(qv_moe_list_init(&step.list, s->n_here, s->top_k, 1, step.memory.at[GPU]));
+    step.list.first_expert = s->first;
+    return step;
+}
+
+/* Of one token on the device, with and without the op of all. */
+static void check_experts(const experts_case *s, int32_t n_segs)
+{
+    pair *p = open_pair();
+    qv_backend *be = p->be[GPU];
+    qv_rng rng = qv_rng_seed(17);
+    int64_t n_wide = s->act == QV_ACT_SWIGLU ? 2 * s->ffn : s->ffn;
+    qv_router router = {.kind = s->kind, .top_k = s->top_k, .normalize = true, .scale = 2.5f};
+    router.n_groups = router.topk_groups = 1;
+    qv_weight *in = made_up(be, s->n_here, n_wide, s->d),
+              *out = made_up(be, s->n_here, s->d, s->ffn), *next = made_up(be, 0, 4096, 16),
+              *side = s->beside[0] > 0 ? made_up(be, 0, s->beside[0], s->beside[1]) : NULL;
+    both from = random_act(p, &rng, 1, s->d, 1), x = nan_act(p, 1, s->d);
+    both logits = random_f32(p, &rng, 1, s->n_experts, 2);
+    both bias = random_f32(p, &rng, 1, s->n_experts, 0.3f);
+    if (s->bias)
+        router.bias = qv_tensor_1d(bias.t[GPU].data, QV_F32, s->n_experts);
+    both hidden = random_act(p, &rng, 1, s->beside[1] + 1, 1);
+    const int32_t start[] = {0, 0, 1, 1}, slots[] = {3, 2, 1};
+    both_memory starts = upload_both(p, start, sizeof start),
+                of_segs = upload_both(p, slots, sizeof slots);
+    experts_step steps[2];
+    for (int apart = 0; apart < 2; apart++) {
+        experts_step *step = &steps[apart];
+        *step = new_step(p, s, n_wide);
+        qv_tensor ids = qv_tensor_2d(step->ids.at[GPU], QV_I32, 1, s->top_k);
+        const qv_experts e = {.in = in,
+                              .out = out,
+                              .act = s->act,
+                              .x = x.t[GPU],
+                              .wide = step->wide.t[GPU],
+                              .inner = qv_tensor_cols(step->wide.t[GPU], 0, s->ffn),
+                              .y = step->y.t[GPU]};
+        const qv_beside beside = {.w = side,
+                                  .x = qv_tensor_cols(hidden.t[GPU], 0, s->beside[1]),
+                                  .y = qv_tensor_cols(step->more.t[GPU], 0, s->beside[0]),
+                                  .next = next};
+        PASS(qv_op_relu2(be, from.t[GPU], x.t[GPU])); /* the launch right in front */
+        if (!apart) {
+            PASS(qv_op_choose_experts(be, &router, logits.t[GPU], ids, step->weights.t[GPU], n_segs,
+                                      starts.at[GPU], of_segs.at[GPU], &step->list, &beside, &e));
+            continue;
+        }
+        PASS(qv_op_choose(be, &router, logits.t[GPU], ids, step->weights.t[GPU], n_segs,
+                          starts.at[GPU], of_segs.at[GPU], &step->list, &beside));
+        PASS(qv_op_moe_linear_act(be, in, &step->list, e.x, QV_MOE_TOKENS, e.act, e.wide, e.inner));
+        PASS(qv_op_moe_linear(be, out, &step->list, e.inner, QV_MOE_PAIRS, e.y));
+    }
+    size_t chosen = (size_t)s->top_k * 4;
+    check_bytes(p, "ids", steps[0].ids.at[GPU], steps[1].ids.at[GPU], chosen);
+    check_bytes(p, "weights", steps[0].weights.t[GPU].data, steps[1].weights.t[GPU].data, chosen);
+    size_t n_places = (size_t)check_lists(p, &steps[0].list, &steps[1].list);
+    check_bytes(p, "y", steps[0].y.t[GPU].data, steps[1].y.t[GPU].data, n_places * s->d * 2);
+    float *a = fetch(p, GPU, steps[0].more.t[GPU]), *b = fetch(p, GPU, steps[1].more.t[GPU]);
+    for (int64_t i = 0; i < s->beside[0]; i++) /* in an order of its own */
+        cr_assert(fabsf(a[i] - b[i]) <= 1e-4f * (1 + fabsf(b[i])), "beside, %lld: %g, not %g",
+                  (long long)i, (double)a[i], (double)b[i]);
+    free(a);
+    free(b);
+    qv_weight_free(be, in);
+    qv_weight_free(be, out);
+    qv_weight_free(be, next);
+    qv_weight_free(be, side);
+    close_pair(p);
+}
+
+Test(cuda_moe, one_tokens_experts_are_those_of_ops_apart, .timeout = 600)
+{
+    static const experts_case cases[] = {
+        {QV_ROUTER_SOFTMAX, 256, 8, 0, 256, 2048, 512, QV_ACT_SWIGLU, false, {2048, 512}}, /* 35B */
+        {QV_ROUTER_SIGMOID, 128, 6, 0, 128, 2688, 1856, QV_ACT_RELU2, true, {2688, 3712}}, /* Nano
+                                                                                            */
+        {QV_ROUTER_SIGMOID, 512, 22, 0, 512, 136, 72, QV_ACT_RELU2, true, {0, 0}},
+        {QV_ROUTER_SOFTMAX, 64, 8, 16, 16, 136, 40, QV_ACT_SWIGLU, true, {100, 24}}, /* a rank */
+        {QV_ROUTER_SOFTMAX, 64, 2, 63, 1, 64, 48, QV_ACT_SWIGLU, true, {70, 8}}, /* hardly any */
+        {QV_ROUTER_SIGMOID, 9, 3, 0, 9, 64, 24, QV_ACT_RELU2, true, {3, 64}},
+        {QV_ROUTER_SOFTMAX, 9, 9, 0, 9, 37, 19, QV_ACT_SWIGLU, false, {64, 33}},   /* no vectors */
+        {QV_ROUTER_SOFTMAX, 600, 4, 0, 600, 64, 32, QV_ACT_SWIGLU, false, {0, 0}}, /* too many */
+    };
+    for (size_t i = 0; i < QV_ROWS(cases); i++)
+        for (int32_t n_segs = 0; n_segs <= 3; n_segs += 3)
+            check_experts(&cases[i], n_segs);
+}
+
 /* --- Weighted sum, residual and norm at once ---------------------------------------------- */
 
 typedef struct {

@@ -1,0 +1,366 @@
+/* Routed experts of one token: their choice and their two products, in two launches that read
+ * weights without a pause. The numbers are those of choose.cu and moe_gemm.cu, to the same bit.
+ *
+ * Every block makes the choice by itself, from the logits, sooner than it would hear of it: so the
+ * first product waits for the logits alone, and the second one not even for the first before it
+ * asks for its weights. A further block of the second makes the list for those who come after.
+ *
+ * A block is 64 rows of an expert, half of them the gate's and half those of up with SwiGLU; a warp
+ * 16 of them and half of k, whose numbers a thread copies to where it alone reads them. What of
+ * both products is on its way at a time fits into the shared memory of a multiprocessor beside each
+ * other: a block of the first and two of the second.
+ *
+ * While the first product waits nothing comes from memory, so it calls what a later kernel reads
+ * into the L2 cache. A product that needs nothing of the choice goes beside the second.
+ *
+ * Memory bound: 2 n_out n_in bytes an expert.
+ */
+#include "kernels/moe_gemm.cuh"
+#include "kernels/router.cuh"
+
+namespace
+{
+
+constexpr int ROWS = 64;  /* of a block */
+constexpr int STEP = 32;  /* of k */
+constexpr int SPLITS = 2; /* of k */
+constexpr int THREADS = 32 * (ROWS / 16) * SPLITS;
+constexpr int AHEAD = 9; /* steps on their way */
+
+struct one_args {
+    qv_k_router_args router;
+    qv_k_list list;
+    qv_k_moe_linear_args c;
+    qv_k_ahead ahead;         /* of the first */
+    qv_k_linear_args beside;  /* the second: y [1, n_out] in float32; no w: nothing */
+    bool first, beside_first; /* the first product; what stands beside begins in front of all */
+    int tiles, width;         /* of an expert; columns of y of a tile */
+    int beside_tiles;
+};
+
+struct one_shared {
+    uint4 w[AHEAD][2][THREADS]; /* a thread's own */
+    float sums[SPLITS][ROWS];
+    int expert;
+};
+
+/* What follows in shared memory, on 16. */
+__host__ __device__ constexpr int x_offset()
+{
+    return (int)(sizeof(one_shared) + 15) / 16 * 16;
+}
+
+constexpr int LONGEST = 8192; /* k */
+
+/* --- Who is where ------------------------------------------------------------------------- */
+
+/* Of lane k: the expert chosen as number k, if it is here; else -1. */
+__device__ __forceinline__ int here(const qv_k_list &list, const warp_choice &mine)
+{
+    int e = (int)(threadIdx.x & 31) < list.top_k ? mine.id - list.first_expert : -1;
+    return e >= 0 && e < list.n_experts ? e : -1;
+}
+
+/* How many of the chosen ones are here and in front of `expert`. */
+__device__ __forceinline__ int count_before(const qv_k_list &list, int e, int expert)
+{
+    int before = 0;
+    for (int k = 0; k < list.top_k; k++) {
+        int other = __shfl_sync(ALL, e, k);
+        before += other >= 0 && other < expert;
+    }
+    return before;
+}
+
+/* The expert at a place, -1 if there are not so many. */
+__device__ __forceinline__ int expert_at(const qv_k_list &list, int e, int place)
+{
+    int before = count_before(list, e, e);
+    unsigned lanes = __ballot_sync(ALL, e >= 0 && before == place);
+    int expert = __shfl_sync(ALL, e, lanes ? __ffs((int)lanes) - 1 : 0);
+    return lanes ? expert : -1;
+}
+
+/* The list, as count_list() of choose.cu makes it, and the choice. One block. */
+template <int PER> __device__ void write_list(const one_args &a)
+{
+    const qv_k_list &list = a.list;
+    const warp_choice mine = choose_by_warp<PER, true>(a.router, a.router.logits);
+    int lane = threadIdx.x & 31, e = here(list, mine), place = count_before(list, e, e);
+    for (int first = 0; first <= list.n_experts; first += THREADS) {
+        int i = first + (int)threadIdx.x, before = count_before(list, e, i);
+        if (i <= list.n_experts)
+            list.expert_start[i] = before;
+    }
+    if (threadIdx.x >= 32)
+        return;
+    int n = __popc(__ballot_sync(ALL, e >= 0));
+    int slot = list.n_segs > 0 ? slot_of_pair(list, 0) : -1;
+    if (lane < list.top_k) {
+        a.router.ids[lane] = mine.id;
+        a.router.weights[lane] = mine.weight;
+        list.place[lane] = e >= 0 ? place : -1;
+    }
+    if (e >= 0) {
+        list.pair[place] = lane;
+        list.work[2 + 2 * place] = place << QV_K_MOE_EXPERT_BITS | e;
+        list.work[3 + 2 * place] = place;
+        if (slot >= 0)
+            list.runs[place] = {place, 1, e, slot};
+    }
+    if (lane == 0) {
+        list.work[0] = list.work[1] = n;
+        *list.n_runs = slot >= 0 ? n : 0;
+        *list.next_item = 0;
+    }
+}
+
+/* --- A product ---------------------------------------------------------------------------- */
+
+/* A matrix, of whose rows a tile has `width`, and as many `jump` further if that is half of ROWS.
+ */
+struct matrix {
+    const bf16 *w;
+    int n_cols, n_in, width, jump;
+};
+
+/* A thread's 8 numbers of each 32 of two rows, as skinny.cuh has them; NULL: there is no such row.
+ */
+struct thread_rows {
+    const bf16 *low, *high;
+    int at, end; /* its first k, and where the warp's range ends */
+};
+
+__device__ __forceinline__ thread_rows rows_of(const matrix &a, int tile)
+{
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int group = warp % (ROWS / 16) * 16, split = warp / (ROWS / 16);
+    int col = tile * a.width + group % a.width, left = a.n_cols - col;
+    int steps = (a.n_in + STEP - 1) / STEP;
+    const bf16 *w = a.w + (int64_t)(col + (group >= a.width ? a.jump : 0)) * a.n_in;
+    thread_rows r;
+    r.at = steps * split / SPLITS * STEP + t * 8;
+    r.end = min(a.n_in, steps * (split + 1) / SPLITS * STEP);
+    r.low = g < left ? w + (int64_t)g * a.n_in + r.at : nullptr;
+    r.high = g + 8 < left ? w + (int64_t)(g + 8) * a.n_in + r.at : nullptr;
+    return r;
+}
+
+__device__ __forceinline__ void copy_step(one_shared &m, const thread_rows &r, const void *w,
+                                          int slot, int step)
+{
+    bool there = r.at + step * STEP < r.end, low = there && r.low, high = there && r.high;
+    copy16_stream(&m.w[slot][0][threadIdx.x], low ? r.low + step * STEP : w, low);
+    copy16_stream(&m.w[slot][1][threadIdx.x], high ? r.high + step * STEP : w, high);
+    copies_commit();
+}
+
+/* Sums of the block's rows over each half of k. */
+__device__ __forceinline__ void multiply(one_shared &m, const thread_rows &r, const void *w,
+                                         const bf16 *x)
+{
+    int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    int steps = (r.end - r.at + t * 8 + STEP - 1) / STEP;
+    float acc[4] = {};
+    for (int step = 0, slot = 0; step < steps; step++) {
+        copies_wait<AHEAD - 1>();
+        int k = r.at + step * STEP;
+        uint4 low = m.w[slot][0][threadIdx.x], high = m.w[slot][1][threadIdx.x];
+        uint4 b = g == 0 && k < r.end ? *(const uint4 *)(x + k) : uint4{};
+        const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+        const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+        mma(acc, first, b.x, b.y);
+        mma(acc, second, b.z, b.w);
+        copy_step(m, r, w, slot, step + AHEAD);
+        slot = slot + 1 < AHEAD ? slot + 1 : 0;
+    }
+    if (t > 0)
+        return;
+    float *sums = m.sums[warp / (ROWS / 16)] + warp % (ROWS / 16) * 16;
+    sums[g] = acc[0];
+    sums[g + 8] = acc[2];
+}
+
+__device__ __forceinline__ float sum_of(const one_shared &m, int row)
+{
+    return m.sums[0][row] + m.sums[1][row];
+}
+
+/* place -1: of what stands beside. */
+__device__ __forceinline__ void finish(const one_shared &m, const one_args &a, int place, int col,
+                                       int n_cols)
+{
+    int r = threadIdx.x;
+    if (r >= ROWS || col + r >= n_cols)
+        return;
+    float sum = sum_of(m, r);
+    if (place < 0) {
+        ((float *)a.beside.y)[col + r] = sum;
+        return;
+    }
+    if (r >= a.width)
+        return;
+    if (a.c.act == QV_K_MOE_SWIGLU)
+        sum = swiglu(round_bf16(sum), round_bf16(sum_of(m, r + a.width)));
+    else if (a.c.act == QV_K_MOE_RELU2)
+        sum = relu2(round_bf16(sum));
+    ((bf16 *)a.c.y)[place * a.c.y_stride + col + r] = __float2bfloat16(sum);
+}
+
+/* --- The kernels -------------------------------------------------------------------------- */
+
+constexpr int AHEAD_PIECE = 16 << 10;
+
+/* Blocks take pieces in turn, each thread one. */
+__device__ __forceinline__ void call_ahead(const void *data, int64_t bytes)
+{
+    int64_t at = ((int64_t)threadIdx.x * gridDim.x + blockIdx.x) * AHEAD_PIECE;
+    if (at < bytes)
+        prefetch_to_stay((const char *)data + at, (uint32_t)min((int64_t)AHEAD_PIECE, bytes - at));
+}
+
+/* The block's expert, -1 if there are not so many. */
+template <int PER>
+__device__ __forceinline__ int find_expert(one_shared &m, const one_args &a, int place)
+{
+    if (threadIdx.x < 32) {
+        const warp_choice mine = choose_by_warp<PER, false>(a.router, a.router.logits);
+        m.expert = expert_at(a.list, here(a.list, mine), place);
+    }
+    __syncthreads();
+    return m.expert;
+}
+
+/* Blocks: tiles of experts; of the second, the one that makes the list; those beside. The first
+ * product lets the next kernel start when the logits are there, so that they are for that one, too.
+ */
+template <int PER>
+__global__ void __launch_bounds__(THREADS, 3) one_kernel(const __grid_constant__ one_args a)
+{
+    const bool first = a.first;
+    if (!first)
+        let_next_start();
+    extern __shared__ __align__(16) char one_memory[];
+    one_shared &m = *(one_shared *)one_memory;
+    bf16 *x = (bf16 *)(one_memory + x_offset());
+    int n_items = a.tiles * a.list.top_k, n_blocks = (int)gridDim.x;
+    int block = (int)blockIdx.x + (a.beside_first ? n_items + 1 : 0);
+    block -= block < n_blocks ? 0 : n_blocks;
+    int place = block / a.tiles;
+    int tile = block - place * a.tiles, n_in = (int)a.c.n_in;
+    const bool beside = block > n_items;
+    if (block == n_items) {
+        write_list<PER>(a);
+        wait_for_previous();
+        return;
+    }
+    const bf16 *from = (const bf16 *)a.c.x + (first ? 0 : place * a.c.x_stride);
+    matrix w = {(const bf16 *)a.c.w, (int)y_columns(a.c), n_in, a.width, (int)a.c.n_out / 2};
+    if (beside) {
+        from = (const bf16 *)a.beside.x;
+        w = {(const bf16 *)a.beside.w, (int)a.beside.n_out, (int)a.beside.n_in, ROWS, 0};
+        tile = block - n_items - 1;
+    } else {
+        if (first) {
+            for (int i = 0; i < 2; i++)
+                call_ahead(a.ahead.data[i], a.ahead.bytes[i]);
+            wait_for_previous();
+            let_next_start();
+            for (int i = threadIdx.x * 8; i < n_in; i += THREADS * 8)
+                copy16(x + i, from + i, true);
+            copies_commit();
+        }
+        int expert = find_expert<PER>(m, a, place);
+        if (expert < 0) {
+            wait_for_previous(); /* whoever waits for this kernel also waits for that one */
+            return;
+        }
+        w.w += expert * a.c.w_expert;
+    }
+    const thread_rows r = rows_of(w, tile);
+    for (int i = 0; i < AHEAD; i++)
+        copy_step(m, r, w.w, i, i);
+    if (first) {
+        copies_wait<AHEAD>();
+    } else {
+        if (!beside) /* what stands beside is there; others wait for the kernel in front */
+            wait_for_previous();
+        for (int i = threadIdx.x * 8; i < w.n_in; i += THREADS * 8)
+            *(uint4 *)(x + i) = *(const uint4 *)(from + i);
+    }
+    __syncthreads();
+    multiply(m, r, w.w, x);
+    __syncthreads();
+    finish(m, a, beside ? -1 : place, tile * w.width, w.n_cols);
+}
+
+template <int PER> cudaError_t launch(const one_args &a, void *stream)
+{
+    int64_t longest = a.c.n_in > a.beside.n_in ? a.c.n_in : a.beside.n_in;
+    int bytes = x_offset() + (int)(longest * sizeof(bf16));
+    unsigned blocks = (unsigned)(a.tiles * a.list.top_k + a.beside_tiles + (a.first ? 0 : 1));
+    cudaError_t error =
+        cudaFuncSetAttribute(one_kernel<PER>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             x_offset() + LONGEST * (int)sizeof(bf16));
+    return error == cudaSuccess
+               ? launch_early(true, one_kernel<PER>, blocks, THREADS, bytes, stream, a)
+               : error;
+}
+
+/* Up to so many numbers come from the L2 cache, for which there is time behind the experts (a step
+ * of the 35B, 1 M: first 2.652 ms, last 2.644; of Nano, 10 M: 2.254 and 2.382). */
+constexpr int64_t BESIDE_LAST = 4 << 20;
+
+qv_status run(const qv_k_moe_one_args &args, const qv_k_moe_linear_args &c, bool first,
+              void *stream)
+{
+    one_args a = {*args.router, *args.list, c, {}, {}, first, false, 0, ROWS, 0};
+    if (c.act == QV_K_MOE_SWIGLU)
+        a.width = ROWS / 2;
+    a.tiles = (int)((y_columns(c) + a.width - 1) / a.width);
+    if (first) {
+        a.ahead = args.ahead;
+    } else if (args.beside != nullptr) {
+        a.beside = *args.beside;
+        a.beside_tiles = (int)((a.beside.n_out + ROWS - 1) / ROWS);
+        a.beside_first = a.beside.n_out * a.beside.n_in > BESIDE_LAST;
+    }
+    int n = args.router->n_experts;
+    cudaError_t error = n <= 128   ? launch<4>(a, stream)
+                        : n <= 256 ? launch<8>(a, stream)
+                                   : launch<16>(a, stream);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: experts of a token: %s", cudaGetErrorString(error));
+    return qv_k_check_launch("experts of a token");
+}
+
+bool product_can(const void *w, const void *x, int64_t n_out, int64_t n_in)
+{
+    return n_in % 8 == 0 && n_in <= LONGEST && n_out <= 1 << 24 && (uintptr_t)x % 16 == 0 &&
+           (uintptr_t)w % 16 == 0;
+}
+
+bool experts_can(const qv_k_moe_linear_args &c)
+{
+    return product_can(c.w, c.x, c.n_out, c.n_in) && c.x_stride % 8 == 0 && c.w_expert % 8 == 0;
+}
+
+} // namespace
+
+bool qv_k_moe_one_can(const qv_k_moe_one_args *args)
+{
+    const qv_k_router_args &r = *args->router;
+    return qv_k_is_hopper() && r.n_tokens == 1 && r.n_experts <= 512 && r.n_groups == 1 &&
+           r.top_k <= 32 && experts_can(*args->in) && experts_can(*args->out);
+}
+
+bool qv_k_moe_one_can_beside(const qv_k_linear_args *c)
+{
+    return !c->w_f32 && c->y_f32 && c->n_tokens == 1 && product_can(c->w, c->x, c->n_out, c->n_in);
+}
+
+qv_status qv_k_moe_one(const qv_k_moe_one_args *args, void *stream)
+{
+    QV_TRY(run(*args, *args->in, true, stream));
+    return run(*args, *args->out, false, stream);
+}

@@ -30,19 +30,9 @@ __device__ __forceinline__ void count_list(const int32_t *ids, const qv_k_list &
         place += expert[i] >= 0 && expert[i] < e;
     }
     if (p < n_pairs)
-        list.place[p] = e >= 0 ? place : -1;
-    if (e >= 0) {
-        list.pair[place] = p;
-        list.work[2 + 2 * place] = place << QV_K_MOE_EXPERT_BITS | e;
-        list.work[3 + 2 * place] = place;
-        if (slot >= 0)
-            list.runs[place] = {place, 1, e, slot};
-    }
-    if (p == 0) {
-        list.work[0] = list.work[1] = places;
-        *list.n_runs = slot >= 0 ? places : 0;
-        *list.next_item = 0;
-    }
+        list_pair(list, p, e, place, slot);
+    if (p == 0)
+        list_counts(list, places, slot);
     for (int i = p; i <= list.n_experts; i += THREADS) {
         int before = 0;
         for (int j = 0; j < n_pairs; j++)
@@ -51,25 +41,16 @@ __device__ __forceinline__ void count_list(const int32_t *ids, const qv_k_list &
     }
 }
 
-/* 35B, a step in ms: 16 blocks 3.713, 33 3.704, 66 3.801; pieces of 4 KiB 3.727, of 64 3.703. */
+/* For call_ahead(), half a GB at most. 35B, a step in ms: 16 blocks 3.713, 33 3.704, 66 3.801;
+ * pieces of 4 KiB 3.727, of 64 3.703. */
 constexpr int AHEAD_BLOCKS = 33;
-constexpr int AHEAD_PIECE = 16 << 10;
-
-/* Blocks take pieces in turn, each thread one: half a GB at most. */
-__device__ __forceinline__ void call_ahead(const void *data, int64_t bytes, int block)
-{
-    int64_t at = ((int64_t)threadIdx.x * AHEAD_BLOCKS + block) * AHEAD_PIECE;
-    if (at < bytes)
-        prefetch_to_stay((const char *)data + at, (uint32_t)min((int64_t)AHEAD_PIECE, bytes - at));
-}
 
 __global__ void __launch_bounds__(THREADS)
     choose_kernel(qv_k_router_args c, qv_k_list list, qv_k_ahead ahead)
 {
     let_next_start();
     if (blockIdx.x > 0) {
-        for (int i = 0; i < 2; i++)
-            call_ahead(ahead.data[i], ahead.bytes[i], (int)blockIdx.x - 1);
+        call_ahead(ahead, (int)blockIdx.x - 1, AHEAD_BLOCKS);
         return;
     }
     extern __shared__ __align__(16) float choose_memory[];

@@ -51,7 +51,8 @@ typedef struct {
     /* [n_tokens, n_slices, max_rank]: A x, from qv_k_lora_shrink, or of qv_k_decode_linear itself
      */
     float *x1;
-    /* Of qv_k_decode_linear: 0 before and after; and whose A may be fetched ahead (a NULL: none). */
+    /* Of qv_k_decode_linear: 0 before and after; and whose A may be fetched ahead (a NULL: none).
+     */
     uint32_t *arrivals;
     qv_k_lora_site next;
 } qv_k_stream_lora;
@@ -91,9 +92,9 @@ qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool st
                              void *on);
 
 /* What qv_k_stream_linear does, for more tokens, up to so many: y = W x, with `lora` + scale B x1,
- * on devices of 9.0 with wgmma, where x1 is computed on the way. Conditions as above. The sums of
- * an output are taken in an order that depends on the number of tokens and on whether there are
- * adapters. */
+ * on devices of 9.0 with wgmma, where x1 is computed on the way. Conditions as above, and slices
+ * begin at multiples of 8 rows. The sums of an output are taken in an order that depends on the
+ * number of tokens and on whether there are adapters. */
 #define QV_K_DECODE_TOKENS 64
 
 /* The forms that the kernel exists in: room for so many tokens, stages of a block's ring. */

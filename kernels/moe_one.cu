@@ -57,8 +57,7 @@ constexpr int LONGEST = 8192; /* k */
 /* Of lane k: the expert chosen as number k, if it is here; else -1. */
 __device__ __forceinline__ int here(const qv_k_list &list, const warp_choice &mine)
 {
-    int e = (int)(threadIdx.x & 31) < list.top_k ? mine.id - list.first_expert : -1;
-    return e >= 0 && e < list.n_experts ? e : -1;
+    return (int)(threadIdx.x & 31) < list.top_k ? expert_here(list, mine.id) : -1;
 }
 
 /* How many of the chosen ones are here and in front of `expert`. */
@@ -99,20 +98,10 @@ template <int PER> __device__ void write_list(const one_args &a)
     if (lane < list.top_k) {
         a.router.ids[lane] = mine.id;
         a.router.weights[lane] = mine.weight;
-        list.place[lane] = e >= 0 ? place : -1;
+        list_pair(list, lane, e, place, slot);
     }
-    if (e >= 0) {
-        list.pair[place] = lane;
-        list.work[2 + 2 * place] = place << QV_K_MOE_EXPERT_BITS | e;
-        list.work[3 + 2 * place] = place;
-        if (slot >= 0)
-            list.runs[place] = {place, 1, e, slot};
-    }
-    if (lane == 0) {
-        list.work[0] = list.work[1] = n;
-        *list.n_runs = slot >= 0 ? n : 0;
-        *list.next_item = 0;
-    }
+    if (lane == 0)
+        list_counts(list, n, slot);
 }
 
 /* --- A product ---------------------------------------------------------------------------- */
@@ -209,16 +198,6 @@ __device__ __forceinline__ void finish(const one_shared &m, const one_args &a, i
 
 /* --- The kernels -------------------------------------------------------------------------- */
 
-constexpr int AHEAD_PIECE = 16 << 10;
-
-/* Blocks take pieces in turn, each thread one. */
-__device__ __forceinline__ void call_ahead(const void *data, int64_t bytes)
-{
-    int64_t at = ((int64_t)threadIdx.x * gridDim.x + blockIdx.x) * AHEAD_PIECE;
-    if (at < bytes)
-        prefetch_to_stay((const char *)data + at, (uint32_t)min((int64_t)AHEAD_PIECE, bytes - at));
-}
-
 /* The block's expert, -1 if there are not so many. */
 template <int PER>
 __device__ __forceinline__ int find_expert(one_shared &m, const one_args &a, int place)
@@ -262,8 +241,7 @@ __global__ void __launch_bounds__(THREADS, 3) one_kernel(const __grid_constant__
         tile = block - n_items - 1;
     } else {
         if (first) {
-            for (int i = 0; i < 2; i++)
-                call_ahead(a.ahead.data[i], a.ahead.bytes[i]);
+            call_ahead(a.ahead, (int)blockIdx.x, (int)gridDim.x);
             wait_for_previous();
             let_next_start();
             for (int i = threadIdx.x * 8; i < n_in; i += THREADS * 8)

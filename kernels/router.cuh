@@ -246,18 +246,59 @@ __device__ __forceinline__ warp_choice choose_by_warp(const qv_k_router_args &c,
 
 /* --- Lists -------------------------------------------------------------------------------- */
 
-/* -1: it lives elsewhere. */
+/* Of a chosen one; -1: it lives elsewhere. */
+__device__ __forceinline__ int expert_here(const qv_k_list &list, int id)
+{
+    int e = id - list.first_expert;
+    return e >= 0 && e < list.n_experts ? e : -1;
+}
+
 __device__ __forceinline__ int expert_of(const int32_t *ids, const qv_k_list &list, int n_pairs,
                                          int p)
 {
-    int id = p < n_pairs ? ids[p] - list.first_expert : -1;
-    return id >= 0 && id < list.n_experts ? id : -1;
+    return p < n_pairs ? expert_here(list, ids[p]) : -1;
 }
 
 /* Adapter of a pair. */
 __device__ __forceinline__ int slot_of_pair(const qv_k_list &list, int pair)
 {
     return list.seg_slot[range_of(list.seg_start, list.n_segs, pair / list.top_k)];
+}
+
+/* Pair p of one token: each expert has a pair at most. e -1: it lives elsewhere; slot: of the
+ * token's adapter, -1: none. */
+__device__ __forceinline__ void list_pair(const qv_k_list &list, int p, int e, int place, int slot)
+{
+    list.place[p] = e >= 0 ? place : -1;
+    if (e < 0)
+        return;
+    list.pair[place] = p;
+    list.work[2 + 2 * place] = place << QV_K_MOE_EXPERT_BITS | e;
+    list.work[3 + 2 * place] = place;
+    if (slot >= 0)
+        list.runs[place] = {place, 1, e, slot};
+}
+
+/* And how many of them are here. One thread. */
+__device__ __forceinline__ void list_counts(const qv_k_list &list, int n, int slot)
+{
+    list.work[0] = list.work[1] = n;
+    *list.n_runs = slot >= 0 ? n : 0;
+    *list.next_item = 0;
+}
+
+/* --- What comes next ---------------------------------------------------------------------- */
+
+constexpr int AHEAD_PIECE = 16 << 10;
+
+/* Bytes on their way to the L2 cache: blocks take pieces in turn, each thread one. */
+__device__ __forceinline__ void call_ahead(const qv_k_ahead &ahead, int block, int n_blocks)
+{
+    int64_t at = ((int64_t)threadIdx.x * n_blocks + block) * AHEAD_PIECE;
+    for (int i = 0; i < 2; i++)
+        if (at < ahead.bytes[i])
+            prefetch_to_stay((const char *)ahead.data[i] + at,
+                             (uint32_t)min((int64_t)AHEAD_PIECE, ahead.bytes[i] - at));
 }
 
 } // namespace

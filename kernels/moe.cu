@@ -47,7 +47,7 @@ __global__ void router_kernel(qv_k_router_args c)
             score[i] /= sum;
     }
     for (int i = lane; i < n; i += 32) {
-        float v = score[i] + (c.bias ? c.bias[i] : 0.0f);
+        float v = by_logit(c) ? logits[i] : score[i] + (c.bias ? c.bias[i] : 0.0f);
         value[i] = v == v ? v : -INFINITY; /* NaN means taken */
     }
     __syncwarp();
@@ -85,7 +85,7 @@ template <int PER> __global__ void __launch_bounds__(128) router_warp_kernel(qv_
     int64_t t = (int64_t)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
     if (t >= c.n_tokens)
         return;
-    const warp_choice mine = choose_by_warp<PER, true>(c, c.logits + t * c.logits_stride);
+    const warp_choice mine = choose_by_warp<PER>(c, c.logits + t * c.logits_stride);
     if (lane < c.top_k) {
         c.ids[t * c.top_k + lane] = mine.id;
         c.weights[t * c.top_k + lane] = mine.weight;

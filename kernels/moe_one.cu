@@ -3,7 +3,13 @@
  *
  * Every block makes the choice by itself, from the logits, sooner than it would hear of it: so the
  * first product waits for the logits alone, and the second one not even for the first before it
- * asks for its weights. A further block of the second makes the list for those who come after.
+ * asks for its weights. A block stands for the first chosen one, or the second, .. and asks for its
+ * weights when it knows that one. A further block of the second makes the list for those who come
+ * after.
+ *
+ * No multiprocessor has run this code since the layer before, and instructions come from the L2
+ * cache as slowly as weights do: so the kernels are short, in loops that are not unrolled, and
+ * there is one for each product and each way to choose.
  *
  * A block is 64 rows of an expert, half of them the gate's and half those of up with SwiGLU; a warp
  * 16 of them and half of k, whose numbers a thread copies to where it alone reads them. What of
@@ -31,17 +37,17 @@ struct one_args {
     qv_k_router_args router;
     qv_k_list list;
     qv_k_moe_linear_args c;
-    qv_k_ahead ahead;         /* of the first */
-    qv_k_linear_args beside;  /* the second: y [1, n_out] in float32; no w: nothing */
-    bool first, beside_first; /* the first product; what stands beside begins in front of all */
-    int tiles, width;         /* of an expert; columns of y of a tile */
+    qv_k_ahead ahead;        /* of the first */
+    qv_k_linear_args beside; /* the second: y [1, n_out] in float32; no w: nothing */
+    bool beside_first;       /* what stands beside begins in front of all */
+    int tiles, width;        /* of an expert; columns of y of a tile */
     int beside_tiles;
 };
 
 struct one_shared {
     uint4 w[AHEAD][2][THREADS]; /* a thread's own */
     float sums[SPLITS][ROWS];
-    int expert;
+    int expert, place;
 };
 
 /* What follows in shared memory, on 16. */
@@ -54,42 +60,29 @@ constexpr int LONGEST = 8192; /* k */
 
 /* --- Who is where ------------------------------------------------------------------------- */
 
-/* Of lane k: the expert chosen as number k, if it is here; else -1. */
-__device__ __forceinline__ int here(const qv_k_list &list, const warp_choice &mine)
+/* Of the experts in lanes, as many as are here and in front of `expert`. */
+__device__ __forceinline__ int count_before(int e, int expert)
 {
-    return (int)(threadIdx.x & 31) < list.top_k ? expert_here(list, mine.id) : -1;
-}
-
-/* How many of the chosen ones are here and in front of `expert`. */
-__device__ __forceinline__ int count_before(const qv_k_list &list, int e, int expert)
-{
-    int before = 0;
-    for (int k = 0; k < list.top_k; k++) {
-        int other = __shfl_sync(ALL, e, k);
-        before += other >= 0 && other < expert;
-    }
-    return before;
-}
-
-/* The expert at a place, -1 if there are not so many. */
-__device__ __forceinline__ int expert_at(const qv_k_list &list, int e, int place)
-{
-    int before = count_before(list, e, e);
-    unsigned lanes = __ballot_sync(ALL, e >= 0 && before == place);
-    int expert = __shfl_sync(ALL, e, lanes ? __ffs((int)lanes) - 1 : 0);
-    return lanes ? expert : -1;
+    return __popc(__ballot_sync(ALL, e >= 0 && e < expert));
 }
 
 /* The list, as count_list() of choose.cu makes it, and the choice. One block. */
 template <int PER> __device__ void write_list(const one_args &a)
 {
     const qv_k_list &list = a.list;
-    const warp_choice mine = choose_by_warp<PER, true>(a.router, a.router.logits);
-    int lane = threadIdx.x & 31, e = here(list, mine), place = count_before(list, e, e);
-    for (int first = 0; first <= list.n_experts; first += THREADS) {
-        int i = first + (int)threadIdx.x, before = count_before(list, e, i);
-        if (i <= list.n_experts)
-            list.expert_start[i] = before;
+    const warp_choice mine = choose_by_warp<PER>(a.router, a.router.logits);
+    int lane = threadIdx.x & 31, e = lane < list.top_k ? expert_here(list, mine.id) : -1;
+    int place = 0;
+#pragma unroll 1
+    for (int i = 0; i < list.n_experts + 1; i += THREADS) {
+        int at = i + (int)threadIdx.x, before = 0;
+        for (int k = 0; k < list.top_k; k++) {
+            int other = __shfl_sync(ALL, e, k);
+            before += other >= 0 && other < at;
+            place += i == 0 && other >= 0 && other < e;
+        }
+        if (at <= list.n_experts)
+            list.expert_start[at] = before;
     }
     if (threadIdx.x >= 32)
         return;
@@ -151,6 +144,7 @@ __device__ __forceinline__ void multiply(one_shared &m, const thread_rows &r, co
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     int steps = (r.end - r.at + t * 8 + STEP - 1) / STEP;
     float acc[4] = {};
+#pragma unroll 1
     for (int step = 0, slot = 0; step < steps; step++) {
         copies_wait<AHEAD - 1>();
         int k = r.at + step * STEP;
@@ -198,91 +192,177 @@ __device__ __forceinline__ void finish(const one_shared &m, const one_args &a, i
 
 /* --- The kernels -------------------------------------------------------------------------- */
 
-/* The block's expert, -1 if there are not so many. */
-template <int PER>
-__device__ __forceinline__ int find_expert(one_shared &m, const one_args &a, int place)
+/* The keys of the choice. SCORED: logits are not enough for its order. */
+template <int PER, bool SCORED>
+__device__ __forceinline__ void order_all(const qv_k_router_args &c, uint32_t (&order)[PER])
 {
-    if (threadIdx.x < 32) {
-        const warp_choice mine = choose_by_warp<PER, false>(a.router, a.router.logits);
-        m.expert = expert_at(a.list, here(a.list, mine), place);
-    }
-    __syncthreads();
-    return m.expert;
+    float value[PER];
+    load_lane(c.logits, c.n_experts, value);
+    if (SCORED)
+        score_lane(c, value);
+    order_lane(c, value, order);
 }
 
-/* Blocks: tiles of experts; of the second, the one that makes the list; those beside. The first
- * product lets the next kernel start when the logits are there, so that they are for that one, too.
- */
+/* By one warp, from choice *k on up to `end`: e of lane k is the expert chosen as number k, if it
+ * is here; else -1. */
 template <int PER>
-__global__ void __launch_bounds__(THREADS, 3) one_kernel(const __grid_constant__ one_args a)
+__device__ __forceinline__ void take(const qv_k_list &list, uint32_t (&order)[PER], int k, int end,
+                                     int &e)
 {
-    const bool first = a.first;
-    if (!first)
-        let_next_start();
+    int lane = threadIdx.x & 31;
+#pragma unroll 1
+    for (; k < end; k++) {
+        int chosen = expert_here(list, take_first(order));
+        e = lane == k ? chosen : e;
+    }
+}
+
+/* x of a block's product; whole rows of zeros behind it do not matter. */
+__device__ __forceinline__ void copy_x(bf16 *to, const bf16 *from, int n)
+{
+#pragma unroll 1
+    for (int i = threadIdx.x * 8; i < n; i += THREADS * 8)
+        copy16(to + i, from + i, true);
+    copies_commit();
+}
+
+__device__ __forceinline__ void copy_first_steps(one_shared &m, const thread_rows &r, const void *w)
+{
+#pragma unroll 1
+    for (int i = 0; i < AHEAD; i++)
+        copy_step(m, r, w, i, i);
+}
+
+__device__ __forceinline__ matrix matrix_of(const one_args &a)
+{
+    return {(const bf16 *)a.c.w, (int)y_columns(a.c), (int)a.c.n_in, a.width, (int)a.c.n_out / 2};
+}
+
+/* The first product. It lets the next kernel start when the logits are there, so that they are for
+ * that one, too. Blocks: tiles of experts. */
+template <int PER, bool SCORED>
+__global__ void __launch_bounds__(THREADS, 3) first_kernel(const __grid_constant__ one_args a)
+{
+    extern __shared__ __align__(16) char one_memory[];
+    one_shared &m = *(one_shared *)one_memory;
+    bf16 *x = (bf16 *)(one_memory + x_offset());
+    const int k = (int)blockIdx.x / a.tiles, tile = (int)blockIdx.x - k * a.tiles;
+    const bool chooses = threadIdx.x < 32;
+    matrix w = matrix_of(a);
+    call_ahead(a.ahead, (int)blockIdx.x, (int)gridDim.x);
+    wait_for_previous();
+    let_next_start();
+    uint32_t order[PER];
+    int e = -1;
+    if (chooses) {
+        order_all<PER, SCORED>(a.router, order);
+        take(a.list, order, 0, k + 1, e);
+        if ((int)threadIdx.x == k)
+            m.expert = e;
+    }
+    copy_x(x, (const bf16 *)a.c.x, w.n_in);
+    __syncthreads();
+    const int expert = m.expert;
+    if (expert < 0)
+        return;
+    w.w += expert * a.c.w_expert;
+    const thread_rows r = rows_of(w, tile);
+    copy_first_steps(m, r, w.w);
+    if (chooses) {
+        take(a.list, order, k + 1, a.list.top_k, e);
+        int place = count_before(e, expert);
+        if (threadIdx.x == 0)
+            m.place = place;
+    }
+    copies_wait<AHEAD>(); /* x */
+    __syncthreads();
+    multiply(m, r, w.w, x);
+    __syncthreads();
+    finish(m, a, m.place, tile * w.width, w.n_cols);
+}
+
+/* The second. Blocks: tiles of experts; the one that makes the list; those beside. */
+template <int PER, bool SCORED>
+__global__ void __launch_bounds__(THREADS, 3) second_kernel(const __grid_constant__ one_args a)
+{
+    let_next_start();
     extern __shared__ __align__(16) char one_memory[];
     one_shared &m = *(one_shared *)one_memory;
     bf16 *x = (bf16 *)(one_memory + x_offset());
     int n_items = a.tiles * a.list.top_k, n_blocks = (int)gridDim.x;
     int block = (int)blockIdx.x + (a.beside_first ? n_items + 1 : 0);
     block -= block < n_blocks ? 0 : n_blocks;
-    int place = block / a.tiles;
-    int tile = block - place * a.tiles, n_in = (int)a.c.n_in;
-    const bool beside = block > n_items;
     if (block == n_items) {
         write_list<PER>(a);
         wait_for_previous();
         return;
     }
-    const bf16 *from = (const bf16 *)a.c.x + (first ? 0 : place * a.c.x_stride);
-    matrix w = {(const bf16 *)a.c.w, (int)y_columns(a.c), n_in, a.width, (int)a.c.n_out / 2};
+    const int k = block / a.tiles;
+    const bool beside = block > n_items;
+    int tile = block - k * a.tiles, place = -1;
+    const bf16 *from = (const bf16 *)a.beside.x;
+    matrix w = {(const bf16 *)a.beside.w, (int)a.beside.n_out, (int)a.beside.n_in, ROWS, 0};
     if (beside) {
-        from = (const bf16 *)a.beside.x;
-        w = {(const bf16 *)a.beside.w, (int)a.beside.n_out, (int)a.beside.n_in, ROWS, 0};
         tile = block - n_items - 1;
     } else {
-        if (first) {
-            call_ahead(a.ahead, (int)blockIdx.x, (int)gridDim.x);
-            wait_for_previous();
-            let_next_start();
-            for (int i = threadIdx.x * 8; i < n_in; i += THREADS * 8)
-                copy16(x + i, from + i, true);
-            copies_commit();
+        if (threadIdx.x < 32) {
+            uint32_t order[PER];
+            int e = -1;
+            order_all<PER, SCORED>(a.router, order);
+            take(a.list, order, 0, a.list.top_k, e);
+            int expert = __shfl_sync(ALL, e, k), before = count_before(e, expert);
+            if (threadIdx.x == 0) {
+                m.expert = expert;
+                m.place = before;
+            }
         }
-        int expert = find_expert<PER>(m, a, place);
-        if (expert < 0) {
+        __syncthreads();
+        if (m.expert < 0) {
             wait_for_previous(); /* whoever waits for this kernel also waits for that one */
             return;
         }
-        w.w += expert * a.c.w_expert;
+        place = m.place;
+        w = matrix_of(a);
+        w.w += m.expert * a.c.w_expert;
+        from = (const bf16 *)a.c.x + place * a.c.x_stride;
     }
     const thread_rows r = rows_of(w, tile);
-    for (int i = 0; i < AHEAD; i++)
-        copy_step(m, r, w.w, i, i);
-    if (first) {
-        copies_wait<AHEAD>();
-    } else {
-        if (!beside) /* what stands beside is there; others wait for the kernel in front */
-            wait_for_previous();
-        for (int i = threadIdx.x * 8; i < w.n_in; i += THREADS * 8)
-            *(uint4 *)(x + i) = *(const uint4 *)(from + i);
-    }
+    copy_first_steps(m, r, w.w);
+    if (!beside) /* what stands beside is there; others wait for the kernel in front */
+        wait_for_previous();
+#pragma unroll 1
+    for (int i = threadIdx.x * 8; i < w.n_in; i += THREADS * 8)
+        *(uint4 *)(x + i) = *(const uint4 *)(from + i);
     __syncthreads();
     multiply(m, r, w.w, x);
     __syncthreads();
-    finish(m, a, beside ? -1 : place, tile * w.width, w.n_cols);
+    finish(m, a, place, tile * w.width, w.n_cols);
 }
 
-template <int PER> cudaError_t launch(const one_args &a, void *stream)
+/* --- Launch ------------------------------------------------------------------------------- */
+
+typedef void one_kernel(one_args a);
+
+template <int PER> one_kernel *kernel_of(const qv_k_router_args &c, bool first)
 {
+    if (c.sigmoid || c.bias)
+        return first ? first_kernel<PER, true> : second_kernel<PER, true>;
+    return first ? first_kernel<PER, false> : second_kernel<PER, false>;
+}
+
+cudaError_t launch(const one_args &a, bool first, void *stream)
+{
+    int n = a.router.n_experts;
+    one_kernel *kernel = n <= 128   ? kernel_of<4>(a.router, first)
+                         : n <= 256 ? kernel_of<8>(a.router, first)
+                                    : kernel_of<16>(a.router, first);
     int64_t longest = a.c.n_in > a.beside.n_in ? a.c.n_in : a.beside.n_in;
     int bytes = x_offset() + (int)(longest * sizeof(bf16));
-    unsigned blocks = (unsigned)(a.tiles * a.list.top_k + a.beside_tiles + (a.first ? 0 : 1));
-    cudaError_t error =
-        cudaFuncSetAttribute(one_kernel<PER>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             x_offset() + LONGEST * (int)sizeof(bf16));
-    return error == cudaSuccess
-               ? launch_early(true, one_kernel<PER>, blocks, THREADS, bytes, stream, a)
-               : error;
+    unsigned blocks = (unsigned)(a.tiles * a.list.top_k + a.beside_tiles + (first ? 0 : 1));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             x_offset() + LONGEST * (int)sizeof(bf16));
+    return error == cudaSuccess ? launch_early(true, kernel, blocks, THREADS, bytes, stream, a)
+                                : error;
 }
 
 /* Up to so many numbers come from the L2 cache, for which there is time behind the experts (a step
@@ -292,7 +372,7 @@ constexpr int64_t BESIDE_LAST = 4 << 20;
 qv_status run(const qv_k_moe_one_args &args, const qv_k_moe_linear_args &c, bool first,
               void *stream)
 {
-    one_args a = {*args.router, *args.list, c, {}, {}, first, false, 0, ROWS, 0};
+    one_args a = {*args.router, *args.list, c, {}, {}, false, 0, ROWS, 0};
     if (c.act == QV_K_MOE_SWIGLU)
         a.width = ROWS / 2;
     a.tiles = (int)((y_columns(c) + a.width - 1) / a.width);
@@ -303,10 +383,7 @@ qv_status run(const qv_k_moe_one_args &args, const qv_k_moe_linear_args &c, bool
         a.beside_tiles = (int)((a.beside.n_out + ROWS - 1) / ROWS);
         a.beside_first = a.beside.n_out * a.beside.n_in > BESIDE_LAST;
     }
-    int n = args.router->n_experts;
-    cudaError_t error = n <= 128   ? launch<4>(a, stream)
-                        : n <= 256 ? launch<8>(a, stream)
-                                   : launch<16>(a, stream);
+    cudaError_t error = launch(a, first, stream);
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: experts of a token: %s", cudaGetErrorString(error));
     return qv_k_check_launch("experts of a token");

@@ -14,6 +14,12 @@ constexpr int MAX_GROUPS = 256;
 constexpr int RANK_EXPERTS = 1024; /* of choose_by_rank */
 constexpr unsigned ALL = 0xffffffffu;
 
+/* Whether logits stand for scores in the choice, as ops/ops.h has it. */
+__device__ __forceinline__ bool by_logit(const qv_k_router_args &c)
+{
+    return !c.sigmoid && c.bias == nullptr && c.n_groups == 1;
+}
+
 /* --- One expert after the other ----------------------------------------------------------- */
 
 struct best {
@@ -120,7 +126,7 @@ __device__ __forceinline__ void choose_by_rank(const qv_k_router_args &c, int64_
     }
     for (int i = thread; i < padded; i += THREADS) {
         float s = i >= n ? NAN : c.sigmoid ? sigmoid(logits[i]) : expf(logits[i] - most) / sum;
-        float v = i < n ? s + (c.bias ? c.bias[i] : 0.0f) : NAN;
+        float v = i >= n ? NAN : by_logit(c) ? logits[i] : s + (c.bias ? c.bias[i] : 0.0f);
         score[i] = s;
         value[i] = i < n && v != v ? -INFINITY : v;
     }
@@ -167,6 +173,80 @@ __device__ __forceinline__ uint32_t order_of(float x)
     return u ^ (u >> 31 ? 0xffffffffu : 0x80000000u);
 }
 
+/* Numbers lane, lane + 32, .. of a row; -inf behind its end. */
+template <int PER>
+__device__ __forceinline__ void load_lane(const float *row, int n, float (&v)[PER])
+{
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        v[j] = lane + 32 * j < n ? row[lane + 32 * j] : -INFINITY;
+}
+
+/* Logits to scores. */
+template <int PER>
+__device__ __forceinline__ void score_lane(const qv_k_router_args &c, float (&score)[PER])
+{
+    int lane = threadIdx.x & 31, n = c.n_experts;
+    float most = -INFINITY, sum = 0;
+    if (c.sigmoid) {
+#pragma unroll
+        for (int j = 0; j < PER; j++)
+            score[j] = sigmoid(score[j]);
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        most = fmaxf(most, score[j]);
+    most = warp_max(most);
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        if (lane + 32 * j >= n)
+            continue;
+        score[j] = expf(score[j] - most);
+        sum += score[j];
+    }
+    sum = warp_sum(sum);
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        score[j] /= sum;
+}
+
+/* Their places in the order of the choice; 0: taken, or no expert. */
+template <int PER>
+__device__ __forceinline__ void order_lane(const qv_k_router_args &c, const float (&v)[PER],
+                                           uint32_t (&order)[PER])
+{
+    int lane = threadIdx.x & 31, n = c.n_experts;
+#pragma unroll
+    for (int j = 0; j < PER; j++) {
+        int i = lane + 32 * j;
+        float of = v[j];
+        if (c.bias && i < n)
+            of += c.bias[i];
+        order[j] = i < n ? order_of(of == of ? of : -INFINITY) : 0;
+    }
+}
+
+/* The first of those left, which is taken. */
+template <int PER> __device__ __forceinline__ int take_first(uint32_t (&order)[PER])
+{
+    int lane = threadIdx.x & 31;
+    uint32_t mine = 0, mine_at = UINT32_MAX;
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        mine = max(mine, order[j]);
+    uint32_t top = __reduce_max_sync(ALL, mine);
+#pragma unroll
+    for (int j = PER - 1; j >= 0; j--)
+        mine_at = order[j] == top ? (uint32_t)(lane + 32 * j) : mine_at;
+    int chosen = (int)__reduce_min_sync(ALL, mine_at);
+#pragma unroll
+    for (int j = 0; j < PER; j++)
+        order[j] = chosen - lane == 32 * j ? 0 : order[j];
+    return chosen;
+}
+
 /* Of lane k: the expert chosen as number k, and its weight. */
 struct warp_choice {
     int id;
@@ -175,68 +255,36 @@ struct warp_choice {
 
 /* The choice of a token by a warp, without groups, up to 32 PER experts and 32 chosen. Bit for bit
  * choose_by_rank. */
-template <int PER, bool WEIGHTS>
+template <int PER>
 __device__ __forceinline__ warp_choice choose_by_warp(const qv_k_router_args &c,
                                                       const float *logits)
 {
-    int lane = threadIdx.x & 31, n = c.n_experts;
-    float score[PER], most = -INFINITY, sum = 0;
+    int lane = threadIdx.x & 31;
+    const bool by = by_logit(c);
+    float score[PER], value[PER];
     uint32_t order[PER];
+    load_lane(logits, c.n_experts, value);
 #pragma unroll
     for (int j = 0; j < PER; j++)
-        score[j] = lane + 32 * j < n ? logits[lane + 32 * j] : -INFINITY;
-    if (c.sigmoid) {
+        score[j] = value[j];
+    score_lane(c, score);
 #pragma unroll
-        for (int j = 0; j < PER; j++)
-            score[j] = sigmoid(score[j]);
-    } else {
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            most = fmaxf(most, score[j]);
-        most = warp_max(most);
-#pragma unroll
-        for (int j = 0; j < PER; j++) {
-            if (lane + 32 * j >= n)
-                continue;
-            score[j] = expf(score[j] - most);
-            sum += score[j];
-        }
-        sum = warp_sum(sum);
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            score[j] /= sum;
-    }
-#pragma unroll
-    for (int j = 0; j < PER; j++) {
-        int i = lane + 32 * j;
-        float v = score[j] + (c.bias && i < n ? c.bias[i] : 0.0f);
-        order[j] = i < n ? order_of(v == v ? v : -INFINITY) : 0;
-    }
-
+    for (int j = 0; j < PER; j++)
+        value[j] = by ? value[j] : score[j];
+    order_lane(c, value, order);
     int id = 0; /* of lane k: the expert chosen as number k */
+#pragma unroll 1
     for (int k = 0; k < c.top_k; k++) {
-        uint32_t mine = 0, mine_at = UINT32_MAX;
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            mine = max(mine, order[j]);
-        uint32_t top = __reduce_max_sync(ALL, mine);
-#pragma unroll
-        for (int j = PER - 1; j >= 0; j--)
-            mine_at = order[j] == top ? (uint32_t)(lane + 32 * j) : mine_at;
-        int chosen = (int)__reduce_min_sync(ALL, mine_at);
+        int chosen = take_first(order);
         id = lane == k ? chosen : id;
-#pragma unroll
-        for (int j = 0; j < PER; j++)
-            order[j] = chosen - lane == 32 * j ? 0 : order[j];
     }
-    if (!WEIGHTS)
-        return {id, 0};
     float weight = 0, total = 0;
 #pragma unroll
     for (int j = 0; j < PER; j++) {
         float other = __shfl_sync(ALL, score[j], id & 31);
         weight = id >> 5 == j ? other : weight;
     }
+#pragma unroll 1
     for (int k = 0; k < c.top_k; k++)
         total += __shfl_sync(ALL, weight, k);
     if (c.sigmoid)

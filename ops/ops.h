@@ -487,7 +487,8 @@ typedef struct {
                                     * in the group. 1 and 1: no groups */
 } qv_router;
 
-/* Choose top_k experts for each token by biased score, the lowest index first among equals.
+/* Choose top_k experts for each token by biased score, the lowest index first among equals; by
+ * logits where their order is that of scores, SOFTMAX without bias and groups.
  *   logits [T, E] F32 (any row stride); ids [T, top_k] I32 and weights [T, top_k] F32, contiguous,
  *   in the order of the choice: best first
  * Weights are float32 in any arithmetic. ids are in range whatever the logits.

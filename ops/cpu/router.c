@@ -113,18 +113,26 @@ static void choose(const qv_router *r, const float *value, int64_t n_experts, in
 
 /* --- Rows --------------------------------------------------------------------------------- */
 
+/* What experts are chosen by. NaNs come last. */
+static void values_of(const router_ctx *c, int64_t t, const float *score, float *value)
+{
+    const qv_router *r = c->router;
+    const float *bias = r->bias.data, *from = score;
+    if (r->kind == QV_ROUTER_SOFTMAX && bias == NULL && r->n_groups == 1)
+        from = qv_row2(c->logits, t); /* in their order, which rounding may take from scores */
+    for (int64_t i = 0; i < c->logits.shape[1]; i++) {
+        float v = bias != NULL ? from[i] + bias[i] : from[i];
+        value[i] = isnan(v) ? -INFINITY : v;
+    }
+}
+
 static void route_row(const router_ctx *c, int64_t t)
 {
     const qv_router *r = c->router;
     int64_t n_experts = c->logits.shape[1];
-    float score[MAX_EXPERTS], biased[MAX_EXPERTS];
+    float score[MAX_EXPERTS], value[MAX_EXPERTS];
     score_row(c, t, score);
-    const float *value = score, *bias = r->bias.data;
-    if (bias) {
-        for (int64_t i = 0; i < n_experts; i++)
-            biased[i] = score[i] + bias[i];
-        value = biased;
-    }
+    values_of(c, t, score, value);
     int32_t *ids = (int32_t *)c->ids.data + t * r->top_k;
     float *weights = qv_row2(c->weights, t), sum = 0;
     choose(r, value, n_experts, ids, weights);

@@ -5,15 +5,20 @@
 
 /* --- Router ------------------------------------------------------------------------------- */
 
-/* With `ties`, logits are whole numbers: among equals the first expert is chosen. */
+typedef enum {
+    DIFFERENT,
+    TIES, /* whole numbers: among equals the first expert is chosen */
+    FAR,  /* all but one so far below it that their scores of softmax are 0 */
+} logits_kind;
+
 static void check_router(const qv_router *r, int64_t n, int64_t n_experts, bool with_bias,
-                         bool ties)
+                         logits_kind kind)
 {
     pair *p = open_pair();
     qv_rng rng = qv_rng_seed(11);
     float *x = random_floats(&rng, n * n_experts, 4);
-    for (int64_t i = 0; i < n * n_experts && ties; i++)
-        x[i] = roundf(x[i]);
+    for (int64_t i = 0; i < n * n_experts; i++)
+        x[i] = kind == TIES ? roundf(x[i]) : kind == FAR && i % n_experts > 0 ? x[i] - 300 : x[i];
     both logits = f32_2d(p, x, n, n_experts), bias = random_f32(p, &rng, 1, n_experts, 0.3f);
     free(x);
     both weights = nan_f32(p, n, r->top_k);
@@ -27,7 +32,10 @@ static void check_router(const qv_router *r, int64_t n, int64_t n_experts, bool 
     }
     char what[96];
     snprintf(what, sizeof what, "router, %lld tokens, %d of %lld experts, %d groups%s",
-             (long long)n, r->top_k, (long long)n_experts, r->n_groups, ties ? ", ties" : "");
+             (long long)n, r->top_k, (long long)n_experts, r->n_groups,
+             kind == TIES  ? ", ties"
+             : kind == FAR ? ", far apart"
+                           : "");
     compare_i32(p, what, ids.at[CPU], ids.at[GPU], n * r->top_k);
     compare(p, what, weights, 1e-5, 1e-6);
     close_pair(p);
@@ -47,26 +55,29 @@ Test(cuda_moe, router_agrees_with_the_cpu, .timeout = 600)
                          .scale = 2.5f,
                          .n_groups = 1,
                          .topk_groups = 1};
-    check_router(&softmax, 1, 256, false, false);
-    check_router(&softmax, 67, 256, false, true);
-    check_router(&softmax, 3, 9, true, false);
-    check_router(&sigmoid, 67, 128, true, false);
-    for (int ties = 0; ties < 2; ties++) { /* of prompts */
-        check_router(&softmax, 515, 256, false, ties);
-        check_router(&softmax, 515, 9, !ties, ties);
-        check_router(&sigmoid, 515, 128, !ties, ties);
+    check_router(&softmax, 1, 256, false, DIFFERENT);
+    check_router(&softmax, 1, 256, false, FAR);
+    check_router(&softmax, 67, 256, false, TIES);
+    check_router(&softmax, 67, 256, false, FAR);
+    check_router(&softmax, 3, 9, true, DIFFERENT);
+    check_router(&sigmoid, 67, 128, true, DIFFERENT);
+    for (logits_kind kind = DIFFERENT; kind <= FAR; kind++) { /* of prompts */
+        check_router(&softmax, 515, 256, false, kind);
+        check_router(&softmax, 515, 9, kind == DIFFERENT, kind);
+        if (kind != FAR)
+            check_router(&sigmoid, 515, 128, kind == DIFFERENT, kind);
     }
     sigmoid.top_k = 22;
-    check_router(&sigmoid, 33, 512, true, false);
-    check_router(&sigmoid, 513, 512, true, false);
+    check_router(&sigmoid, 33, 512, true, DIFFERENT);
+    check_router(&sigmoid, 513, 512, true, DIFFERENT);
     sigmoid.top_k = 4;
     sigmoid.n_groups = 8;
     sigmoid.topk_groups = 3;
-    check_router(&sigmoid, 33, 64, true, false);
-    check_router(&sigmoid, 513, 64, true, false);
+    check_router(&sigmoid, 33, 64, true, DIFFERENT);
+    check_router(&sigmoid, 513, 64, true, DIFFERENT);
     sigmoid.normalize = false;
     sigmoid.top_k = 40;
-    check_router(&sigmoid, 5, 2048, false, false);
+    check_router(&sigmoid, 5, 2048, false, DIFFERENT);
 }
 
 /* --- Lists -------------------------------------------------------------------------------- */

@@ -155,6 +155,25 @@ Test(router, the_lowest_index_wins_among_equals)
     }
 }
 
+/* Scores of 0 have an order all the same: that of their logits. */
+Test(router, softmax_chooses_by_logits_where_scores_round_to_the_same)
+{
+    FOR_EACH_ISA(be, 1)
+    {
+        qv_router r = {.kind = QV_ROUTER_SOFTMAX,
+                       .top_k = 3,
+                       .normalize = true,
+                       .scale = 1,
+                       .n_groups = 1,
+                       .topk_groups = 1};
+        float logits[8] = {-300, -299, -150, -200, 0, -200, -400, -120}, weights[3];
+        int32_t ids[3];
+        run_router(be, &r, logits, 1, 8, ids, weights);
+        cr_assert(ids[0] == 4 && ids[1] == 7 && ids[2] == 2, "%d, %d, %d", ids[0], ids[1], ids[2]);
+        cr_assert(weights[0] == 1 && weights[1] == 0 && weights[2] == 0);
+    }
+}
+
 /* Neither NaN nor infinities may lead out of the experts. */
 Test(router, choices_are_experts_whatever_the_logits)
 {

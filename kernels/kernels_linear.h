@@ -6,6 +6,7 @@
 #define QV_KERNELS_KERNELS_LINEAR_H
 
 #include "common/status.h"
+#include "kernels/kernels_dense.h"
 #include "kernels/kernels_lora.h"
 
 #include <stdint.h>
@@ -73,6 +74,7 @@ typedef enum {
     QV_K_LINEAR_PLAIN,  /* y [T, n_out] */
     QV_K_LINEAR_SWIGLU, /* y [T, n_out / 2], the first half of the matrix's rows is the gate */
     QV_K_LINEAR_RELU2,  /* y [T, n_out] */
+    QV_K_LINEAR_ADD,    /* y [T, n_out] float32 += it, of qv_k_one_linear alone */
 } qv_k_linear_act;
 
 typedef struct {
@@ -90,6 +92,15 @@ typedef struct {
 bool qv_k_joined_linear_can(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms);
 qv_status qv_k_joined_linear(const qv_k_linear_part *parts, int n_parts, bool stream, int n_sms,
                              void *on);
+
+/* Products of one token that read the same x, on devices of 9.0; with a norm that adds nothing, of
+ * what it makes of its residual, and of its rest in those parts that have one: y is written, rest
+ * is not. Sums are those of qv_k_stream_linear, if there is one part, otherwise in an order that
+ * depends on all. Errors: DEVICE. */
+bool qv_k_one_linear_can(const qv_k_linear_part *parts, int n_parts, const qv_k_add_norm_args *norm,
+                         int n_sms);
+qv_status qv_k_one_linear(const qv_k_linear_part *parts, int n_parts,
+                          const qv_k_add_norm_args *norm, int n_sms, void *stream);
 
 /* What qv_k_stream_linear does, for more tokens, up to so many: y = W x, with `lora` + scale B x1,
  * on devices of 9.0 with wgmma, where x1 is computed on the way. Conditions as above, and slices

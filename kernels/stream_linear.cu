@@ -16,8 +16,6 @@
  */
 #include "kernels/cluster_sums.cuh"
 
-#include <stddef.h>
-
 namespace
 {
 
@@ -363,10 +361,6 @@ __device__ void finish_few(stream_shared<NT, STAGES> &m, cluster_sums<TOKENS> &s
 
 /* --- The kernel --------------------------------------------------------------------------- */
 
-/* Of one token: with the sums of no more and without entries there is room for three blocks of
- * eight stages on a multiprocessor. */
-constexpr int ONE_STAGES = 8;
-
 /* Grid (64 tokens, shares of k x 64 rows): blocks beside each other read the same rows of W. */
 template <int NT, int STAGES, bool LORA>
 __global__ void __launch_bounds__(THREADS, 3)
@@ -387,7 +381,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     p.n_steps = all_steps * (p.share + 1) / n_shares - p.first_step;
 
     constexpr bool FEW = NT == 1 && !LORA;
-    __shared__ cluster_sums<!FEW || STAGES == ONE_STAGES ? 1 : SUM_TOKENS> sums;
+    __shared__ cluster_sums<FEW ? SUM_TOKENS : 1> sums;
     const sum_group group = make_group(n_shares, p.share, 0, p.n, ROWS);
     if (FEW && n_shares > 1)
         begin_sums(sums, group);
@@ -407,16 +401,12 @@ __global__ void __launch_bounds__(THREADS, 3)
     for (int i = FIRST; i < STAGES - 1; i++)
         if (i < p.n_steps)
             load_w(m, c, p, i);
-    const bool fits = FEW && STAGES == ONE_STAGES && p.n_steps == STAGES; /* at once */
-    int end = p.n_steps; /* of what is still to be asked for */
-    if (fits)
-        load_w(m, c, p, STAGES - 1);
     if (!c.x_is_there)
         wait_for_previous();
     int steps = p.n_steps + unit_steps;
     /* x of a step, or a step of units. */
     auto load = [&](int step) {
-        if (step < end) {
+        if (step < p.n_steps) {
             load_x(m, c, p, step);
         } else if (LORA && step < steps) {
             load_units(m, lora.site, lora.x1, p, step % STAGES, loading);
@@ -428,10 +418,6 @@ __global__ void __launch_bounds__(THREADS, 3)
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++)
         load(i);
-    if (fits) {
-        load(STAGES - 1);
-        end = 0;
-    }
 
     int warp = threadIdx.x >> 5, half = warp >> 2, row = (warp & 3) * 16;
     int first_tile = NT == 1 ? half : half * HALF<NT>;
@@ -439,7 +425,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     for (int step = 0; step < p.n_steps; step++) {
         copies_wait<STAGES - 2>();
         __syncthreads();
-        if (step + STAGES - 1 < end)
+        if (step + STAGES - 1 < p.n_steps)
             load_w(m, c, p, step + STAGES - 1);
         load(step + STAGES - 1);
         multiply<NT>(m.w[step % STAGES], m.x[step % STAGES], row, half * 32, acc);
@@ -486,12 +472,6 @@ int shares_of(const qv_k_linear_args &c, int n_sms)
     return shares;
 }
 
-template <int NT, int STAGES> constexpr size_t bytes_of()
-{
-    using shared = stream_shared<NT, STAGES>;
-    return STAGES == ONE_STAGES ? offsetof(shared, entries) : sizeof(shared);
-}
-
 template <int NT, int STAGES, bool LORA>
 cudaError_t launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int n_sms,
                    cudaStream_t stream)
@@ -511,7 +491,7 @@ cudaError_t launch(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int 
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    config.dynamicSmemBytes = bytes_of<NT, STAGES>();
+    config.dynamicSmemBytes = sizeof(stream_shared<NT, STAGES>);
     cudaError_t error = cudaFuncSetAttribute(stream_kernel<NT, STAGES, LORA>,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              (int)config.dynamicSmemBytes);
@@ -524,8 +504,6 @@ template <bool LORA>
 cudaError_t choose(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int n_sms,
                    cudaStream_t stream)
 {
-    if (!LORA && c.n_tokens == 1)
-        return launch<1, ONE_STAGES, false>(c, lora, n_sms, stream);
     return c.n_tokens <= 8    ? launch<1, 7, LORA>(c, lora, n_sms, stream)
            : c.n_tokens <= 16 ? launch<2, 6, LORA>(c, lora, n_sms, stream)
            : c.n_tokens <= 32 ? launch<4, 5, LORA>(c, lora, n_sms, stream)

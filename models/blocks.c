@@ -259,6 +259,13 @@ qv_status qv_linears(qv_pass *pass, int64_t layer, qv_tensor x, int32_t n_parts,
                                      .wide = part->wide,
                                      .y = part->y};
     }
+    const qv_stream_norm norm = pass->norm;
+    pass->norm = (qv_stream_norm){.y = {.data = NULL}};
+    if (whole && norm.y.data != NULL)
+        return qv_op_norm_linears(pass->be, &norm, n_parts, joined);
+    if (norm.y.data != NULL)
+        QV_TRY(qv_op_add_rms_norm(pass->be, norm.residual, (qv_tensor){.data = NULL}, norm.w,
+                                  norm.eps, norm.plus_one, norm.y, norm.rest));
     if (whole)
         return qv_op_linears(pass->be, x, n_parts, joined);
     for (int32_t i = 0; i < n_parts; i++)
@@ -314,6 +321,14 @@ qv_status qv_block_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor res
     return add_norm(pass, layer, norm, residual, (qv_tensor){.data = NULL}, y);
 }
 
+/* Whether what comes next is qv_linears of y: in front of what is no mixer. */
+static bool is_for_linears(const qv_pass *pass, int64_t layer, qv_vec norm)
+{
+    const uint32_t mixers = QV_PART_ATTENTION | QV_PART_GDN | QV_PART_SSM;
+    return norm == QV_VEC_MLP_NORM ||
+           (norm == QV_VEC_MIXER_NORM && !(pass->config->layer_parts[layer] & mixers));
+}
+
 qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor residual,
                             qv_tensor delta, qv_tensor y)
 {
@@ -322,6 +337,10 @@ qv_status qv_block_add_norm(qv_pass *pass, int64_t layer, qv_vec norm, qv_tensor
     bool plus_one = pass->config->arch->norm_plus_one;
     if (pass->added) {
         pass->added = false;
+        if (pass->probe == NULL && is_for_linears(pass, layer, norm)) {
+            pass->norm = (qv_stream_norm){residual, w, eps, plus_one, y, rest};
+            return QV_OK;
+        }
         return add_norm(pass, layer, norm, residual, (qv_tensor){.data = NULL}, y);
     }
     /* every block ends in a split of its input */

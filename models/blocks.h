@@ -77,6 +77,8 @@ struct qv_pass {
     /* What qv_block_experts left to the qv_block_add_norm behind it; without an o, nothing. */
     qv_moe_sum sum;
     bool added; /* the block before has added to the residual itself; its delta is not written */
+    /* What qv_block_add_norm left to the qv_linears behind it; without a y, nothing. */
+    qv_stream_norm norm;
     qv_tensor part; /* out: [L, n] F32, logits of this rank's part of the vocabulary */
 };
 

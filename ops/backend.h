@@ -133,13 +133,19 @@ typedef struct {
     /* NULL, both: linear reads rows of tokens. */
     bool (*wants_pairs)(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor room);
     qv_status (*moe_gather)(qv_backend *be, const qv_moe_list *list, qv_tensor x, qv_tensor y);
-    /* NULL, both: never. */
+    /* NULL, each with what it is about: never. */
     bool (*takes_linear_add)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+    bool (*takes_linear_lora_add)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
     qv_status (*linear_add)(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
     /* NULL, both: an op for each part, as where it does not take them. */
     bool (*takes_linears)(qv_backend *be, qv_tensor x, int32_t n_parts,
                           const qv_linear_part *parts);
     qv_status (*linears)(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts);
+    /* NULL, both: add_rms_norm, then linears, as where it does not take them. */
+    bool (*takes_norm_linears)(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                               const qv_linear_part *parts);
+    qv_status (*norm_linears)(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                              const qv_linear_part *parts);
     /* Of one token. NULL: router, then moe_route, then the product, as for more. */
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list, const qv_beside *beside);

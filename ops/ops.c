@@ -489,16 +489,18 @@ qv_status qv_op_linear_f32(qv_backend *be, const qv_weight *w, qv_tensor x, qv_t
     return x.shape[0] ? CALL_SHAPED(linear_f32, w->n_out, w->n_in, be, w, x, rest, y) : QV_OK;
 }
 
-static bool takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+typedef bool takes_add_fn(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+
+static bool takes_add(takes_add_fn *takes, qv_backend *be, const qv_weight *w, qv_tensor x,
+                      qv_tensor y)
 {
-    return x.shape[0] > 0 && !has_peers(be) && be->table->takes_linear_add != NULL &&
-           be->table->takes_linear_add(be, w, x, y);
+    return x.shape[0] > 0 && !has_peers(be) && takes != NULL && takes(be, w, x, y);
 }
 
 qv_status qv_op_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y, bool *done)
 {
     QV_TRY(check_linear(be, w, x, y, QV_F32));
-    *done = takes_linear_add(be, w, x, y);
+    *done = takes_add(be->table->takes_linear_add, be, w, x, y);
     return *done ? CALL_ON(be->table, linear_add, w->n_out, w->n_in, be, w, x, y) : QV_OK;
 }
 
@@ -541,15 +543,23 @@ static qv_status check_act(const qv_backend *be, const qv_linear_part *part)
     return QV_OK;
 }
 
-qv_status qv_op_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts)
+static qv_status check_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
+                               const qv_linear_part *parts, int64_t *n_out)
 {
-    int64_t n_out = 0;
+    *n_out = 0;
     QV_ASSERT(n_parts >= 1 && n_parts <= QV_MAX_LINEAR_PARTS);
     for (int32_t i = 0; i < n_parts; i++) {
         QV_TRY(check_linear_part(be, x, &parts[i]));
         QV_TRY(check_act(be, &parts[i]));
-        n_out += parts[i].w->n_out;
+        *n_out += parts[i].w->n_out;
     }
+    return QV_OK;
+}
+
+qv_status qv_op_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts)
+{
+    int64_t n_out;
+    QV_TRY(check_linears(be, x, n_parts, parts, &n_out));
     if (x.shape[0] > 0 && be->table->takes_linears != NULL &&
         be->table->takes_linears(be, x, n_parts, parts))
         return CALL_ON(be->table, linears, n_out, x.shape[1], be, x, n_parts, parts);
@@ -595,6 +605,21 @@ qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta
     return qv_tensor_count(&residual)
                ? CALL(add_rms_norm, be, residual, delta, w, eps, plus_one, y, rest)
                : QV_OK;
+}
+
+qv_status qv_op_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                             const qv_linear_part *parts)
+{
+    const qv_tensor none = {.data = NULL};
+    int64_t n_out;
+    QV_TRY(check_add_rms_norm(be, norm->residual, none, norm->w, norm->y, norm->rest));
+    QV_TRY(check_linears(be, norm->y, n_parts, parts, &n_out));
+    if (norm->y.shape[0] > 0 && be->table->takes_norm_linears != NULL &&
+        be->table->takes_norm_linears(be, norm, n_parts, parts))
+        return CALL_ON(be->table, norm_linears, n_out, norm->y.shape[1], be, norm, n_parts, parts);
+    QV_TRY(qv_op_add_rms_norm(be, norm->residual, none, norm->w, norm->eps, norm->plus_one, norm->y,
+                              norm->rest));
+    return qv_op_linears(be, norm->y, n_parts, parts);
 }
 
 static qv_status check_gated_norm(const qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w,
@@ -791,7 +816,7 @@ qv_status qv_op_linear_lora_add(qv_backend *be, const qv_weight *w, const qv_lor
 {
     QV_TRY(check_linear(be, w, x, y, QV_F32));
     QV_TRY(check_lora(be, site, x, scratch, y, QV_F32));
-    *done = n_segs > 0 && be->table->linear_lora_add != NULL && takes_linear_add(be, w, x, y);
+    *done = n_segs > 0 && takes_add(be->table->takes_linear_lora_add, be, w, x, y);
     return *done ? CALL_ON(be->table, linear_lora_add, w->n_out, w->n_in, be, w, site, n_segs,
                            seg_start, seg_slot, x, scratch, y)
                  : QV_OK;

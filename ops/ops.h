@@ -325,6 +325,20 @@ qv_status qv_op_rms_norm(qv_backend *be, qv_tensor x, qv_tensor w, float eps, bo
 qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta, qv_tensor w,
                              float eps, bool plus_one, qv_tensor y, qv_tensor rest);
 
+/* A norm of the stream as it is. */
+typedef struct {
+    qv_tensor residual, w; /* as of qv_op_add_rms_norm, each of these */
+    float eps;
+    bool plus_one;
+    qv_tensor y, rest;
+} qv_stream_norm;
+
+/* qv_op_add_rms_norm without a delta, then qv_op_linears of its y, whose rests are the norm's or
+ * empty: in one where the backend can, and then nobody else has the rest. Errors: those of the two.
+ */
+qv_status qv_op_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                             const qv_linear_part *parts);
+
 /* Gated RMS norm over groups of the last dimension. x, z, y [T, n, d] (strided), w [d] when every
  * row n shares it (Qwen: norm over d, weight, then * silu(z)), or [n * d] with `gate_first`
  * (Nemotron: u = x * silu(z), norm over each group d, weight). */

@@ -226,7 +226,12 @@ bool qv_cuda_decodes(const qv_cuda_backend *cuda, const qv_k_linear_args *args,
                      const qv_k_stream_lora *lora);
 qv_k_linear_args qv_cuda_linear_args(const qv_weight *w, qv_tensor x, qv_tensor rest, qv_tensor y);
 bool qv_cuda_takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+bool qv_cuda_takes_linear_lora_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
 qv_status qv_cuda_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y);
+bool qv_cuda_takes_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                                const qv_linear_part *parts);
+qv_status qv_cuda_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                               const qv_linear_part *parts);
 bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                            const qv_linear_part *parts);
 qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts,

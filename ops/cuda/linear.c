@@ -241,6 +241,15 @@ static qv_status plan_of(qv_cuda_backend *cuda, const qv_k_linear_args *c, const
     return blas_can(c) ? find_plan(cuda, &key, out) : QV_OK;
 }
 
+/* Of one token. Several parts, or one with a rest, are summed as no other number of tokens is. */
+static bool is_one(const qv_cuda_backend *cuda, const qv_k_linear_part *parts, int n_parts,
+                   const qv_k_add_norm_args *norm)
+{
+    bool as_others = n_parts == 1 && parts[0].args.rest == NULL;
+    return cuda->major == 9 && (as_others || !cuda->deterministic) &&
+           qv_k_one_linear_can(parts, n_parts, norm, cuda->n_sms);
+}
+
 static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor rest,
                             qv_tensor y)
 {
@@ -248,6 +257,9 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
     const qv_k_linear_args c = qv_cuda_linear_args(w, x, rest, y);
     if (c.n_out <= QV_K_FEW_ROWS) /* a gate: whatever the tokens, a row is summed in one order */
         return qv_k_any_linear(&c, cuda->stream);
+    const qv_k_linear_part one = {.args = c};
+    if (is_one(cuda, &one, 1, NULL))
+        return qv_k_one_linear(&one, 1, NULL, cuda->n_sms, cuda->stream);
     if (qv_cuda_streams(cuda, &c) && qv_k_stream_linear_can(&c, NULL))
         return qv_k_stream_linear(&c, NULL, cuda->n_sms, cuda->stream);
     if (cuda->deterministic)
@@ -266,9 +278,22 @@ static qv_status run_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_
     return skinny ? qv_k_skinny_linear(&c, cuda->stream) : qv_k_any_linear(&c, cuda->stream);
 }
 
+static qv_k_linear_part adding(const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    return (qv_k_linear_part){.args = qv_cuda_linear_args(w, x, (qv_tensor){.data = NULL}, y),
+                              .act = QV_K_LINEAR_ADD};
+}
+
+bool qv_cuda_takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+{
+    const qv_k_linear_part one = adding(w, x, y);
+    return (w->n_out > QV_K_FEW_ROWS && is_one(qv_cuda(be), &one, 1, NULL)) ||
+           qv_cuda_takes_linear_lora_add(be, w, x, y);
+}
+
 /* Of prefill: where the product reads and writes the stream besides, the norm behind it neither
  * adds to it nor reads what is added. */
-bool qv_cuda_takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
+bool qv_cuda_takes_linear_lora_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
     const qv_k_linear_args c = qv_cuda_linear_args(w, x, (qv_tensor){.data = NULL}, y);
@@ -280,8 +305,11 @@ bool qv_cuda_takes_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, q
 qv_status qv_cuda_linear_add(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)
 {
     qv_cuda_backend *cuda = qv_cuda(be);
-    const qv_k_linear_args c = qv_cuda_linear_args(w, x, (qv_tensor){.data = NULL}, y);
+    const qv_k_linear_part one = adding(w, x, y);
+    const qv_k_linear_args c = one.args;
     const plan *p;
+    if (is_one(cuda, &one, 1, NULL))
+        return qv_k_one_linear(&one, 1, NULL, cuda->n_sms, cuda->stream);
     QV_TRY(plan_of(cuda, &c, &p));
     return run_plan(cuda, p, &c, c.x, 1);
 }
@@ -304,8 +332,10 @@ bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                            const qv_linear_part *parts)
 {
     qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
-    bool stream = join(qv_cuda(be), x, n_parts, parts, joined);
-    return qv_k_joined_linear_can(joined, n_parts, stream, qv_cuda(be)->n_sms);
+    const qv_cuda_backend *cuda = qv_cuda(be);
+    bool stream = join(cuda, x, n_parts, parts, joined);
+    return is_one(cuda, joined, n_parts, NULL) ||
+           qv_k_joined_linear_can(joined, n_parts, stream, cuda->n_sms);
 }
 
 qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv_linear_part *parts)
@@ -313,7 +343,36 @@ qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv
     const qv_cuda_backend *cuda = qv_cuda(be);
     qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
     bool stream = join(cuda, x, n_parts, parts, joined);
+    if (is_one(cuda, joined, n_parts, NULL))
+        return qv_k_one_linear(joined, n_parts, NULL, cuda->n_sms, cuda->stream);
     return qv_k_joined_linear(joined, n_parts, stream, cuda->n_sms, cuda->stream);
+}
+
+static qv_k_add_norm_args norm_args(const qv_stream_norm *norm)
+{
+    const qv_tensor none = {.data = NULL};
+    return qv_cuda_add_norm_args(norm->residual, none, norm->w, norm->eps, norm->plus_one, norm->y,
+                                 none);
+}
+
+bool qv_cuda_takes_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                                const qv_linear_part *parts)
+{
+    qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
+    const qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_k_add_norm_args args = norm_args(norm);
+    join(cuda, norm->y, n_parts, parts, joined);
+    return !cuda->deterministic && is_one(cuda, joined, n_parts, &args);
+}
+
+qv_status qv_cuda_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
+                               const qv_linear_part *parts)
+{
+    qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
+    const qv_cuda_backend *cuda = qv_cuda(be);
+    const qv_k_add_norm_args args = norm_args(norm);
+    join(cuda, norm->y, n_parts, parts, joined);
+    return qv_k_one_linear(joined, n_parts, &args, cuda->n_sms, cuda->stream);
 }
 
 qv_status qv_cuda_linear(qv_backend *be, const qv_weight *w, qv_tensor x, qv_tensor y)

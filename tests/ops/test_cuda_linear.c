@@ -99,12 +99,25 @@ static void check_add(duo *d, const qv_linear_shape *s, int64_t n_tokens, bool e
     free(values);
 }
 
-Test(cuda_linear, a_product_of_prefill_can_add_to_its_y)
+/* Devices with a kernel for one token. */
+static bool has_one(const duo *d)
+{
+#ifdef QV_WITH_CUDA
+    return qv_cuda(d->dev)->major == 9;
+#else
+    (void)d;
+    return false;
+#endif
+}
+
+Test(cuda_linear, a_product_of_prefill_or_of_one_token_can_add_to_its_y)
 {
     static const qv_linear_shape shapes[] = {
         {"out", 256, 512}, {"odd rows", 41, 64}, {"a gate", 1, 64}};
     duo d = open_duo(9);
     for (size_t i = 0; i < QV_ROWS(shapes); i++) {
+        check_add(&d, &shapes[i], 1, i < 2 && has_one(&d));
+        check_add(&d, &shapes[i], 2, false);
         check_add(&d, &shapes[i], 64, false);
         check_add(&d, &shapes[i], 300, i == 0);
     }
@@ -312,15 +325,19 @@ enum { MOST_JOINED = 8 }; /* tokens */
 
 static joined_where where_is(const duo *d)
 {
-#ifdef QV_WITH_CUDA
-    return qv_cuda(d->dev)->major == 9 ? ON_HOPPER : ANYWHERE;
-#else
-    (void)d;
-    return ANYWHERE;
-#endif
+    return has_one(d) ? ON_HOPPER : ANYWHERE;
 }
 
-/* Both forms on the device to the bit, and the joined one against the CPU. */
+/* Whether they are joined. One token has a kernel that takes rows of any number of vectors. */
+static bool are_joined(const duo *d, size_t index, int64_t n)
+{
+    if (n == 1 && has_one(d))
+        return joined_cases[index].n_in % 8 == 0;
+    return n <= MOST_JOINED && joined_cases[index].where <= where_is(d);
+}
+
+/* Both forms on the device, to the bit but for one token, whose sums depend on what else there is;
+ * and the joined one against the CPU. */
 static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
 {
     int64_t n_in = joined_cases[index].n_in;
@@ -367,7 +384,7 @@ static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
     for (int32_t i = 0; i < n_parts; i++) {
         float *between = fetch(d, &wide[i].dev);
         bool joined = isnan(between[0]);
-        bool want = n <= MOST_JOINED && joined_cases[index].where <= where_is(d);
+        bool want = are_joined(d, index, n);
         cr_assert(dev[i].act == QV_ACT_NONE || joined == want, "%s, %lld tokens: %s",
                   joined_cases[index].name, (long long)n, joined ? "joined" : "not joined");
         free(between);
@@ -389,7 +406,8 @@ static void check_joined(duo *d, size_t index, int64_t n, int64_t pad)
         snprintf(what, sizeof what, "%s, part %d, %lld tokens, %lld apart",
                  joined_cases[index].name, i, (long long)n, (long long)pad);
         float *got = fetch(d, &y[i].dev), *want = fetch(d, &alone[i].dev);
-        check_same(what, got, want, n * (dev[i].y.shape[1] + pad));
+        if (n > 1 || !has_one(d) || (n_parts == 1 && !dev[i].rest.data))
+            check_same(what, got, want, n * (dev[i].y.shape[1] + pad));
         free(got);
         free(want);
         twin part = {.cpu = cpu[i].y, .dev = dev[i].y};
@@ -423,5 +441,78 @@ Test(cuda_linear, products_of_one_input_are_the_same_bits_together_as_alone)
     for (size_t i = 0; i < QV_ROWS(joined_cases); i++)
         for (size_t j = 0; j < QV_ROWS(n_tokens); j++)
             check_joined(&d, i, n_tokens[j], j % 2 == 0 ? 8 : 0);
+    close_duo(&d);
+}
+
+/* --- Behind a norm -------------------------------------------------------------------------- */
+
+/* x and products of it as by two ops: x to the bit. In one where nobody has written the rest. */
+static void check_norm(duo *d, size_t index, int64_t n, bool plus_one)
+{
+    int64_t n_in = joined_cases[index].n_in;
+    const joined_part *parts = joined_cases[index].parts;
+    twin residual = NEW_TWIN(d, QV_F32, n, n_in), w = NEW_TWIN(d, QV_F32, n_in);
+    twin x = NEW_TWIN(d, QV_BF16, n, n_in), rest = NEW_TWIN(d, QV_BF16, n, n_in);
+    twin alone = NEW_TWIN(d, QV_BF16, n, n_in), y[QV_MAX_LINEAR_PARTS], wide[QV_MAX_LINEAR_PARTS];
+    qv_weight *of[2][QV_MAX_LINEAR_PARTS];
+    qv_linear_part list[2][QV_MAX_LINEAR_PARTS];
+    int32_t n_parts = 0;
+    fill_twin(d, &residual, 3);
+    fill_twin(d, &w, 1);
+    poison_twin(d, &rest);
+    for (; n_parts < QV_MAX_LINEAR_PARTS && parts[n_parts].n_out > 0; n_parts++) {
+        const joined_part *p = &parts[n_parts];
+        const qv_linear_shape shape = {"", p->n_out, n_in};
+        int64_t width = p->act == QV_ACT_SWIGLU ? p->n_out / 2 : p->n_out;
+        float *values = random_floats(&d->rng, p->n_out * n_in, 2 / sqrtf((float)n_in));
+        round_to_bf16(values, p->n_out * n_in);
+        y[n_parts] = NEW_TWIN(d, p->f32 ? QV_F32 : QV_BF16, n, width);
+        wide[n_parts] = NEW_TWIN(d, QV_BF16, n, p->n_out);
+        poison_twin(d, &y[n_parts]);
+        for (int side = 0; side < 2; side++) {
+            of[side][n_parts] = new_weight(d, side ? d->dev : d->cpu, values, &shape, QV_BF16);
+            list[side][n_parts] = (qv_linear_part){
+                .w = of[side][n_parts],
+                .f32 = p->f32,
+                .act = p->act,
+                .rest = p->rest ? (side ? rest.dev : rest.cpu) : (qv_tensor){.data = NULL},
+                .wide = side ? wide[n_parts].dev : wide[n_parts].cpu,
+                .y = side ? y[n_parts].dev : y[n_parts].cpu};
+        }
+        free(values);
+    }
+    const qv_tensor none = {.data = NULL};
+    const qv_stream_norm on_cpu = {residual.cpu, w.cpu, 1e-6f, plus_one, x.cpu, rest.cpu},
+                         on_dev = {residual.dev, w.dev, 1e-6f, plus_one, x.dev, rest.dev};
+    PASS(qv_op_norm_linears(d->cpu, &on_cpu, n_parts, list[0]));
+    PASS(qv_op_norm_linears(d->dev, &on_dev, n_parts, list[1]));
+    PASS(qv_op_add_rms_norm(d->dev, residual.dev, none, w.dev, 1e-6f, plus_one, alone.dev, none));
+    char what[128];
+    snprintf(what, sizeof what, "%s behind a norm, %lld tokens", joined_cases[index].name,
+             (long long)n);
+    float *got = fetch(d, &x.dev), *want = fetch(d, &alone.dev), *left = fetch(d, &rest.dev);
+    check_same(what, got, want, n * n_in);
+    bool in_one = n == 1 && has_one(d) && n_in % 8 == 0;
+    cr_assert_eq(isnan(left[0]), in_one, "%s: %s", what, in_one ? "not in one" : "in one");
+    free(got), free(want), free(left);
+    for (int32_t i = 0; i < n_parts; i++) {
+        if (parts[i].f32)
+            check_twin(d, what, &y[i], 1e-5, 0.01, 1e-5);
+        else
+            check_twin(d, what, &y[i], 2 * CLOSE_RELATIVE, 2 * CLOSE_ULPS, 2 * CLOSE_NOISE);
+        free_twin(d, &y[i]), free_twin(d, &wide[i]);
+        qv_weight_free(d->cpu, of[0][i]);
+        qv_weight_free(d->dev, of[1][i]);
+    }
+    free_twin(d, &residual), free_twin(d, &w), free_twin(d, &x);
+    free_twin(d, &rest), free_twin(d, &alone);
+}
+
+Test(cuda_linear, products_behind_a_norm_have_its_bits_in_their_input)
+{
+    duo d = open_duo(4);
+    for (size_t i = 0; i < QV_ROWS(joined_cases); i++)
+        for (int64_t n = 1; n < 3; n++)
+            check_norm(&d, i, n, i % 2 == 0);
     close_duo(&d);
 }

@@ -51,6 +51,19 @@ typedef struct {
 /* residual += delta; y = norm(residual) * g, rounded; rest = what that took from it, rounded. */
 qv_status qv_k_add_norm(const qv_k_add_norm_args *args, void *stream);
 
+/* One number of a row of y. */
+typedef struct {
+    const void *w; /* BF16 [d] */
+    void *out;     /* BF16 [n_tokens], stride apart: w . y */
+    int64_t stride;
+} qv_k_norm_gate;
+
+/* qv_k_add_norm without a delta, and a product of y with one row, of up to 8192 numbers in vectors
+ * of 8. */
+bool qv_k_norm_gate_can(const qv_k_add_norm_args *args, const qv_k_norm_gate *gate);
+qv_status qv_k_norm_with_gate(const qv_k_add_norm_args *args, const qv_k_norm_gate *gate,
+                              void *stream);
+
 typedef enum {
     QV_K_SWIGLU,       /* y = silu(a) * b */
     QV_K_SIGMOID_GATE, /* y = b * sigmoid(a) */

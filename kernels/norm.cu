@@ -145,6 +145,44 @@ __global__ void __launch_bounds__(256) add_norm_vector_kernel(qv_k_add_norm_args
     finish_add_norm<NV>(c, t, v, shared);
 }
 
+/* Bit for bit add_norm_vector_kernel without a delta, and a product of y with one row. */
+template <int NV>
+__global__ void __launch_bounds__(256)
+    norm_gate_kernel(const __grid_constant__ qv_k_add_norm_args c,
+                     const __grid_constant__ qv_k_norm_gate gate)
+{
+    begin_add_norm<NV>(c);
+    __shared__ float shared[8], more[8];
+    int64_t t = blockIdx.x;
+    const float *residual = c.residual + t * c.residual_stride;
+    uint4 w[NV] = {}; /* on its way while the block adds up */
+    float v[NV][8], sum = 0;
+#pragma unroll
+    for (int j = 0; j < NV; j++) {
+        int i = (threadIdx.x + j * 256) * 8;
+        if (i >= c.d)
+            continue;
+        load8(residual + i, v[j]);
+        w[j] = *(const uint4 *)((const bf16 *)gate.w + i);
+    }
+    finish_add_norm<NV>(c, t, v, shared);
+#pragma unroll
+    for (int j = 0; j < NV; j++) {
+        int i = (threadIdx.x + j * 256) * 8;
+        if (i >= c.d)
+            continue;
+        float y[8], of[8];
+        unpack8(*(const bf16x8 *)((const bf16 *)c.y + t * c.y_stride + i), y); /* its own */
+        unpack8(bf16x8{w[j]}, of);
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            sum = fmaf(y[k], of[k], sum);
+    }
+    sum = block_sum(sum, more);
+    if (threadIdx.x == 0)
+        ((bf16 *)gate.out)[t * gate.stride] = __float2bfloat16(sum);
+}
+
 /* Any length and alignment. Each thread reads what it wrote itself. */
 __global__ void __launch_bounds__(256) add_norm_any_kernel(qv_k_add_norm_args c)
 {
@@ -232,4 +270,23 @@ qv_status qv_k_add_norm(const qv_k_add_norm_args *args, void *stream)
     if (error != cudaSuccess)
         return qv_fail(QV_ERR_DEVICE, "cuda: add_norm: %s", cudaGetErrorString(error));
     return qv_k_check_launch("add_norm");
+}
+
+bool qv_k_norm_gate_can(const qv_k_add_norm_args *args, const qv_k_norm_gate *gate)
+{
+    return add_norm_vectors(*args) && (uintptr_t)gate->w % 16 == 0;
+}
+
+qv_status qv_k_norm_with_gate(const qv_k_add_norm_args *args, const qv_k_norm_gate *gate,
+                              void *stream)
+{
+    const qv_k_add_norm_args &c = *args;
+    unsigned rows = (unsigned)c.n_tokens;
+    auto kernel = c.d <= 2048   ? norm_gate_kernel<1>
+                  : c.d <= 4096 ? norm_gate_kernel<2>
+                                : norm_gate_kernel<4>;
+    cudaError_t error = launch_early(rows <= EARLY_ROWS, kernel, rows, 256, 0, stream, c, *gate);
+    if (error != cudaSuccess)
+        return qv_fail(QV_ERR_DEVICE, "cuda: norm_gate: %s", cudaGetErrorString(error));
+    return qv_k_check_launch("norm_gate");
 }

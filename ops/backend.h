@@ -146,6 +146,9 @@ typedef struct {
                                const qv_linear_part *parts);
     qv_status (*norm_linears)(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
                               const qv_linear_part *parts);
+    /* The norm and one of the parts, a single row. NULL, both: as where it does not take them. */
+    bool (*takes_norm_gate)(qv_backend *be, const qv_stream_norm *norm, const qv_linear_part *part);
+    qv_status (*norm_gate)(qv_backend *be, const qv_stream_norm *norm, const qv_linear_part *part);
     /* Of one token. NULL: router, then moe_route, then the product, as for more. */
     qv_status (*choose)(qv_backend *be, const qv_router *router, qv_tensor logits, qv_tensor ids,
                         qv_tensor weights, qv_moe_list *list, const qv_beside *beside);

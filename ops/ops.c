@@ -607,6 +607,12 @@ qv_status qv_op_add_rms_norm(qv_backend *be, qv_tensor residual, qv_tensor delta
                : QV_OK;
 }
 
+static bool takes_gate(qv_backend *be, const qv_stream_norm *norm, const qv_linear_part *part)
+{
+    return norm->y.shape[0] > 0 && part->w->n_out == 1 && part->act == QV_ACT_NONE && !part->f32 &&
+           be->table->takes_norm_gate != NULL && be->table->takes_norm_gate(be, norm, part);
+}
+
 qv_status qv_op_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
                              const qv_linear_part *parts)
 {
@@ -617,9 +623,21 @@ qv_status qv_op_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t
     if (norm->y.shape[0] > 0 && be->table->takes_norm_linears != NULL &&
         be->table->takes_norm_linears(be, norm, n_parts, parts))
         return CALL_ON(be->table, norm_linears, n_out, norm->y.shape[1], be, norm, n_parts, parts);
-    QV_TRY(qv_op_add_rms_norm(be, norm->residual, none, norm->w, norm->eps, norm->plus_one, norm->y,
-                              norm->rest));
-    return qv_op_linears(be, norm->y, n_parts, parts);
+    qv_linear_part left[QV_MAX_LINEAR_PARTS];
+    int32_t n_left = 0;
+    bool normed = false;
+    for (int32_t i = 0; i < n_parts; i++) {
+        if (normed || !takes_gate(be, norm, &parts[i])) {
+            left[n_left++] = parts[i];
+            continue;
+        }
+        QV_TRY(CALL_ON(be->table, norm_gate, 1, norm->y.shape[1], be, norm, &parts[i]));
+        normed = true;
+    }
+    if (!normed)
+        QV_TRY(qv_op_add_rms_norm(be, norm->residual, none, norm->w, norm->eps, norm->plus_one,
+                                  norm->y, norm->rest));
+    return n_left > 0 ? qv_op_linears(be, norm->y, n_left, left) : QV_OK;
 }
 
 static qv_status check_gated_norm(const qv_backend *be, qv_tensor x, qv_tensor z, qv_tensor w,

@@ -232,6 +232,9 @@ bool qv_cuda_takes_norm_linears(qv_backend *be, const qv_stream_norm *norm, int3
                                 const qv_linear_part *parts);
 qv_status qv_cuda_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
                                const qv_linear_part *parts);
+bool qv_cuda_takes_norm_gate(qv_backend *be, const qv_stream_norm *norm,
+                             const qv_linear_part *part);
+qv_status qv_cuda_norm_gate(qv_backend *be, const qv_stream_norm *norm, const qv_linear_part *part);
 bool qv_cuda_takes_linears(qv_backend *be, qv_tensor x, int32_t n_parts,
                            const qv_linear_part *parts);
 qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts,

@@ -348,11 +348,33 @@ qv_status qv_cuda_linears(qv_backend *be, qv_tensor x, int32_t n_parts, const qv
     return qv_k_joined_linear(joined, n_parts, stream, cuda->n_sms, cuda->stream);
 }
 
-static qv_k_add_norm_args norm_args(const qv_stream_norm *norm)
+static qv_k_add_norm_args norm_args(const qv_stream_norm *norm, qv_tensor rest)
 {
     const qv_tensor none = {.data = NULL};
     return qv_cuda_add_norm_args(norm->residual, none, norm->w, norm->eps, norm->plus_one, norm->y,
-                                 none);
+                                 rest);
+}
+
+static qv_k_norm_gate gate_args(const qv_linear_part *part)
+{
+    return (qv_k_norm_gate){
+        .w = qv_cuda_weight_of(part->w)->data, .out = part->y.data, .stride = part->y.stride[0]};
+}
+
+/* Of prefill: a decode step has the gate beside other products. */
+bool qv_cuda_takes_norm_gate(qv_backend *be, const qv_stream_norm *norm, const qv_linear_part *part)
+{
+    const qv_k_add_norm_args args = norm_args(norm, norm->rest);
+    const qv_k_norm_gate gate = gate_args(part);
+    return !qv_cuda(be)->deterministic && args.n_tokens > GEMM_TOKENS &&
+           part->w->dtype == QV_BF16 && qv_k_norm_gate_can(&args, &gate);
+}
+
+qv_status qv_cuda_norm_gate(qv_backend *be, const qv_stream_norm *norm, const qv_linear_part *part)
+{
+    const qv_k_add_norm_args args = norm_args(norm, norm->rest);
+    const qv_k_norm_gate gate = gate_args(part);
+    return qv_k_norm_with_gate(&args, &gate, qv_cuda(be)->stream);
 }
 
 bool qv_cuda_takes_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32_t n_parts,
@@ -360,7 +382,7 @@ bool qv_cuda_takes_norm_linears(qv_backend *be, const qv_stream_norm *norm, int3
 {
     qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
     const qv_cuda_backend *cuda = qv_cuda(be);
-    const qv_k_add_norm_args args = norm_args(norm);
+    const qv_k_add_norm_args args = norm_args(norm, (qv_tensor){.data = NULL});
     join(cuda, norm->y, n_parts, parts, joined);
     return !cuda->deterministic && is_one(cuda, joined, n_parts, &args);
 }
@@ -370,7 +392,7 @@ qv_status qv_cuda_norm_linears(qv_backend *be, const qv_stream_norm *norm, int32
 {
     qv_k_linear_part joined[QV_MAX_LINEAR_PARTS];
     const qv_cuda_backend *cuda = qv_cuda(be);
-    const qv_k_add_norm_args args = norm_args(norm);
+    const qv_k_add_norm_args args = norm_args(norm, (qv_tensor){.data = NULL});
     join(cuda, norm->y, n_parts, parts, joined);
     return qv_k_one_linear(joined, n_parts, &args, cuda->n_sms, cuda->stream);
 }

@@ -514,5 +514,6 @@ Test(cuda_linear, products_behind_a_norm_have_its_bits_in_their_input)
     for (size_t i = 0; i < QV_ROWS(joined_cases); i++)
         for (int64_t n = 1; n < 3; n++)
             check_norm(&d, i, n, i % 2 == 0);
+    check_norm(&d, 0, 260, true); /* of a prompt, the gate with the norm */
     close_duo(&d);
 }

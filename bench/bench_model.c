@@ -8,13 +8,14 @@
  *               [--rank R] [--pool-rank R] [--eager] [--ops] [--tp N] [--ep N]
  *               [--one-device] [--all-reduce nccl|direct|auto] [--deterministic]
  *
- * The floor of a step is the larger of its bytes (weights once, keys and values, recurrent state
- * twice) at the rate of a large copy and its FLOP at the rate of a large matrix product, both
- * measured in the same run on the first device, shared out evenly over ranks. Steps go as the
- * engine's do: a decode step is enqueued before the results of the one before are read, its tokens
- * being what that one chose (with several ranks, one at a time). Times are medians over steps, from
- * the host's clock from result to result; the gap is how long the device had nothing to do between
- * two steps.
+ * The floor of a decode step are its bytes (weights once, keys and values, recurrent state twice)
+ * at the rate of a large copy; of a prompt the sum over its stages of the larger of that and of
+ * their FLOP at the rate of a large matrix product; both measured in the same run on the first
+ * device, shared out evenly over ranks. The product is measured twice: first, while the device is
+ * cool, and behind the prompt's steps for as long as one takes. Steps go as the engine's do: a
+ * decode step is enqueued before the results of the one before are read, its tokens being what that
+ * one chose (with several ranks, one at a time). Times are medians over steps, from the host's
+ * clock from result to result; the gap is how long the device had nothing to do between two steps.
  *
  * --ops adds what each op takes in such steps on rank 0, run op by op with marks on the device in
  * between: all ops of a name and matrix in one row. No op begins before the one in front of it has
@@ -109,7 +110,9 @@ static void measure_copy(qv_backend *be)
     free(host);
 }
 
-static void measure_gemm(qv_backend *be)
+/* FLOP/s of a large product, repeated until it has taken `seconds`: at its limit of power a device
+ * is slower than while it is cool. */
+static double measure_gemm(qv_backend *be, double seconds)
 {
     int64_t n = strcmp(args.backend, "cpu") == 0 ? 512 : 8192;
     qv_dtype act = qv_backend_activation_dtype(be);
@@ -121,20 +124,24 @@ static void measure_gemm(qv_backend *be)
     check(qv_backend_alloc(be, (size_t)(n * n) * qv_dtype_size(act), &y), "gemm");
     check(qv_backend_fill(be, x, act, n * n, 0, 1, 2), "gemm");
     double times[7];
+    int each = 4;
     for (int i = -2; i < 7; i++) {
         check(qv_backend_sync(be), "gemm");
         double start = now();
-        for (int j = 0; j < 4; j++)
+        for (int j = 0; j < each; j++)
             check(qv_op_linear(be, w, qv_tensor_2d(x, act, n, n), qv_tensor_2d(y, act, n, n)),
                   "gemm");
         check(qv_backend_sync(be), "gemm");
+        double one = (now() - start) / each;
         if (i >= 0)
-            times[i] = (now() - start) / 4;
+            times[i] = one;
+        else if (seconds > 4 * one)
+            each = (int)(seconds / one);
     }
-    gemm_rate = 2.0 * (double)n * (double)n * (double)n / median(times, 7);
     qv_weight_free(be, w);
     qv_backend_free(be, x);
     qv_backend_free(be, y);
+    return 2.0 * (double)n * (double)n * (double)n / median(times, 7);
 }
 
 /* --- Steps -------------------------------------------------------------------------------- */
@@ -268,30 +275,39 @@ static timing time_step(const bench *b, const qv_batch *batch, const qv_batch *n
     return t;
 }
 
-/* Bytes of all matrices but the embedding's table, of which a step reads some rows; experts as
- * many as uniform routing hits. */
-static double weight_bytes(const bench *b, int32_t n_tokens)
+static double expert_bytes(const bench *b)
 {
     const qv_model_config *c = qv_model_get_config(b->model);
-    double all = (double)b->plan.weights - (double)b->embed_bytes, experts = 0;
-    if (c->n_experts > 0) {
-        qv_layout layout;
-        check(qv_layout_init(&layout, c, 0, 1), "layout");
-        const qv_proj_shape *in = &layout.proj[QV_PROJ_EXPERT_IN];
-        const qv_proj_shape *out = &layout.proj[QV_PROJ_EXPERT_OUT];
-        double each = 2.0 * (double)(in->n_in * in->n_out + out->n_in * out->n_out);
-        double layers = (double)qv_model_config_count(c, QV_PART_MOE), n = (double)c->n_experts;
-        experts = layers * n * each;
-        all -= experts;
-        experts *= 1 - pow(1 - (double)c->moe_top_k / n, n_tokens);
-    }
-    return all + experts;
+    if (c->n_experts == 0)
+        return 0;
+    qv_layout layout;
+    check(qv_layout_init(&layout, c, 0, 1), "layout");
+    const qv_proj_shape *in = &layout.proj[QV_PROJ_EXPERT_IN];
+    const qv_proj_shape *out = &layout.proj[QV_PROJ_EXPERT_OUT];
+    double each = 2.0 * (double)(in->n_in * in->n_out + out->n_in * out->n_out);
+    return (double)qv_model_config_count(c, QV_PART_MOE) * (double)c->n_experts * each;
+}
+
+/* Of as many as uniform routing hits. */
+static double hit_bytes(const bench *b, int32_t n_tokens)
+{
+    const qv_model_config *c = qv_model_get_config(b->model);
+    double all = expert_bytes(b), share = (double)c->moe_top_k / (double)c->n_experts;
+    return all > 0 ? all * (1 - pow(1 - share, n_tokens)) : 0;
+}
+
+/* Bytes of all matrices but those of experts and the embedding's table, of which a step reads some
+ * rows. */
+static double dense_bytes(const bench *b)
+{
+    return (double)b->plan.weights - (double)b->embed_bytes - expert_bytes(b);
 }
 
 static double step_bytes(const bench *b, int32_t n, int32_t context)
 {
     double kv = (double)b->plan.kv_page / PAGE_TOKENS;
-    return weight_bytes(b, n) + (double)n * (context * kv + 2.0 * (double)b->plan.state_slot);
+    return dense_bytes(b) + hit_bytes(b, n) +
+           (double)n * (context * kv + 2.0 * (double)b->plan.state_slot);
 }
 
 /* What the ops of a step take: medians make no sense over so many, so means over `reps` steps. */
@@ -353,28 +369,61 @@ static void decode_table(bench *b)
     free(chosen);
 }
 
-/* 2 FLOP a weight and token, and half of the square of attention; the head sees one row. */
-static double prefill_flop(const bench *b, double n)
+/* Seconds of a prompt's stages at the rates of a copy and of a product. */
+typedef struct {
+    double dense, experts, attention, recurrent;
+} prefill_floor;
+
+/* By stage, the larger of 2 FLOP a weight and token and the bytes of the weights; half of the
+ * square of attention; FLOP of the recurrent layers by chunks of 64 tokens. The head sees one row.
+ */
+static prefill_floor floor_of(const bench *b, double n, double gemm)
 {
+    const double chunk = 64;
     const qv_model_config *c = qv_model_get_config(b->model);
-    double matrices = weight_bytes(b, 1) / 2 - (double)(c->vocab * c->hidden);
-    double layers = (double)qv_model_config_count(c, QV_PART_ATTENTION);
-    return 2 * n * matrices + layers * 4 * n * n / 2 * (double)(c->n_heads * c->head_dim);
+    double head = (double)(c->vocab * c->hidden), dense = dense_bytes(b);
+    double share = c->n_experts > 0 ? (double)c->moe_top_k / (double)c->n_experts : 0;
+    double dk = (double)c->gdn_k_dim, dv = (double)c->gdn_v_dim;
+    double gdn = (double)c->gdn_v_heads * (10 * chunk * dv + 6 * dk * dv);
+    double state = (double)c->ssm_state, dim = (double)c->ssm_head_dim;
+    double ssm = (double)c->ssm_groups * 2 * chunk * state +
+                 (double)c->ssm_heads * (2 * chunk * dim + 4 * state * dim);
+    double recurrent = gdn * (double)qv_model_config_count(c, QV_PART_GDN) +
+                       ssm * (double)qv_model_config_count(c, QV_PART_SSM);
+    double scores = 4 * n * n / 2 * (double)(c->n_heads * c->head_dim);
+    prefill_floor f = {
+        .dense = fmax(2 * n * (dense / 2 - head) / gemm, dense / copy_rate),
+        .experts = fmax(n * share * expert_bytes(b) / gemm, hit_bytes(b, (int32_t)n) / copy_rate),
+        .attention = scores * (double)qv_model_config_count(c, QV_PART_ATTENTION) / gemm,
+        .recurrent = n * recurrent / gemm};
+    f.dense /= args.tp;
+    f.experts /= args.tp;
+    f.attention /= args.tp;
+    f.recurrent /= args.tp;
+    return f;
 }
 
+static double sum_of(prefill_floor f)
+{
+    return f.dense + f.experts + f.attention + f.recurrent;
+}
+
+/* The floor is at the rate of a product that is measured right behind the steps and for as long as
+ * one takes, so that both meet the same device. */
 static void prefill_table(bench *b)
 {
     qv_batch batch = make_batch(b, 1, 0, args.prompt);
     timing time = time_step(b, &batch, &batch, false, 5);
     double t = time.step;
-    double flop = prefill_flop(b, args.prompt) / gemm_rate / args.tp;
-    double bytes = weight_bytes(b, args.prompt) / copy_rate / args.tp,
-           floor = flop > bytes ? flop : bytes;
-    printf("\nprefill of %d tokens: floor %.1f ms (FLOP %.1f, weights %.1f), step %.1f ms, device "
-           "%.1f "
-           "ms, ratio %.2f, %.0f tokens/s\n",
-           args.prompt, floor * 1e3, flop * 1e3, bytes * 1e3, t * 1e3, time.device * 1e3, t / floor,
-           args.prompt / t);
+    double beside = strcmp(args.backend, "cpu") == 0 ? gemm_rate : measure_gemm(b->be, t * args.tp);
+    prefill_floor f = floor_of(b, args.prompt, beside);
+    printf("\nprefill of %d tokens: step %.1f ms, device %.1f ms, %.0f tokens/s\n", args.prompt,
+           t * 1e3, time.device * 1e3, args.prompt / t);
+    printf("  floor %.1f ms: matrices %.1f, experts %.1f, attention %.1f, recurrent %.1f, at %.3g "
+           "TFLOP/s behind it; ratio %.2f (%.2f at %.3g)\n",
+           sum_of(f) * 1e3, f.dense * 1e3, f.experts * 1e3, f.attention * 1e3, f.recurrent * 1e3,
+           beside * 1e-12, t / sum_of(f), t / sum_of(floor_of(b, args.prompt, gemm_rate)),
+           gemm_rate * 1e-12);
     if (args.ops)
         ops_table(b, &batch, 3);
 }
@@ -400,24 +449,36 @@ static void parse_sizes(char *text)
         args.sizes[args.n_sizes++] = number(part);
 }
 
+static const char usage[] =
+    "usage: bench_model [OPTION...] DIR\n"
+    "Steps of a model beside their floors. DIR: a model, or a config.json alone (bench/configs/).\n"
+    "  --backend NAME     cuda (default) or cpu\n"
+    "  --sizes N,N,...    sequences of decode steps (default 1,16,64)\n"
+    "  --context N        tokens of each of them (default 2048)\n"
+    "  --prompt N         tokens of a prompt (default 8192); 0: none\n"
+    "  --adapters N       made-up adapters, shared out over sequences (default 0)\n"
+    "  --rank R           their rank (default 16)\n"
+    "  --pool-rank R      the pool's rank, if it is larger\n"
+    "  --eager            decode op by op, no recorded steps\n"
+    "  --ops              what each op takes besides\n"
+    "  --deterministic    the same bits whatever else is in a batch\n"
+    "  --tp N             ranks that share the model (default 1)\n"
+    "  --ep N             groups of ranks that share out the experts (default 1)\n"
+    "  --one-device       all ranks on the first device\n"
+    "  --all-reduce NAME  nccl, direct or auto (default)\n"
+    "  --help             this\n";
+
 static void parse(int argc, char **argv)
 {
     static const struct option table[] = {
-        {"backend", required_argument, NULL, 'b'},
-        {"context", required_argument, NULL, 'c'},
-        {"prompt", required_argument, NULL, 'p'},
-        {"sizes", required_argument, NULL, 's'},
-        {"adapters", required_argument, NULL, 'a'},
-        {"rank", required_argument, NULL, 'r'},
-        {"eager", no_argument, NULL, 'e'},
-        {"ops", no_argument, NULL, 'i'},
-        {"tp", required_argument, NULL, 't'},
-        {"ep", required_argument, NULL, 'x'},
-        {"one-device", no_argument, NULL, 'o'},
-        {"all-reduce", required_argument, NULL, 'm'},
-        {"deterministic", no_argument, NULL, 'd'},
-        {"pool-rank", required_argument, NULL, 'l'},
-        {0},
+        {"backend", required_argument, NULL, 'b'},  {"context", required_argument, NULL, 'c'},
+        {"prompt", required_argument, NULL, 'p'},   {"sizes", required_argument, NULL, 's'},
+        {"adapters", required_argument, NULL, 'a'}, {"rank", required_argument, NULL, 'r'},
+        {"eager", no_argument, NULL, 'e'},          {"ops", no_argument, NULL, 'i'},
+        {"tp", required_argument, NULL, 't'},       {"ep", required_argument, NULL, 'x'},
+        {"one-device", no_argument, NULL, 'o'},     {"all-reduce", required_argument, NULL, 'm'},
+        {"deterministic", no_argument, NULL, 'd'},  {"pool-rank", required_argument, NULL, 'l'},
+        {"help", no_argument, NULL, 'h'},           {0},
     };
     char sizes[] = "1,16,64";
     parse_sizes(sizes);
@@ -465,15 +526,16 @@ static void parse(int argc, char **argv)
         case 'd':
             args.deterministic = true;
             break;
+        case 'h':
+            fputs(usage, stdout);
+            exit(0);
         default:
+            fputs(usage, stderr);
             exit(2);
         }
     }
     if (optind + 1 != argc || args.n_sizes == 0 || args.tp < 1 || args.tp > QV_MAX_RANKS) {
-        fprintf(stderr, "usage: bench_model DIR [--backend NAME] [--context N] [--prompt N] "
-                        "[--sizes N,N,...] [--adapters N] [--rank R] [--pool-rank R] [--eager] "
-                        "[--ops] [--tp N] "
-                        "[--ep N] [--one-device] [--all-reduce NAME] [--deterministic]\n");
+        fputs(usage, stderr);
         exit(2);
     }
     args.dir = argv[optind];
@@ -540,7 +602,7 @@ int main(int argc, char **argv)
     }
     b.be = b.backends[0];
     measure_copy(b.be);
-    measure_gemm(b.be);
+    gemm_rate = measure_gemm(b.be, 0);
     printf("%s on %s", args.dir, qv_backend_describe(b.be));
     if (args.tp > 1)
         printf(", %d ranks%s, experts in %d groups, sums %s", args.tp,

@@ -113,14 +113,18 @@ __device__ __forceinline__ void store(const part &p, int64_t token, int64_t col,
 
 constexpr int OF_STAGE = TILE * STEP / 8 / THREADS; /* copies of W of a thread */
 
-/* What a thread copies of W: its first numbers of each row, NULL where there is no row. */
-struct w_rows {
-    const bf16 *from[OF_STAGE];
+/* What a thread copies of W and x: its first numbers of each row, NULL where there is no row. */
+struct thread_rows {
+    const bf16 *from[OF_STAGE], *x;
 };
 
-__device__ __forceinline__ w_rows rows_of(const part &p, int64_t tile, int first_step)
+__device__ __forceinline__ thread_rows rows_of(const part &p, int64_t tile, int first_step)
 {
-    w_rows rows;
+    thread_rows rows;
+    int token = threadIdx.x / 8;
+    rows.x = token < p.c.n_tokens ? (const bf16 *)p.c.x + token * p.c.x_stride + first_step * STEP +
+                                        threadIdx.x % 8 * 8
+                                  : nullptr;
 #pragma unroll
     for (int i = 0; i < OF_STAGE; i++) {
         int64_t row = row_of<TILE>(p, tile, threadIdx.x / 8 + i * (THREADS / 8));
@@ -132,7 +136,7 @@ __device__ __forceinline__ w_rows rows_of(const part &p, int64_t tile, int first
 }
 
 /* left: what there is of k from the block's first step on. */
-__device__ __forceinline__ void load_w(joined_shared &m, const w_rows &rows, const void *w,
+__device__ __forceinline__ void load_w(joined_shared &m, const thread_rows &rows, const void *w,
                                        int step, int left)
 {
     int col = threadIdx.x % 8 * 8, k = step * STEP;
@@ -145,14 +149,14 @@ __device__ __forceinline__ void load_w(joined_shared &m, const w_rows &rows, con
     }
 }
 
-__device__ __forceinline__ void load_x(joined_shared &m, const part &p, int first_step, int step)
+__device__ __forceinline__ void load_x(joined_shared &m, const thread_rows &rows, const void *x,
+                                       int step, int left)
 {
     int token = threadIdx.x / 8, col = threadIdx.x % 8 * 8;
-    int k = (first_step + step) * STEP + col;
-    bool valid = token < p.c.n_tokens && k < p.c.n_in;
+    bool valid = rows.x && step * STEP + col < left;
     if (token < TOKENS)
         copy16(m.stages[step % STAGES].x + tile_at<STEP>(token, col),
-               valid ? (const bf16 *)p.c.x + token * p.c.x_stride + k : p.c.x, valid);
+               valid ? rows.x + step * STEP : x, valid);
 }
 
 /* A warp has 16 of the rows, and half of every stage, whose sums it leaves in halves. */
@@ -161,7 +165,7 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
     int64_t tile = block / p.splits;
     int share = block % p.splits, all = (int)((p.c.n_in + STEP - 1) / STEP);
     int first = all * share / p.splits, steps = all * (share + 1) / p.splits - first;
-    const w_rows rows = rows_of(p, tile, first);
+    const thread_rows rows = rows_of(p, tile, first);
     int left = (int)p.c.n_in - first * STEP;
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++)
@@ -171,7 +175,7 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
         if (i < steps)
-            load_x(m, p, first, i);
+            load_x(m, rows, p.c.x, i, left);
         copies_commit();
     }
     int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, half = warp >> 2, row = (warp & 3) * 16;
@@ -182,7 +186,7 @@ __device__ __forceinline__ void stream_sums(joined_shared &m, const part &p, int
         int next = step + STAGES - 1;
         if (next < steps) {
             load_w(m, rows, p.c.w, next, left);
-            load_x(m, p, first, next);
+            load_x(m, rows, p.c.x, next, left);
         }
         copies_commit();
         const stream_stage &at = m.stages[step % STAGES];

@@ -62,34 +62,58 @@ struct place {
     int first_step, n_steps;
 };
 
-template <int NT, int STAGES>
-__device__ __forceinline__ void load_w(stream_shared<NT, STAGES> &m, const qv_k_linear_args &c,
-                                       const place &p, int step)
+/* What a thread copies of a stage: 8 numbers of each of some rows of W and of x, NULL where there
+ * is no row. Addresses are worked out once: they stood between a wait and what it was for. */
+template <int NT> struct thread_rows {
+    static constexpr int OF_W = ROWS * STEP / 8 / THREADS;
+    static constexpr int OF_X = (NT * 8 * STEP / 8 + THREADS - 1) / THREADS;
+    const bf16 *w[OF_W], *x[OF_X];
+    int left; /* of k, from its own first number on */
+};
+
+template <int NT>
+__device__ __forceinline__ thread_rows<NT> rows_of(const qv_k_linear_args &c, const place &p)
 {
-    int col = threadIdx.x % 8 * 8;
-    int64_t k = (int64_t)(p.first_step + step) * STEP + col;
+    thread_rows<NT> r;
+    int row = threadIdx.x / 8, k = p.first_step * STEP + threadIdx.x % 8 * 8;
+    r.left = (int)c.n_in - k;
 #pragma unroll
-    for (int i = 0; i < ROWS * STEP / 8 / THREADS; i++) {
-        int row = threadIdx.x / 8 + i * (THREADS / 8);
-        bool valid = p.row0 + row < c.n_out && k < c.n_in;
-        copy16_stream(m.w[step % STAGES] + tile_at<STEP>(row, col),
-                      valid ? (const bf16 *)c.w + (p.row0 + row) * c.n_in + k : c.w, valid);
+    for (int i = 0; i < r.OF_W; i++) {
+        int64_t of = p.row0 + row + i * (THREADS / 8);
+        r.w[i] = of < c.n_out ? (const bf16 *)c.w + of * c.n_in + k : nullptr;
+    }
+#pragma unroll
+    for (int i = 0; i < r.OF_X; i++) {
+        int token = row + i * (THREADS / 8);
+        r.x[i] = token < p.n ? (const bf16 *)c.x + (p.token0 + token) * c.x_stride + k : nullptr;
+    }
+    return r;
+}
+
+template <int NT, int STAGES>
+__device__ __forceinline__ void load_w(stream_shared<NT, STAGES> &m, const thread_rows<NT> &r,
+                                       const void *any, int step)
+{
+#pragma unroll
+    for (int i = 0; i < r.OF_W; i++) {
+        bool valid = r.w[i] && step * STEP < r.left;
+        copy16_stream(m.w[step % STAGES] +
+                          tile_at<STEP>(threadIdx.x / 8 + i * (THREADS / 8), threadIdx.x % 8 * 8),
+                      valid ? r.w[i] + step * STEP : any, valid);
     }
 }
 
 template <int NT, int STAGES>
-__device__ __forceinline__ void load_x(stream_shared<NT, STAGES> &m, const qv_k_linear_args &c,
-                                       const place &p, int step)
+__device__ __forceinline__ void load_x(stream_shared<NT, STAGES> &m, const thread_rows<NT> &r,
+                                       const void *any, int step)
 {
-    int col = threadIdx.x % 8 * 8;
-    int64_t k = (int64_t)(p.first_step + step) * STEP + col;
 #pragma unroll
-    for (int i = 0; i < NT * 8; i += THREADS / 8) {
-        int token = threadIdx.x / 8 + i;
-        bool valid = token < p.n && k < c.n_in;
+    for (int i = 0; i < r.OF_X; i++) {
+        int token = threadIdx.x / 8 + i * (THREADS / 8);
+        bool valid = r.x[i] && step * STEP < r.left;
         if (NT * 8 >= THREADS / 8 || token < NT * 8)
-            copy16(m.x[step % STAGES] + tile_at<STEP>(token, col),
-                   valid ? (const bf16 *)c.x + (p.token0 + token) * c.x_stride + k : c.x, valid);
+            copy16(m.x[step % STAGES] + tile_at<STEP>(token, threadIdx.x % 8 * 8),
+                   valid ? r.x[i] + step * STEP : any, valid);
     }
 }
 
@@ -386,10 +410,11 @@ __global__ void __launch_bounds__(THREADS, 3)
     if (FEW && n_shares > 1)
         begin_sums(sums, group);
     constexpr int FIRST = LORA ? 2 : STAGES - 1; /* stages of W ahead of the adapters */
+    const thread_rows<NT> rows = rows_of<NT>(c, p);
 #pragma unroll
     for (int i = 0; i < FIRST; i++)
         if (i < p.n_steps)
-            load_w(m, c, p, i);
+            load_w(m, rows, c.w, i);
     int unit_steps = 0;
     cursor loading = {0, 0};
     if (LORA) {
@@ -400,14 +425,14 @@ __global__ void __launch_bounds__(THREADS, 3)
 #pragma unroll
     for (int i = FIRST; i < STAGES - 1; i++)
         if (i < p.n_steps)
-            load_w(m, c, p, i);
+            load_w(m, rows, c.w, i);
     if (!c.x_is_there)
         wait_for_previous();
     int steps = p.n_steps + unit_steps;
     /* x of a step, or a step of units. */
     auto load = [&](int step) {
         if (step < p.n_steps) {
-            load_x(m, c, p, step);
+            load_x(m, rows, c.x, step);
         } else if (LORA && step < steps) {
             load_units(m, lora.site, lora.x1, p, step % STAGES, loading);
             for (int i = 0; i < UNITS && loading.index < m.n_entries; i++)
@@ -426,7 +451,7 @@ __global__ void __launch_bounds__(THREADS, 3)
         copies_wait<STAGES - 2>();
         __syncthreads();
         if (step + STAGES - 1 < p.n_steps)
-            load_w(m, c, p, step + STAGES - 1);
+            load_w(m, rows, c.w, step + STAGES - 1);
         load(step + STAGES - 1);
         multiply<NT>(m.w[step % STAGES], m.x[step % STAGES], row, half * 32, acc);
     }
@@ -514,8 +539,8 @@ cudaError_t choose(const qv_k_linear_args &c, const qv_k_stream_lora &lora, int 
 
 bool qv_k_stream_linear_can(const qv_k_linear_args *c, const qv_k_stream_lora *lora)
 {
-    bool can = !c->w_f32 && c->rest == NULL && c->n_in % 8 == 0 && c->x_stride % 8 == 0 &&
-               (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0;
+    bool can = !c->w_f32 && c->rest == NULL && c->n_in % 8 == 0 && c->n_in <= 1 << 24 &&
+               c->x_stride % 8 == 0 && (uintptr_t)c->w % 16 == 0 && (uintptr_t)c->x % 16 == 0;
     if (!can || lora == NULL)
         return can;
     const qv_k_lora_site *s = &lora->site;

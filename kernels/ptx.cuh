@@ -159,6 +159,14 @@ __device__ __forceinline__ float power_of_two(float x)
     return y;
 }
 
+/* x / y for y up to 2^126 with a relative error of 2^-22, zero where it would be subnormal. */
+__device__ __forceinline__ float quotient(float x, float y)
+{
+    float q;
+    asm("div.approx.ftz.f32 %0, %1, %2;\n" : "=f"(q) : "f"(x), "f"(y));
+    return q;
+}
+
 /* Nanoseconds of a clock that all devices of the host share, in steps of up to a microsecond. */
 __device__ __forceinline__ uint64_t now_ns()
 {

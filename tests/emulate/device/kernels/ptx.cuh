@@ -118,6 +118,12 @@ inline float power_of_two(float x)
     return y < 0x1p-126f ? 0.0f : y; /* NaN stays NaN */
 }
 
+inline float quotient(float x, float y)
+{
+    float q = x / y;
+    return fabsf(q) < 0x1p-126f ? 0.0f : q;
+}
+
 inline uint64_t now_ns()
 {
     emu::yield();

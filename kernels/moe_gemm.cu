@@ -6,7 +6,7 @@
  *
  * Many (prefill): tiles of 64 pairs by 128 rows through shared memory, three stages of asynchronous
  * copies, on the tensor cores. Pairs are gathered by row address while they are copied. On Hopper,
- * of pairs that have a row each, moe_gemm_hopper.cu.
+ * of pairs that have a row each, moe_gemm_hopper.cu, and with a short k moe_gemm_stay.cu.
  */
 #include "kernels/moe_gemm.cuh"
 #include "kernels/skinny.cuh"
@@ -289,6 +289,9 @@ void launch_many(const qv_k_list &list, const qv_k_moe_linear_args &c, int64_t n
 /* Below, the weights bound it, and reading them once into fragments does as well. */
 static constexpr int WANTED_PAIRS = 8; /* an expert */
 
+/* With fewer, the matrices bound it, of which moe_gemm_hopper.cu has more on their way. */
+static constexpr int STAY_WANTED = 192; /* an expert */
+
 bool qv_k_moe_wants_pairs(const qv_k_list *list)
 {
     int64_t n_pairs = (int64_t)list->n_tokens * list->top_k;
@@ -312,8 +315,12 @@ qv_status qv_k_moe_linear(const qv_k_list *list, const qv_k_moe_linear_args *arg
     bool tiles =
         aligned && y_columns(c) % 8 == 0 && c.y_stride % 8 == 0 && (uintptr_t)c.y % 16 == 0;
     tiles = tiles && !list->one_form;
-    if (tiles && c.x_pairs && c.w_expert == c.n_out * c.n_in && qv_k_moe_wants_pairs(list))
-        return qv_k_moe_linear_hopper(list, args, n_active, stream);
+    if (tiles && c.x_pairs && c.w_expert == c.n_out * c.n_in && qv_k_moe_wants_pairs(list)) {
+        bool stay = n_pairs >= STAY_WANTED * n_active && c.n_in <= MOE_STAY_K &&
+                    c.n_out % 16 == 0 && c.act == QV_K_MOE_PLAIN;
+        return stay ? qv_k_moe_linear_stay(list, args, n_active, stream)
+                    : qv_k_moe_linear_hopper(list, args, n_active, stream);
+    }
     if (tiles && n_pairs > FEW_TOKENS * n_active) {
         launch_many(*list, c, n_pairs, n_active, on);
     } else {

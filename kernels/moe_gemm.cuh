@@ -19,4 +19,9 @@ __host__ __device__ __forceinline__ int64_t y_columns(const qv_k_moe_linear_args
 qv_status qv_k_moe_linear_hopper(const qv_k_list *list, const qv_k_moe_linear_args *args,
                                  int64_t n_active, void *stream);
 
+/* The same for n_in up to MOE_STAY_K, n_out a multiple of 16, nothing done to the products. */
+constexpr int MOE_STAY_K = 512;
+qv_status qv_k_moe_linear_stay(const qv_k_list *list, const qv_k_moe_linear_args *args,
+                               int64_t n_active, void *stream);
+
 #endif

@@ -12,12 +12,12 @@
  * small, four stages ahead of the workers and on into the next item while they store. Memory bounds
  * this about as much as tensor cores do, so a stage goes back as soon as both warpgroups have
  * multiplied by it: neither is ahead of the other, or asks for a step before the last has ended.
- * Clusters draw their items one by one: see draw_number().
+ * Clusters draw their items one by one (kernels/moe_items.cuh).
  *
  * SwiGLU: of a warpgroup's 64 rows every second 8 are of the other half of the matrix, so that a
  * thread has the gate and what it gates.
  */
-#include "kernels/moe_gemm.cuh"
+#include "kernels/moe_items.cuh"
 #include "kernels/ptx_gemm.cuh"
 #include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_shapes.cuh"
@@ -26,15 +26,13 @@ namespace
 {
 
 constexpr int WIDE_PAIRS = 4 * QV_K_MOE_TILE; /* of an item */
-constexpr int WIDE_CLUSTER = 2;
-constexpr int WIDE_GROUPS = 2; /* warpgroups that multiply */
-constexpr int WIDE_UNIT = 64;  /* rows of one of them */
-constexpr int WIDE_UNITS = WIDE_CLUSTER * WIDE_GROUPS;
+constexpr int WIDE_GROUPS = 2;                /* warpgroups that multiply */
+constexpr int WIDE_UNIT = 64;                 /* rows of one of them */
+constexpr int WIDE_UNITS = ITEM_CLUSTER * WIDE_GROUPS;
 constexpr int WIDE_BOX = 32; /* pairs that the copy engine fetches at once */
 constexpr int WIDE_K = 64;
 constexpr int WIDE_STAGES = 4;
-constexpr int WIDE_TURNS = 4 * WIDE_STAGES; /* items that warps are apart, at most, and more */
-constexpr int WIDE_OUT_PAIRS = 128;         /* results that are on their way at once */
+constexpr int WIDE_OUT_PAIRS = 128; /* results that are on their way at once */
 constexpr int WIDE_WORKERS = 128 * WIDE_GROUPS;
 constexpr int WIDE_THREADS = WIDE_WORKERS + 128;
 constexpr int WIDE_FETCH_REGISTERS = 40, WIDE_WORK_REGISTERS = 232; /* of a thread */
@@ -50,8 +48,7 @@ struct wide_shared {
     wide_stage stage[WIDE_STAGES];
     bf16 out[WIDE_GROUPS][WIDE_OUT_PAIRS * WIDE_UNIT]; /* [pair][row] */
     uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
-    uint64_t numbered[WIDE_TURNS];
-    int number[WIDE_TURNS]; /* of the items to come */
+    item_numbers numbers;
 };
 
 struct wide_maps {
@@ -121,10 +118,6 @@ __host__ __device__ __forceinline__ int wide_columns(int n)
 
 /* --- Items one after the other ------------------------------------------------------------- */
 
-/* Items are handed out in their order, so that those with rows of a matrix or pairs in common are
- * under way at the same time: by turns worked out ahead clusters drift apart, and fetch both anew
- * from memory. A cluster's first item is the one of its own number. */
-
 /* How many there are. */
 [[maybe_unused]] __device__ __forceinline__ int count_items(const qv_k_list &list,
                                                             const qv_k_moe_linear_args &c)
@@ -138,42 +131,18 @@ __host__ __device__ __forceinline__ int wide_columns(int n)
            count_row_tiles(c);
 }
 
-/* One thread of each block, once in an item: the number of the cluster's next one is on its way to
- * its blocks. It is drawn as often as there are items. */
-[[maybe_unused]] __device__ __forceinline__ void
-draw_number(const qv_k_list &list, wide_shared &m, int rank, int turn, int n_items, int n_clusters)
-{
-    int at = turn % WIDE_TURNS;
-    barrier_expect(&m.numbered[at], (int)sizeof(int));
-    if (rank != 0)
-        return;
-    int drawn = atomicAdd(list.next_item, 1);
-    if (drawn == n_items - 1)
-        *list.next_item = 0;
-    for (int i = 0; i < WIDE_CLUSTER; i++)
-        send_int(&m.number[at], n_clusters + drawn, &m.numbered[at], i);
-}
-
-[[maybe_unused]] __device__ __forceinline__ int next_number(wide_shared &m, int &turn)
-{
-    int at = turn % WIDE_TURNS;
-    barrier_wait(&m.numbered[at], (turn / WIDE_TURNS) & 1);
-    turn++;
-    return *(volatile int *)&m.number[at];
-}
-
 /* The warp that fetches: of a stage, a lane a box. */
 [[maybe_unused]] __device__ void wide_fetch(const qv_k_list &list, const qv_k_moe_linear_args &c,
                                             const wide_maps &maps, wide_shared &m, int rank,
                                             int cluster, int n_clusters)
 {
-    constexpr uint16_t BOTH = (1 << WIDE_CLUSTER) - 1;
+    constexpr uint16_t BOTH = (1 << ITEM_CLUSTER) - 1;
     int lane = threadIdx.x & 31, index = -1, steps = (int)((c.n_in + WIDE_K - 1) / WIDE_K);
     uint32_t count = 0;
     int turn = 0, n_items = count_items(list, c);
     wide_item item;
     for (int number = cluster; find_item(list, c, number, rank, index, item);
-         number = next_number(m, turn)) {
+         number = next_number(m.numbers, turn)) {
         int boxes = (wide_columns(item.n) + WIDE_BOX - 1) / WIDE_BOX;
         int bytes = (item.units * WIDE_UNIT + boxes * WIDE_BOX) * WIDE_K * (int)sizeof(bf16);
         int unit = lane - WIDE_PAIRS / WIDE_BOX, col = item.col + unit * unit_columns(c);
@@ -186,7 +155,7 @@ draw_number(const qv_k_list &list, wide_shared &m, int rank, int turn, int n_ite
                 barrier_expect(&m.full[at], bytes);
             __syncwarp();
             if (unit < 0) {
-                if (lane % WIDE_CLUSTER == rank && lane < boxes)
+                if (lane % ITEM_CLUSTER == rank && lane < boxes)
                     copy_box(stage.x + lane * WIDE_BOX * WIDE_K, &maps.x, k,
                              item.first + lane * WIDE_BOX, 0, &m.full[at], BOTH);
             } else if (unit < item.units) {
@@ -198,17 +167,9 @@ draw_number(const qv_k_list &list, wide_shared &m, int rank, int turn, int n_ite
                     copy_box_here(to, &maps.w, k, col, item.expert, &m.full[at]);
             }
             if (step == 0 && lane == 0)
-                draw_number(list, m, rank, turn, n_items, n_clusters);
+                draw_number(list, m.numbers, rank, turn, n_items, n_clusters);
         }
     }
-}
-
-/* A stage has been read by this warpgroup: both blocks may write it. */
-[[maybe_unused]] __device__ __forceinline__ void wide_release(wide_shared &m, int at)
-{
-    int thread = threadIdx.x & 127;
-    if (thread % 32 == 0 && thread / 32 < WIDE_CLUSTER)
-        barrier_arrive_at(&m.empty[at], thread / 32);
 }
 
 /* Results of 16 pairs, fragments transposed into [pair][row]. */
@@ -297,7 +258,7 @@ template <int N>
             wgmma<N>(acc, a + 2 * k, b + 2 * k);
         wgmma_commit();
         wgmma_wait<0>(); /* the other warpgroup's products go on */
-        wide_release(m, at);
+        release_stage(&m.empty[at]);
     }
     wgmma_keep(acc);
     wide_store<N>(c, m, item, group, acc);
@@ -312,7 +273,7 @@ wide_pass(const qv_k_moe_linear_args &c, wide_shared &m, int group, uint32_t &co
     for (int step = 0; step < steps; step++, count++) {
         barrier_wait(&m.full[count % WIDE_STAGES], (count / WIDE_STAGES) & 1);
         named_barrier<128>(1 + group);
-        wide_release(m, count % WIDE_STAGES);
+        release_stage(&m.empty[count % WIDE_STAGES]);
     }
 }
 
@@ -320,21 +281,20 @@ wide_pass(const qv_k_moe_linear_args &c, wide_shared &m, int group, uint32_t &co
     X(32) X(64) X(96) X(128) X(144) X(160) X(176) X(192) X(208) X(224) X(240) X(256)
 
 /* Grid (2 x clusters). */
-__global__ void QV_CLUSTER(WIDE_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1)
+__global__ void QV_CLUSTER(ITEM_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1)
     wide_kernel(qv_k_list list, qv_k_moe_linear_args c, const __grid_constant__ wide_maps maps)
 {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     extern __shared__ __align__(1024) char wide_memory[];
     wide_shared &m = *(wide_shared *)(wide_memory + (-shared_address(wide_memory) & 1023));
-    int thread = threadIdx.x, rank = blockIdx.x % WIDE_CLUSTER;
-    int cluster = blockIdx.x / WIDE_CLUSTER, n_clusters = gridDim.x / WIDE_CLUSTER;
+    int thread = threadIdx.x, rank = blockIdx.x % ITEM_CLUSTER;
+    int cluster = blockIdx.x / ITEM_CLUSTER, n_clusters = gridDim.x / ITEM_CLUSTER;
     if (thread == 0) {
         for (int i = 0; i < WIDE_STAGES; i++) {
             barrier_init(&m.full[i], 1);
-            barrier_init(&m.empty[i], WIDE_GROUPS * WIDE_CLUSTER);
+            barrier_init(&m.empty[i], WIDE_GROUPS * ITEM_CLUSTER);
         }
-        for (int i = 0; i < WIDE_TURNS; i++)
-            barrier_init(&m.numbered[i], 1);
+        init_numbers(m.numbers);
         barriers_publish();
     }
     __syncthreads();
@@ -351,7 +311,7 @@ __global__ void QV_CLUSTER(WIDE_CLUSTER, 1, 1) __launch_bounds__(WIDE_THREADS, 1
         uint32_t count = 0;
         wide_item item;
         for (int number = cluster; find_item(list, c, number, rank, index, item);
-             number = next_number(m, turn)) {
+             number = next_number(m.numbers, turn)) {
             int columns = group < item.units ? wide_columns(item.n) : 0;
 #define WIDE_CASE(n)                                                                               \
     case n:                                                                                        \
@@ -418,8 +378,8 @@ qv_status qv_k_moe_linear_hopper(const qv_k_list *list, const qv_k_moe_linear_ar
     cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
     cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     int64_t most = (n_pairs / WIDE_PAIRS + n_active) * count_row_tiles(c);
-    int64_t clusters = most < n_sms / WIDE_CLUSTER ? most : n_sms / WIDE_CLUSTER;
-    wide_kernel<<<(unsigned)(WIDE_CLUSTER * clusters), WIDE_THREADS, bytes, (cudaStream_t)stream>>>(
+    int64_t clusters = most < n_sms / ITEM_CLUSTER ? most : n_sms / ITEM_CLUSTER;
+    wide_kernel<<<(unsigned)(ITEM_CLUSTER * clusters), WIDE_THREADS, bytes, (cudaStream_t)stream>>>(
         *list, c, maps);
     return qv_k_check_launch("moe_linear");
 }

@@ -190,7 +190,18 @@ __device__ __forceinline__ void copy_box_once(void *to, const void *map, int x, 
                  : "memory");
 }
 
-/* The same of a map of four dimensions. */
+/* The same of a map of four dimensions, for the blocks in `blocks`. */
+__device__ __forceinline__ void copy_box4(void *to, const void *map, int x, int y, int z, int w,
+                                          uint64_t *barrier, uint16_t blocks)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;\n" ::"r"(shared_address(to)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)), "h"(blocks)
+        : "memory");
+}
+
+/* A copy for this block of a map of four dimensions. */
 __device__ __forceinline__ void copy_box4_here(void *to, const void *map, int x, int y, int z,
                                                int w, uint64_t *barrier)
 {

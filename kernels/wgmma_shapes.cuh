@@ -24,11 +24,21 @@ template <int N> __device__ void wgmma_b_columns(float (&d)[N / 2], uint64_t a, 
                      "}, %" #A ", %" #B ", 1, 1, 1, 0, " #BY_COLUMNS ";\n"                         \
                      : QV_CELLS_##N : "l"(a), "l"(b));                                             \
     }
+QV_WGMMA(wgmma, 0, 16, 8, 9)
 QV_WGMMA(wgmma, 0, 32, 16, 17)
+QV_WGMMA(wgmma, 0, 48, 24, 25)
 QV_WGMMA(wgmma, 0, 64, 32, 33)
+QV_WGMMA(wgmma, 0, 72, 36, 37)
+QV_WGMMA(wgmma, 0, 80, 40, 41)
+QV_WGMMA(wgmma, 0, 88, 44, 45)
 QV_WGMMA(wgmma, 0, 96, 48, 49)
+QV_WGMMA(wgmma, 0, 104, 52, 53)
+QV_WGMMA(wgmma, 0, 112, 56, 57)
+QV_WGMMA(wgmma, 0, 120, 60, 61)
 QV_WGMMA(wgmma, 0, 128, 64, 65)
+QV_WGMMA(wgmma, 0, 136, 68, 69)
 QV_WGMMA(wgmma, 0, 144, 72, 73)
+QV_WGMMA(wgmma, 0, 152, 76, 77)
 QV_WGMMA(wgmma, 0, 160, 80, 81)
 QV_WGMMA(wgmma, 0, 176, 88, 89)
 QV_WGMMA(wgmma, 0, 192, 96, 97)

@@ -87,7 +87,8 @@ static const struct {
 } products[] = {
     {WGMMA_ROWS, 32},    {WGMMA_ROWS, 64},    {WGMMA_ROWS, 144},   {WGMMA_ROWS, 96},
     {WGMMA_ROWS, 176},   {WGMMA_ROWS, 128},   {WGMMA_COLUMNS, 64}, {WGMMA_VALUES, 64},
-    {WGMMA_VALUES, 128}, {WGMMA_VALUES, 256},
+    {WGMMA_VALUES, 128}, {WGMMA_VALUES, 256}, {WGMMA_ROWS, 16},    {WGMMA_ROWS, 72},
+    {WGMMA_ROWS, 104},   {WGMMA_ROWS, 136},
 };
 
 /* b [k][col] of the form. */

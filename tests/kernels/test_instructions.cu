@@ -220,6 +220,10 @@ qv_status test_wgmma(wgmma_form form, int n, const void *a, const void *b, float
            : n == 144 ? launch_wgmma<WGMMA_ROWS, 144>(a, b, d)
            : n == 96  ? launch_wgmma<WGMMA_ROWS, 96>(a, b, d)
            : n == 176 ? launch_wgmma<WGMMA_ROWS, 176>(a, b, d)
+           : n == 16  ? launch_wgmma<WGMMA_ROWS, 16>(a, b, d)
+           : n == 72  ? launch_wgmma<WGMMA_ROWS, 72>(a, b, d)
+           : n == 104 ? launch_wgmma<WGMMA_ROWS, 104>(a, b, d)
+           : n == 136 ? launch_wgmma<WGMMA_ROWS, 136>(a, b, d)
                       : launch_wgmma<WGMMA_ROWS, 128>(a, b, d);
 }
 

@@ -162,14 +162,12 @@ static void check_act(pair *p, const char *name, qv_weight *const *w, const list
     free(b);
 }
 
-static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
+/* ids [n, top_k] */
+static void check_linear_of(const qv_moe_shape *s, int32_t n, const int32_t *ids, bool pairs)
 {
     pair *p = open_pair();
     qv_rng rng = qv_rng_seed(13);
     int64_t n_pairs = (int64_t)n * s->top_k, n_out = s->gated ? 2 * s->ffn : s->ffn;
-    int32_t *ids = random_ids(&rng, n, s->n_experts, s->top_k);
-    for (int64_t i = 0; i < n_pairs; i += 7)
-        ids[i] = -1;
     const int32_t start[] = {0, n}, slot[] = {-1};
     lists l = route_both(p, ids, s->n_experts, 0, s->top_k, n, 1, start, slot);
     qv_weight *w[2];
@@ -196,8 +194,17 @@ static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
     compare(p, "moe_combine_f32", stream, 0.0079, 0.008);
     for (int side = 0; side < 2; side++)
         qv_weight_free(p->be[side], w[side]);
-    free(ids);
     close_pair(p);
+}
+
+static void check_linear(const qv_moe_shape *s, int32_t n, bool pairs)
+{
+    qv_rng rng = qv_rng_seed(17);
+    int32_t *ids = random_ids(&rng, n, s->n_experts, s->top_k);
+    for (int64_t i = 0; i < (int64_t)n * s->top_k; i += 7)
+        ids[i] = -1;
+    check_linear_of(s, n, ids, pairs);
+    free(ids);
 }
 
 Test(cuda_moe, linear_and_combine_agree_with_the_cpu, .timeout = 600)
@@ -225,6 +232,53 @@ Test(cuda_moe, prefill_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 6
     for (size_t j = 0; j < QV_ROWS(sizes); j++)
         for (size_t i = 0; i < QV_ROWS(shapes); i++)
             check_linear(&shapes[i], sizes[j], true);
+}
+
+/* With k up to 512 and 192 pairs an expert on average, a cluster of Hopper's holds up to 288 pairs
+ * while 1024 rows, 64 a tile, go past: passes over a matrix for more, none and one, tiles and pairs
+ * that are odd in number, rows that end inside of a tile, and k of which the last step is short. */
+Test(cuda_moe, short_k_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 600)
+{
+    enum { EXPERTS = 36, MOST = 8192 }; /* more experts than a warp looks at once */
+    static const qv_moe_shape shapes[] = {{"all of k", EXPERTS, 1, 512, 208, false},
+                                          {"an item of one tile", EXPERTS, 1, 72, 1072, false},
+                                          {"one step of k, one tile", EXPERTS, 1, 64, 48, false},
+                                          {"five tiles, gated", EXPERTS, 1, 328, 160, true}};
+    static const int32_t counts[][EXPERTS] = {
+        {0, 1, 289, 40, 0, 577, [20] = 5441, [33] = 288, 3, 287},
+        {[7] = 41, 64, 129, 151, 0, 0, 175, 191, 207, [32] = 255, [35] = 5700},
+        {[0] = 6865, [31] = 20, 77, [35] = 15},
+    };
+    static int32_t ids[MOST];
+    for (size_t j = 0; j < QV_ROWS(counts); j++) {
+        int32_t n = 0;
+        for (int32_t expert = 0; expert < EXPERTS; expert++)
+            for (int32_t i = 0; i < counts[j][expert]; i++)
+                ids[n++] = expert;
+        cr_assert(n >= 192 * EXPERTS && n <= MOST);
+        for (int32_t i = 0; i < n; i++) { /* in no order */
+            int32_t other = (int32_t)((int64_t)i * 7919 % n), id = ids[i];
+            ids[i] = ids[other];
+            ids[other] = id;
+        }
+        for (size_t i = 0; i < QV_ROWS(shapes); i++)
+            check_linear_of(&shapes[i], n, ids, true);
+    }
+}
+
+/* So many experts that each cluster has several items, of three tiles or one. */
+Test(cuda_moe, short_k_agrees_with_the_cpu_item_after_item, .timeout = 600)
+{
+    enum { EXPERTS = 300, PAIRS = 192 * EXPERTS + 5 };
+    static const qv_moe_shape shapes[] = {{"three tiles", EXPERTS, 1, 136, 176, false},
+                                          {"a tile", EXPERTS, 1, 200, 64, false}};
+    qv_rng rng = qv_rng_seed(18);
+    int32_t *ids = random_ids(&rng, PAIRS, EXPERTS, 1);
+    for (int32_t i = 0; i < PAIRS; i += 2)
+        ids[i] += ids[i] % 3 == 0; /* some have half as many, some more than are held at once */
+    for (size_t i = 0; i < QV_ROWS(shapes); i++)
+        check_linear_of(&shapes[i], PAIRS, ids, true);
+    free(ids);
 }
 
 /* 36 pairs an expert: on Hopper they get a row each, that of their token. */

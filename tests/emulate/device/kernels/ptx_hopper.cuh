@@ -115,6 +115,12 @@ inline void copy_box_once(void *to, const void *map, int x, int y, int z, uint64
     copy_box_here(to, map, x, y, z, barrier);
 }
 
+inline void copy_box4(void *to, const void *map, int x, int y, int z, int w, uint64_t *barrier,
+                      uint16_t blocks)
+{
+    emu::copy_box(to, map, {{x, y, z, w}}, barrier, blocks);
+}
+
 inline void copy_box4_here(void *to, const void *map, int x, int y, int z, int w, uint64_t *barrier)
 {
     emu::copy_box(to, map, {{x, y, z, w}}, barrier, (uint16_t)(1 << emu::cluster_rank()));

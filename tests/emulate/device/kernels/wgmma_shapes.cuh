@@ -6,7 +6,7 @@
 
 template <int N> inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b)
 {
-    static_assert(N % 16 == 0 && N >= 32 && N <= 256, "columns");
+    static_assert(N % 8 == 0 && N >= 16 && N <= 256, "columns");
     emu::multiply({.d = d, .n = N, .a = a, .b = b});
 }
 

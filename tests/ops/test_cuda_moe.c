@@ -190,8 +190,9 @@ static void check_linear_of(const qv_moe_shape *s, int32_t n, const int32_t *ids
     snprintf(what, sizeof what, "moe_linear %s, %d tokens by %s", s->name, n,
              pairs ? "pair" : "token");
     compare(p, what, y, ROUNDED_ONCE);
-    compare(p, "moe_combine", sum, 0.0079, 0.008);
-    compare(p, "moe_combine_f32", stream, 0.0079, 0.008);
+    /* Of millions of sums some are small where weighted rows, rounded by themselves, are not. */
+    compare(p, "moe_combine", sum, 0.0079, 0.016);
+    compare(p, "moe_combine_f32", stream, 0.0079, 0.016);
     for (int side = 0; side < 2; side++)
         qv_weight_free(p->be[side], w[side]);
     close_pair(p);

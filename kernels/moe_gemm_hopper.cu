@@ -19,7 +19,6 @@
  */
 #include "kernels/moe_items.cuh"
 #include "kernels/ptx_gemm.cuh"
-#include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_shapes.cuh"
 
 namespace
@@ -30,7 +29,7 @@ constexpr int WIDE_GROUPS = 2;                /* warpgroups that multiply */
 constexpr int WIDE_UNIT = 64;                 /* rows of one of them */
 constexpr int WIDE_UNITS = ITEM_CLUSTER * WIDE_GROUPS;
 constexpr int WIDE_BOX = 32; /* pairs that the copy engine fetches at once */
-constexpr int WIDE_K = 64;
+constexpr int WIDE_K = ITEM_K;
 constexpr int WIDE_STAGES = 4;
 constexpr int WIDE_OUT_PAIRS = 128; /* results that are on their way at once */
 constexpr int WIDE_WORKERS = 128 * WIDE_GROUPS;
@@ -351,35 +350,16 @@ qv_status make_w_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUten
     return qv_k_tensor_map("moe_linear", c.w, sizes, strides, box, map);
 }
 
-/* The pairs in boxes of 32 rows. */
-qv_status make_x_map(const qv_k_moe_linear_args &c, int64_t n_pairs, CUtensorMap *map)
-{
-    const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, (cuuint64_t)n_pairs, 1};
-    const cuuint64_t strides[2] = {(cuuint64_t)c.x_stride * 2,
-                                   (cuuint64_t)(c.x_stride * n_pairs) * 2};
-    const cuuint32_t box[3] = {WIDE_K, WIDE_BOX, 1};
-    return qv_k_tensor_map("moe_linear", c.x, sizes, strides, box, map);
-}
-
 } // namespace
 
 qv_status qv_k_moe_linear_hopper(const qv_k_list *list, const qv_k_moe_linear_args *args,
                                  int64_t n_active, void *stream)
 {
     const qv_k_moe_linear_args &c = *args;
-    const int bytes = (int)sizeof(wide_shared) + 1024;
-    static_assert(sizeof(wide_shared) + 1024 <= 227 << 10, "what a block may have");
     int64_t n_pairs = (int64_t)list->n_tokens * list->top_k;
+    int64_t most = (n_pairs / WIDE_PAIRS + n_active) * count_row_tiles(c);
     wide_maps maps;
     QV_TRY(make_w_map(*list, c, &maps.w));
-    QV_TRY(make_x_map(c, n_pairs, &maps.x));
-    int device = 0, n_sms = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    cudaFuncSetAttribute(wide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int64_t most = (n_pairs / WIDE_PAIRS + n_active) * count_row_tiles(c);
-    int64_t clusters = most < n_sms / ITEM_CLUSTER ? most : n_sms / ITEM_CLUSTER;
-    wide_kernel<<<(unsigned)(ITEM_CLUSTER * clusters), WIDE_THREADS, bytes, (cudaStream_t)stream>>>(
-        *list, c, maps);
-    return qv_k_check_launch("moe_linear");
+    QV_TRY(make_pairs_map(*list, c, WIDE_BOX, &maps.x));
+    return launch_items<wide_shared>(wide_kernel, *list, c, maps, most, WIDE_THREADS, stream);
 }

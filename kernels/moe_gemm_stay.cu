@@ -16,7 +16,6 @@
  * a thread has two that lie beside each other, and a warp 32 bytes of a pair.
  */
 #include "kernels/moe_items.cuh"
-#include "kernels/tensor_map.cuh"
 #include "kernels/wgmma_shapes.cuh"
 
 namespace
@@ -28,7 +27,7 @@ constexpr int STAY_UNIT = 64;   /* rows of a tile */
 constexpr int STAY_TILES = 16;  /* of an item */
 constexpr int STAY_HALF = STAY_UNIT / ITEM_CLUSTER;
 constexpr int STAY_BOX = STAY_PAIRS / 2; /* pairs that the copy engine fetches at once */
-constexpr int STAY_K = 64;
+constexpr int STAY_K = ITEM_K;
 constexpr int STAY_STEPS = MOE_STAY_K / STAY_K;
 constexpr int STAY_STAGES = 5; /* of a warpgroup */
 constexpr int STAY_WORKERS = 128 * STAY_GROUPS;
@@ -371,34 +370,16 @@ qv_status make_w_map(const qv_k_list &list, const qv_k_moe_linear_args &c, CUten
     return qv_k_tensor_map("moe_linear", c.w, sizes, strides, box, map);
 }
 
-qv_status make_x_map(const qv_k_moe_linear_args &c, int64_t n_pairs, CUtensorMap *map)
-{
-    const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, (cuuint64_t)n_pairs, 1};
-    const cuuint64_t strides[2] = {(cuuint64_t)c.x_stride * 2,
-                                   (cuuint64_t)(c.x_stride * n_pairs) * 2};
-    const cuuint32_t box[3] = {STAY_K, STAY_BOX, 1};
-    return qv_k_tensor_map("moe_linear", c.x, sizes, strides, box, map);
-}
-
 } // namespace
 
 qv_status qv_k_moe_linear_stay(const qv_k_list *list, const qv_k_moe_linear_args *args,
                                int64_t n_active, void *stream)
 {
     const qv_k_moe_linear_args &c = *args;
-    const int bytes = (int)sizeof(stay_shared) + 1024;
-    static_assert(sizeof(stay_shared) + 1024 <= 227 << 10, "what a block may have");
     int64_t n_pairs = (int64_t)list->n_tokens * list->top_k;
+    int64_t most = (n_pairs / (ITEM_CLUSTER * STAY_PAIRS) + n_active) * count_parts(c);
     stay_maps maps;
     QV_TRY(make_w_map(*list, c, &maps.w));
-    QV_TRY(make_x_map(c, n_pairs, &maps.x));
-    int device = 0, n_sms = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
-    cudaFuncSetAttribute(stay_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    int64_t most = (n_pairs / (ITEM_CLUSTER * STAY_PAIRS) + n_active) * count_parts(c);
-    int64_t clusters = most < n_sms / ITEM_CLUSTER ? most : n_sms / ITEM_CLUSTER;
-    stay_kernel<<<(unsigned)(ITEM_CLUSTER * clusters), STAY_THREADS, bytes, (cudaStream_t)stream>>>(
-        *list, c, maps);
-    return qv_k_check_launch("moe_linear");
+    QV_TRY(make_pairs_map(*list, c, STAY_BOX, &maps.x));
+    return launch_items<stay_shared>(stay_kernel, *list, c, maps, most, STAY_THREADS, stream);
 }

@@ -9,8 +9,10 @@
 
 #include "kernels/moe_gemm.cuh"
 #include "kernels/ptx_hopper.cuh"
+#include "kernels/tensor_map.cuh"
 
 constexpr int ITEM_CLUSTER = 2;
+constexpr int ITEM_K = 64;     /* of a stage */
 constexpr int ITEM_TURNS = 32; /* items that warps are apart, at most, and more */
 
 struct item_numbers {
@@ -54,6 +56,36 @@ draw_number(const qv_k_list &list, item_numbers &m, int rank, int turn, int n_it
     int thread = threadIdx.x & 127;
     if (thread % 32 == 0 && thread / 32 < ITEM_CLUSTER)
         barrier_arrive_at(empty, thread / 32);
+}
+
+/* The rows of pairs, in boxes of so many by ITEM_K. */
+static inline qv_status make_pairs_map(const qv_k_list &list, const qv_k_moe_linear_args &c,
+                                       int rows, CUtensorMap *map)
+{
+    const cuuint64_t n_pairs = (cuuint64_t)list.n_tokens * (cuuint64_t)list.top_k;
+    const cuuint64_t stride = (cuuint64_t)c.x_stride * 2;
+    const cuuint64_t sizes[3] = {(cuuint64_t)c.n_in, n_pairs, 1};
+    const cuuint64_t strides[2] = {stride, stride * n_pairs};
+    const cuuint32_t box[3] = {ITEM_K, (cuuint32_t)rows, 1};
+    return qv_k_tensor_map("moe_linear", c.x, sizes, strides, box, map);
+}
+
+/* As many clusters as there are items or there is room for. */
+template <class SHARED, class MAPS>
+static qv_status launch_items(void (*kernel)(qv_k_list, qv_k_moe_linear_args, MAPS),
+                              const qv_k_list &list, const qv_k_moe_linear_args &c,
+                              const MAPS &maps, int64_t n_items, int threads, void *stream)
+{
+    const int bytes = (int)sizeof(SHARED) + 1024;
+    static_assert(sizeof(SHARED) + 1024 <= 227 << 10, "what a block may have");
+    int device = 0, n_sms = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, device);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    int64_t clusters = n_items < n_sms / ITEM_CLUSTER ? n_items : n_sms / ITEM_CLUSTER;
+    kernel<<<(unsigned)(ITEM_CLUSTER * clusters), threads, bytes, (cudaStream_t)stream>>>(list, c,
+                                                                                          maps);
+    return qv_k_check_launch("moe_linear");
 }
 
 #endif

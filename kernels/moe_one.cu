@@ -217,7 +217,7 @@ __device__ __forceinline__ void take(const qv_k_list &list, uint32_t (&order)[PE
     }
 }
 
-/* x of a block's product; whole rows of zeros behind it do not matter. */
+/* x of a block's product, n numbers in vectors of 8, on its way. */
 __device__ __forceinline__ void copy_x(bf16 *to, const bf16 *from, int n)
 {
 #pragma unroll 1

@@ -77,6 +77,7 @@ if [ -z "$model" ]; then
     jobs=${jobs:-$root/demo/jobs.jsonl}
 fi
 [ -f "$model/config.json" ] || die "--model $model: there is no config.json"
+[ -z "$jobs" ] || [ -f "$jobs" ] || die "--jobs $jobs: there is no such file"
 for adapter in ${adapters[@]+"${adapters[@]}"}; do
     case $adapter in *=*) ;; *) die "--adapter $adapter: give NAME=DIR" ;; esac
     [ -f "${adapter#*=}/adapter_config.json" ] || die "--adapter $adapter: there is no ${adapter#*=}/adapter_config.json"

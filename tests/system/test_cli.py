@@ -204,10 +204,12 @@ class Up(unittest.TestCase):
         up.stdout.read()
         self.assertEqual(up.wait(), 1)
 
-    def test_up_names_a_model_that_is_not_there(self):
-        result = subprocess.run([SOURCE / "tools" / "up.sh", "--model", "/nowhere", "--once"], capture_output=True, text=True)
-        self.assertEqual(result.returncode, 2)
-        self.assertIn("/nowhere", result.stderr)
+    def test_up_names_a_model_or_jobs_that_are_not_there_before_it_starts_anything(self):
+        for option in "--model", "--jobs":
+            result = subprocess.run([SOURCE / "tools" / "up.sh", option, "/nowhere"], capture_output=True, text=True, timeout=30)
+            self.assertEqual(result.returncode, 2)
+            self.assertEqual(result.stdout, "")
+            self.assertIn(f"{option} /nowhere", result.stderr)
 
 
 if __name__ == "__main__":

@@ -50,12 +50,12 @@ function(qv_test name)
   if(NOT ARG_TIMEOUT)
     set(ARG_TIMEOUT 120)
   endif()
-  if("gpu" IN_LIST ARG_LABEL) # to be built without the others
-    if(NOT TARGET gpu_programs)
-      add_custom_target(gpu_programs)
+  foreach(label ${ARG_LABEL}) # gpu_programs, threads_programs: to be built without the others
+    if(NOT TARGET ${label}_programs)
+      add_custom_target(${label}_programs)
     endif()
-    add_dependencies(gpu_programs ${name})
-  endif()
+    add_dependencies(${label}_programs ${name})
+  endforeach()
   set_tests_properties(${name} PROPERTIES LABELS "${ARG_LABEL}" TIMEOUT ${ARG_TIMEOUT}
     ENVIRONMENT "QV_SOURCE_DIR=${PROJECT_SOURCE_DIR};QV_BUILD_DIR=${PROJECT_BINARY_DIR}")
 endfunction()

@@ -339,7 +339,7 @@ const char *qv_tcp_endpoint(void)
     return endpoint;
 }
 
-char *qv_http_exchange(uint16_t port, const char *request)
+int qv_http_send(uint16_t port, const char *request)
 {
     struct sockaddr_in address = {
         .sin_family = AF_INET, .sin_port = htons(port), .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
@@ -348,19 +348,37 @@ char *qv_http_exchange(uint16_t port, const char *request)
     if (fd < 0)
         DIE("no socket");
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &timeout, sizeof timeout);
-    size_t size = strlen(request), used = 0, room = 1 << 20;
-    char *answer = NULL;
-    if (connect(fd, (struct sockaddr *)&address, sizeof address) == 0 &&
-        send(fd, request, size, MSG_NOSIGNAL) == (ssize_t)size) {
-        shutdown(fd, SHUT_WR);
-        answer = malloc(room + 1);
-        for (ssize_t n = 1; answer != NULL && n > 0 && used < room;) {
-            n = recv(fd, answer + used, room - used, 0);
-            used += n > 0 ? (size_t)n : 0;
-        }
-        if (answer != NULL)
-            answer[used] = '\0';
+    size_t size = strlen(request);
+    if (connect(fd, (struct sockaddr *)&address, sizeof address) != 0 ||
+        send(fd, request, size, MSG_NOSIGNAL) != (ssize_t)size) {
+        close(fd);
+        return -1;
     }
+    shutdown(fd, SHUT_WR);
+    return fd;
+}
+
+char *qv_http_exchange(uint16_t port, const char *request)
+{
+    int fd = qv_http_send(port, request);
+    if (fd < 0)
+        return NULL;
+    size_t used = 0, room = 1 << 20;
+    char *answer = malloc(room + 1);
+    for (ssize_t n = 1; answer != NULL && n > 0 && used < room;) {
+        n = recv(fd, answer + used, room - used, 0);
+        used += n > 0 ? (size_t)n : 0;
+    }
+    if (answer != NULL)
+        answer[used] = '\0';
     close(fd);
     return answer;
+}
+
+char *qv_http_get(uint16_t port, const char *path)
+{
+    char request[256];
+    snprintf(request, sizeof request,
+             "GET %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", path);
+    return qv_http_exchange(port, request);
 }

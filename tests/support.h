@@ -97,7 +97,13 @@ uint16_t qv_free_port(void);
 const char *qv_ipc_endpoint(const char *name);
 const char *qv_tcp_endpoint(void);
 
-/* Send `request` to 127.0.0.1:port, return all bytes of the answer (the caller frees) or NULL. */
+/* Send `request` to 127.0.0.1:port and nothing more; the socket that waits for an answer, or -1. */
+int qv_http_send(uint16_t port, const char *request);
+
+/* The same, and return all bytes of the answer (the caller frees) or NULL. */
 char *qv_http_exchange(uint16_t port, const char *request);
+
+/* The answer to GET of a path, NULL if nobody answers. The caller frees. */
+char *qv_http_get(uint16_t port, const char *path);
 
 #endif

@@ -63,7 +63,7 @@ if [ $quick = 0 ]; then
 
     say "tests with threads under the thread sanitizer"
     cmake -G Ninja -S . -B "$build-tsan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_CUDA=OFF -DQV_SANITIZE=thread >/dev/null
-    cmake --build "$build-tsan"
+    cmake --build "$build-tsan" --target threads_programs
     # Programs that tests start: libzmq is not instrumented, and what it does looks like races.
     export TSAN_OPTIONS=ignore_noninstrumented_modules=1
     run_ctest "$build-tsan" -L threads --timeout 1200

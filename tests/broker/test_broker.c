@@ -782,7 +782,7 @@ Test(quiver_broker, refuses_what_makes_no_sense_and_says_why)
 
 static bool answers(void *user)
 {
-    char *answer = qv_http_exchange(*(uint16_t *)user, "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n");
+    char *answer = qv_http_get(*(uint16_t *)user, "/healthz");
     bool ok = answer != NULL && strstr(answer, "200") != NULL;
     free(answer);
     return ok;
@@ -798,9 +798,9 @@ Test(quiver_broker, serves_metrics_and_ends_on_sigterm)
                     "--backend", backend,   "--metrics-port", port_text,    NULL};
     pid_t pid = spawn(log, argv);
     cr_assert(qv_wait_until(answers, &port, WAIT_MS));
-    char *ready = qv_http_exchange(port, "GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n");
+    char *ready = qv_http_get(port, "/readyz");
     cr_assert(strstr(ready, "503") && strstr(ready, "no worker is ready"), "%s", ready);
-    char *metrics = qv_http_exchange(port, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n");
+    char *metrics = qv_http_get(port, "/metrics");
     static const char *const names[] = {"quiver_broker_queued 0",
                                         "quiver_broker_workers{state=\"ready\"} 0",
                                         "quiver_broker_requests_total{outcome=\"done\"} 0",

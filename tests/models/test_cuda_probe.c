@@ -5,6 +5,7 @@
 
 #include <criterion/criterion.h>
 #include <stdlib.h>
+#include <string.h>
 
 enum { N = 150, N_SEQS = 5, N_STEPS = 4 };
 
@@ -77,18 +78,19 @@ Test(cuda_probe, a_model_has_the_same_logits_when_it_is_watched)
     qv_rng rng = qv_rng_seed(1);
     for (int i = 0; i < N; i++)
         tokens[i] = (int32_t)qv_rng_range(&rng, 0, vocab);
+    int n_prompt = strstr(qv_backend_describe(be), "emulated") != NULL ? N / 3 : N;
     float *prompts[2][N_CHUNKS], *steps[2];
     int seen = 0;
     for (int watched = 0; watched < 2; watched++) {
         qv_model_set_probe(model, watched ? count : NULL, &seen);
         for (int i = 0; i < N_CHUNKS; i++)
             prompts[watched][i] =
-                fx_run(model, tokens, chunks[i] == 1 ? 20 : N, chunks[i], -1, 100, 8);
+                fx_run(model, tokens, chunks[i] == 1 ? 20 : n_prompt, chunks[i], -1, 100, 8);
         steps[watched] = decode(model, tokens);
     }
     cr_assert_gt(seen, 0);
     for (int i = 0; i < N_CHUNKS; i++)
-        check_bits("prompt", prompts[0][i], prompts[1][i], (chunks[i] == 1 ? 20 : N) * vocab);
+        check_bits("prompt", prompts[0][i], prompts[1][i], (chunks[i] == 1 ? 20 : n_prompt) * vocab);
     check_bits("decode", steps[0], steps[1], N_STEPS * N_SEQS * vocab);
     qv_model_close(model);
     qv_backend_close(be);

@@ -10,6 +10,7 @@
 typedef struct {
     qv_backend *whole, *parts;
     float near;
+    int one_of; /* of so many rows one is checked */
 } backend_pair;
 
 typedef struct {
@@ -122,13 +123,14 @@ static inline void same_result(const char *what, int row, float tolerance,
 
 static inline void check_shortlists(const backend_pair *p, const shortlist_case *c)
 {
+    int32_t one_of = p->one_of, n_rows = SHORT_ROWS / one_of;
     int32_t n_vocab = c->n_part * c->n_parts;
-    const qv_backend_limits limits = {.max_logits = SHORT_ROWS, .n_vocab = n_vocab};
+    const qv_backend_limits limits = {.max_logits = n_rows, .n_vocab = n_vocab};
     PASS(qv_backend_reserve(p->whole, &limits));
     PASS(qv_backend_reserve(p->parts, &limits));
     qv_rng rng = qv_rng_seed((uint64_t)n_vocab + (uint64_t)c->n_parts);
-    float *logits = random_floats(&rng, SHORT_ROWS * n_vocab, c->scale);
-    for (int64_t i = 0; c->ties && i < (int64_t)SHORT_ROWS * n_vocab; i++)
+    float *logits = random_floats(&rng, (int64_t)n_rows * n_vocab, c->scale);
+    for (int64_t i = 0; c->ties && i < (int64_t)n_rows * n_vocab; i++)
         logits[i] = floorf(logits[i] * 2) / 2;
     int32_t tokens[SHORT_TOKENS], banned[5];
     for (int i = 0; i < SHORT_TOKENS; i++)
@@ -137,15 +139,15 @@ static inline void check_shortlists(const backend_pair *p, const shortlist_case 
         banned[i] = (int32_t)qv_rng_range(&rng, 0, n_vocab);
     qv_sample_row rows[SHORT_ROWS];
     static qv_sample_result want[SHORT_ROWS], got[SHORT_ROWS];
-    for (int i = 0; i < SHORT_ROWS; i++) {
-        rows[i] = short_row(&rng, i, c->n_valid, tokens, banned);
+    for (int i = 0; i < n_rows; i++) {
+        rows[i] = short_row(&rng, i * one_of + i % one_of, c->n_valid, tokens, banned);
         got[i].token = -7; /* what is not short stays */
     }
-    qv_tensor x = short_upload(p->whole, logits, SHORT_ROWS, n_vocab);
+    qv_tensor x = short_upload(p->whole, logits, n_rows, n_vocab);
     PASS(qv_op_sample(p->whole, x, c->n_valid, rows, want));
     qv_backend_free(p->whole, x.data);
-    PASS(sample_parts(p->parts, logits, SHORT_ROWS, c, rows, got));
-    for (int i = 0; i < SHORT_ROWS; i++) {
+    PASS(sample_parts(p->parts, logits, n_rows, c, rows, got));
+    for (int i = 0; i < n_rows; i++) {
         if (qv_sample_row_is_short(&rows[i], c->n_valid))
             same_result(c->name, i, p->near, &got[i], &want[i]);
         else

@@ -283,7 +283,7 @@ Test(cuda_attention, deterministic_bits_do_not_depend_on_the_batch)
                 cr_assert((alone[k] & 0x7f80) != 0x7f80,
                           "number %zu of %d tokens after %d: not finite", k, watched[w].now,
                           watched[w].before);
-            for (int place = 0; place < 24; place += 11) {
+            for (int place = 0; place < 24; place += is_emulated(d.dev) ? 22 : 11) {
                 member all[24];
                 memcpy(all, crowd, sizeof all);
                 all[place] = watched[w];

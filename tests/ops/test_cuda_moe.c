@@ -3,6 +3,14 @@
  */
 #include "tests/ops/moe_pair.h"
 
+static bool device_is_emulated(void)
+{
+    pair *p = open_pair();
+    bool emulated = is_emulated(p->be[GPU]);
+    close_pair(p);
+    return emulated;
+}
+
 /* --- Router ------------------------------------------------------------------------------- */
 
 typedef enum {
@@ -251,6 +259,7 @@ Test(cuda_moe, short_k_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 6
         {[0] = 6865, [31] = 20, 77, [35] = 15},
     };
     static int32_t ids[MOST];
+    bool few = device_is_emulated();
     for (size_t j = 0; j < QV_ROWS(counts); j++) {
         int32_t n = 0;
         for (int32_t expert = 0; expert < EXPERTS; expert++)
@@ -263,7 +272,8 @@ Test(cuda_moe, short_k_agrees_with_the_cpu_for_any_number_of_pairs, .timeout = 6
             ids[other] = id;
         }
         for (size_t i = 0; i < QV_ROWS(shapes); i++)
-            check_linear_of(&shapes[i], n, ids, true);
+            if (!few || (i + j) % 2 == 0)
+                check_linear_of(&shapes[i], n, ids, true);
     }
 }
 
@@ -663,9 +673,11 @@ Test(cuda_moe, one_tokens_experts_are_those_of_ops_apart, .timeout = 600)
         {QV_ROUTER_SOFTMAX, 9, 9, 0, 9, 37, 19, QV_ACT_SWIGLU, false, {64, 33}},   /* no vectors */
         {QV_ROUTER_SOFTMAX, 600, 4, 0, 600, 64, 32, QV_ACT_SWIGLU, false, {0, 0}}, /* too many */
     };
+    bool few = device_is_emulated();
     for (size_t i = 0; i < QV_ROWS(cases); i++)
         for (int32_t n_segs = 0; n_segs <= 3; n_segs += 3)
-            check_experts(&cases[i], n_segs);
+            if (!few || n_segs == (i % 2 ? 3 : 0))
+                check_experts(&cases[i], n_segs);
 }
 
 /* --- Weighted sum, residual and norm at once ---------------------------------------------- */

@@ -4,7 +4,7 @@
 
 static backend_pair open_cpu_pair(const char *isa)
 {
-    backend_pair p = {.whole = open_isa(isa, 2), .near = 4 * U32};
+    backend_pair p = {.whole = open_isa(isa, 2), .near = 4 * U32, .one_of = 1};
     p.parts = p.whole;
     return p;
 }

@@ -53,13 +53,13 @@ cmake --build "$build-emulated" --target gpu_programs
 run_ctest "$build-emulated" -L gpu -E "models_cuda_(golden|ranks)|ops_cuda_comm" --timeout 1200
 
 if [ $quick = 0 ]; then
-    # System tests run real processes many times over: once, without sanitizers, is enough for them, and these
-    # builds have no CUDA backend to test. Warnings are errors in the first build only: gcc finds some under
-    # sanitizers that are none.
+    # System tests run real processes many times over: once, without sanitizers, is enough for them, as it is for
+    # tests of the engine that come again with steps that overlap. These builds have no CUDA backend to test.
+    # Warnings are errors in the first build only: gcc finds some under sanitizers that are none.
     say "tests under the address and undefined sanitizers"
     cmake -G Ninja -S . -B "$build-asan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_CUDA=OFF -DQV_SANITIZE=address,undefined >/dev/null
     cmake --build "$build-asan"
-    run_ctest "$build-asan" -LE "system|gpu" --timeout 1200
+    run_ctest "$build-asan" -LE system -E "worker_(engine|prefix|lifecycle)$" --timeout 1200
 
     say "tests with threads under the thread sanitizer"
     cmake -G Ninja -S . -B "$build-tsan" -DQV_WERROR=OFF -DQV_BENCH=OFF -DQV_CUDA=OFF -DQV_SANITIZE=thread >/dev/null

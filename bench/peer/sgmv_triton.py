@@ -58,12 +58,12 @@ def load_peer(where):
         def __getattr__(self, name):
             return types.SimpleNamespace(get=lambda: False)
 
-    def stub(name, **content):
+    def stand_in(name, **content):
         sys.modules[name] = types.SimpleNamespace(**content)
 
-    stub("sglang.srt.environ", envs=Unset())
-    stub("sglang.srt.lora.utils", LoRABatchInfo=object)
-    stub(
+    stand_in("sglang.srt.environ", envs=Unset())
+    stand_in("sglang.srt.lora.utils", LoRABatchInfo=object)
+    stand_in(
         "sglang.srt.utils",
         cached_triton_kernel=lambda key: lambda kernel: kernel,
         get_device_name=lambda: torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

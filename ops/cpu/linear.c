@@ -107,7 +107,8 @@ QV_INLINE void multiply_any(int n_tokens, int n_vectors, qv_dtype dtype, const f
 }
 
 /* Weights are written before a backend runs and never again, and the thread sanitizer would spend
- * four fifths of a test on reading them: what these two read is not its business. */
+ * four fifths of a test on reading them. It does not see these two read x either; y is written by
+ * their caller, which it watches. */
 #define UNWATCHED __attribute__((no_sanitize("thread")))
 
 UNWATCHED

@@ -90,7 +90,8 @@ Test(cuda_probe, a_model_has_the_same_logits_when_it_is_watched)
     }
     cr_assert_gt(seen, 0);
     for (int i = 0; i < N_CHUNKS; i++)
-        check_bits("prompt", prompts[0][i], prompts[1][i], (chunks[i] == 1 ? 20 : n_prompt) * vocab);
+        check_bits("prompt", prompts[0][i], prompts[1][i],
+                   (chunks[i] == 1 ? 20 : n_prompt) * vocab);
     check_bits("decode", steps[0], steps[1], N_STEPS * N_SEQS * vocab);
     qv_model_close(model);
     qv_backend_close(be);

@@ -173,7 +173,8 @@ Test(cuda_sample, names_rows_that_cannot_be_sampled_and_does_the_others)
 Test(cuda_sample, merged_shortlists_choose_what_the_whole_row_chooses)
 {
     duo d = open_duo(3);
-    const backend_pair p = {.whole = d.dev, .parts = d.dev, .near = 2e-6f, .one_of = is_emulated(d.dev) ? 4 : 1};
+    const backend_pair p = {
+        .whole = d.dev, .parts = d.dev, .near = 2e-6f, .one_of = is_emulated(d.dev) ? 4 : 1};
     for (size_t c = 0; c < QV_ROWS(shortlist_cases); c++)
         check_shortlists(&p, &shortlist_cases[c]);
     check_bad_rows(&p);
@@ -184,7 +185,8 @@ Test(cuda_sample, shortlists_of_a_real_vocabulary_choose_the_same)
 {
     static const shortlist_case c = {"a real vocabulary", 62080, 4, 248077, 10, false};
     duo d = open_duo(4);
-    const backend_pair p = {.whole = d.dev, .parts = d.dev, .near = 2e-6f, .one_of = is_emulated(d.dev) ? 8 : 1};
+    const backend_pair p = {
+        .whole = d.dev, .parts = d.dev, .near = 2e-6f, .one_of = is_emulated(d.dev) ? 8 : 1};
     check_shortlists(&p, &c);
     close_duo(&d);
 }

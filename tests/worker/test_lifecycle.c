@@ -299,14 +299,14 @@ static void step(world *w, bool wait)
 
 /* --- What is done ----------------------------------------------------------------------------- */
 
-static void submit(world *w)
+static void submit_to(world *w, int to)
 {
     if (w->n_requests == MAX_REQUESTS || w->n_open >= 60)
         return;
     int number = w->n_requests++, n_streams = qv_rng_uniform(&w->rng) < 0.2 ? 3 : 1;
     request_state *r = &w->requests[number];
     *r = (request_state){
-        .open = true, .name = (int)qv_rng_range(&w->rng, -1, N_NAMES), .n_left = n_streams};
+        .open = true, .name = to, .n_left = n_streams};
     if (r->name >= 0) {
         const name_state *name = &w->names[r->name];
         snprintf(r->digest, sizeof r->digest, "%s", name->digest);
@@ -333,6 +333,11 @@ static void submit(world *w)
     cr_assert_eq(qv_request_new(w->engine, m, (uint64_t)number, 1, NULL, 0, &request, &code), QV_OK,
                  "%s", qv_error());
     qv_engine_submit(w->engine, request); /* a refusal comes as a delta */
+}
+
+static void submit(world *w)
+{
+    submit_to(w, (int)qv_rng_range(&w->rng, -1, N_NAMES));
 }
 
 static void end_one(world *w, int number, const char *reason)
@@ -379,16 +384,20 @@ static void unload(world *w, int n)
     w->names[n] = (name_state){0};
 }
 
-static void overwrite(world *w)
+static void overwrite_with(world *w, int content)
 {
     if (w->n_live == MAX_HISTORY)
         return;
-    int content = (int)qv_rng_range(&w->rng, 0, N_CONTENTS);
     /* In between it is a mixture, which may load: of two contents of the same weights it is one. */
     w->live[w->n_live++] = content;
     const char *config = qv_path(w->folders->dir[LIVE], "adapter_config.json");
     unlink(config);
     write_content(w->folders->dir[LIVE], content);
+}
+
+static void overwrite(world *w)
+{
+    overwrite_with(w, (int)qv_rng_range(&w->rng, 0, N_CONTENTS));
 }
 
 static void act(world *w)
@@ -445,6 +454,39 @@ static void expect_nothing_is_held(world *w, int64_t slots)
     cr_assert_eq(e.free_state_slots, qv_engine_get_options(w->engine)->max_running);
 }
 
+static void run_until_idle(world *w)
+{
+    for (int steps = 0; w->n_open > 0; steps++) {
+        cr_assert_lt(steps, 50000, "%d requests do not end", w->n_open);
+        step(w, true);
+    }
+}
+
+static void load_and_use(world *w, int name, int dir)
+{
+    load(w, name, dir);
+    while (w->names[name].is_loading)
+        step(w, true);
+    submit_to(w, name);
+    run_until_idle(w);
+}
+
+/* A version whose folder has other content by now is pushed out by others, and asked for again: it
+ * is lost where slots and host memory are too few for all of these, and else answers. */
+static void ask_for_what_was_overwritten(world *w)
+{
+    for (int i = 0; i < N_NAMES; i++)
+        if (w->names[i].is_there)
+            unload(w, i);
+    overwrite_with(w, 0);
+    load_and_use(w, 0, LIVE);
+    overwrite_with(w, 1);
+    for (int content = 1; content < N_CONTENTS; content++)
+        load_and_use(w, content, content);
+    submit_to(w, 0);
+    run_until_idle(w);
+}
+
 /* Load every content once, to learn their digests. */
 static void learn_digests(folders *f)
 {
@@ -475,7 +517,7 @@ Test(lifecycle, every_request_gets_its_version_or_a_sentence_and_nothing_is_held
      .timeout = 500)
 {
     QV_SKIP_WITHOUT(qv_demo_path(DEMO));
-    enum { N_SEEDS = 6, N_ACTIONS = 700 };
+    enum { N_SEEDS = 12, N_ACTIONS = 700 };
     folders f = {0};
     write_folders(&f);
     learn_digests(&f);
@@ -501,10 +543,8 @@ Test(lifecycle, every_request_gets_its_version_or_a_sentence_and_nothing_is_held
         }
         if (seed % 4 == 3)
             end_all(&w);
-        for (int steps = 0; w.n_open > 0; steps++) {
-            cr_assert_lt(steps, 50000, "seed %d: %d requests do not end", (int)seed, w.n_open);
-            step(&w, true);
-        }
+        run_until_idle(&w);
+        ask_for_what_was_overwritten(&w);
         expect_nothing_is_held(&w, slots);
         qv_engine_stats e;
         qv_engine_get_stats(w.engine, &e);
@@ -524,8 +564,7 @@ Test(lifecycle, every_request_gets_its_version_or_a_sentence_and_nothing_is_held
         qv_engine_close(w.engine);
         free(w.requests);
     }
-    /* Every path was taken, but for losses: the loaders' threads decide about them, some times none
-     * comes, and worker_adapter_cache has tests of theirs. */
+    /* Every path was taken. */
     fprintf(stderr, "finished %d, aborted %d, not finite %d, refused %d, lost %d, replaced %d\n",
             total.n_finished, total.n_aborted, total.n_not_finite, total.n_refused, total.n_lost,
             total.n_replaced);
@@ -533,13 +572,14 @@ Test(lifecycle, every_request_gets_its_version_or_a_sentence_and_nothing_is_held
     cr_expect_gt(total.n_aborted, 20);
     cr_expect_gt(total.n_not_finite, 5);
     cr_expect_gt(total.n_refused, 5);
-    cr_expect_gt(total.n_replaced, 10);
+    cr_expect_gt(total.n_lost, 0);
+    cr_expect_gt(total.n_replaced, 20);
     cr_expect_gt(total.n_open, 20, "preempted %d times", total.n_open);
-    cr_expect_gt(counts.slot_hits, 10);
-    cr_expect_gt(counts.host_hits, 10);
-    cr_expect_gt(counts.misses, 10);
-    cr_expect_gt(counts.slot_evictions, 10);
-    cr_expect_gt(counts.host_evictions, 10);
+    cr_expect_gt(counts.slot_hits, 50);
+    cr_expect_gt(counts.host_hits, 50);
+    cr_expect_gt(counts.misses, 20);
+    cr_expect_gt(counts.slot_evictions, 50);
+    cr_expect_gt(counts.host_evictions, 50);
     for (int i = 0; i < N_DIRS; i++)
         free((char *)f.dir[i]);
 }
